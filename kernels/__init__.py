@@ -1,0 +1,1 @@
+"""The log-probability kernels: see logps.py."""
