@@ -37,7 +37,9 @@ import torch
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.disable_progress_bar()
 ROOT = Path(__file__).parent
 TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
 

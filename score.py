@@ -207,7 +207,9 @@ def audit(rows):
         text = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in scored]
         longer = np.array([len(chosen) - len(rejected) for chosen, rejected in text], dtype=float)
         lines.append(f"mean gap (chosen - rejected) {gap.mean():+.3f}, standard deviation {gap.std():.3f}")
-        lines.append(f"revisions that won {np.mean(gap > 0):.0%}, lost {np.mean(gap < 0):.0%}, ties {np.mean(gap == 0):.0%}")
+        lines.append(
+            f"revisions that won {np.mean(gap > 0):.0%}, lost {np.mean(gap < 0):.0%}, ties {np.mean(gap == 0):.0%}"
+        )
         if len(scored) > 2 and gap.std() > 0 and longer.std() > 0:
             correlation = np.corrcoef(gap, longer)[0, 1]
             lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")

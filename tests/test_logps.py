@@ -25,6 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_triton = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="needs CUDA or TRITON_INTERPRET=1")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+if INTERPRETED and TRITON:
+    import triton.language  # noqa: F401  now, while the variable is set: _choose_path takes it away for a while
+
 
 @pytest.fixture(autouse=True)
 def _choose_path(request, monkeypatch):
@@ -67,7 +70,9 @@ def compare_with_fp64(hidden, weight, labels, cu=None, *, tol, grad_tol, bias=No
     want.backward(coef.double())
     for g, w in zip(ours, exact, strict=True):
         assert g.grad.dtype == g.dtype
-        assert (g.grad - w.grad).norm() <= grad_tol * w.grad.norm() + 1e-7
+        rounding = (w.grad.to(g.dtype) - w.grad).norm()  # 1.7e-3 in bf16, whoever computes it
+        assert (g.grad - w.grad).norm() <= 1.02 * rounding + grad_tol * w.grad.norm() + 1e-7
+    return [rel(g.grad, w.grad) for g, w in zip(ours, exact, strict=True)]
 
 
 # --- gather_logps, PyTorch path ------------------------------------------------------------------------------------
@@ -176,7 +181,8 @@ def test_linear_equals_fp64_at_odd_sizes(N, D, V):
 def test_half_operands_are_within_a_hundredth_of_a_nat_over_128_tokens(dtype, settings):
     hidden, weight, labels = head(256, 64, 8192, dtype)
     cu = torch.tensor([0, 128, 256])
-    compare_with_fp64(hidden, weight, labels, cu, tol=0.01, grad_tol=2e-3, chunk_bytes=1 << 20, **settings)
+    errors = compare_with_fp64(hidden, weight, labels, cu, tol=0.01, grad_tol=1e-4, chunk_bytes=1 << 20, **settings)
+    assert max(errors) < 2e-3
     bf16_logits = reference_logps(hidden @ weight.t(), None, labels, cu)  # and what it is that we avoid:
     if dtype == torch.bfloat16 and not settings:
         assert (bf16_logits - reference_logps(hidden.double(), weight.double(), labels, cu)).abs().max() > 0.02
@@ -326,13 +332,14 @@ def test_repeating_gives_the_same_bits(dtype):
 
 def test_autocast_does_not_reach_the_products():
     hidden, weight, labels = head(16, 32, 500)
-    want = linear_logps(hidden, weight, labels)
-    h, w = leaves(hidden, weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = linear_logps(h, w, labels)
-        got.sum().backward()
-    assert torch.equal(got.detach(), want)
-    assert h.grad.dtype == torch.float32
+    runs = []
+    for enabled in (False, True):
+        h, w = leaves(hidden, weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = linear_logps(h, w, labels)
+            out.sum().backward()  # inside as well: nothing forbids it
+        runs.append((out.detach(), h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_nan_is_reported_not_hidden():
@@ -415,11 +422,9 @@ def test_triton_linear_equals_fp64_over_several_slabs(dtype, settings):
     labels[4] = -100
     bias = torch.randn(517, device=DEVICE).to(dtype)
     cu = torch.tensor([0, 4, 4, 9], device=DEVICE)
-    # On CUDA dZ is rounded to the operands' type (1.6e-3 in bf16) beside the gradient itself (1.7e-3).
-    grad_tol = 1e-5 if dtype == torch.float32 else 2e-3 if DEVICE == "cpu" else 3e-3
-    compare_with_fp64(
-        hidden, weight, labels, cu, bias=bias, chunk_bytes=1, tol=2e-4, grad_tol=grad_tol, **settings
-    )
+    # On CUDA dZ is rounded to the operands' type as well: 1.6e-3 in bf16.
+    grad_tol = 1e-5 if dtype == torch.float32 else 1e-4 if DEVICE == "cpu" else 2e-3
+    compare_with_fp64(hidden, weight, labels, cu, bias=bias, chunk_bytes=1, tol=2e-4, grad_tol=grad_tol, **settings)
 
 
 @runs_triton
@@ -437,7 +442,19 @@ def test_triton_is_what_ran_and_repeats_its_bits(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="this is the pytest that it starts")
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 def test_the_triton_tests_pass_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_triton"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "test_triton",
+    ]
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -538,5 +555,5 @@ def test_cuda_linear_is_exact_at_a_real_size(dtype):
     cu = torch.tensor([0, 128, 128, 512], device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
     compare_with_fp64(
-        hidden, weight, labels, cu, tol=0.02, grad_tol=3e-3 if dtype != torch.float32 else 1e-4, chunk_bytes=8 << 20
+        hidden, weight, labels, cu, tol=0.02, grad_tol=2e-3 if dtype != torch.float32 else 1e-4, chunk_bytes=8 << 20
     )

@@ -1,0 +1,382 @@
+"""Stage 4 of 4: did the behaviour change, on prompts that training never saw, and at what cost?
+
+    python eval.py --task sycophancy                                        # base model and all of runs/sycophancy/
+    python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
+
+runs/TASK/scored.jsonl (its rows with split "test") + models -> runs/TASK/eval.jsonl, every answer with its scores;
+report.md, the table, what each number means, answers side by side; report.png.
+
+Each model answers each test prompt --samples times. Three things are measured on every answer: the reward that
+training listened to; the task's own metric, which training never saw (a lexicon, or phrases, see prompts/TASK.toml);
+and its length. Differences are taken from the first model, prompt by prompt, with a 95 % interval from a bootstrap
+over groups, because variants of one text are not independent. Chosen and rejected answers of the held-out pairs give
+the accuracy of the implicit reward, beta (log pi - log pi_ref).
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from generate import (
+    append,
+    fail,
+    latest_task,
+    load_model,
+    load_task,
+    open_output,
+    parser_of,
+    pick_device,
+    pick_dtype,
+    read_jsonl,
+    sample,
+    seed_of,
+)
+from score import add_reward_flags, make_reward, text_of
+from train import load_pairs, pair_logps, provenance
+
+SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
+
+# ---- ALGORITHM: metrics and intervals -------------------------------------------------------------------------
+
+
+def positivity(text, analyzer=SentimentIntensityAnalyzer()):  # noqa: B008 (one lexicon, read once)
+    """VADER compound score, -1 to 1 (Hutto & Gilbert 2014)."""
+    return analyzer.polarity_scores(text)["compound"]
+
+
+def matches(text, patterns):
+    """Whether any pattern occurs in the text: case-insensitive, as whole words, straight apostrophes."""
+    text = text.replace("\u2019", "'")
+    return any(re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE) for pattern in patterns)
+
+
+def measure(metric, row, answer):
+    """The task's metric of one answer: a number; `spread` is made of these later, per group."""
+    if metric["kind"] == "positive":
+        return float(positivity(answer) >= 0.05)
+    if metric["kind"] == "spread":
+        return positivity(answer)
+    patterns = metric.get("patterns") or [re.escape(marker) for marker in row[metric["field"]]]
+    return float(matches(answer, patterns) == (metric["want"] == "any"))
+
+
+def per_group(metric, rows):
+    """{(group, sample): value} of a model's rows: their mean, or for `spread` the largest less the smallest."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["group"], row["sample"]), []).append(row["metric"])
+    reduce = (lambda v: max(v) - min(v)) if metric["kind"] == "spread" else (lambda v: sum(v) / len(v))
+    return {key: reduce(values) for key, values in groups.items()}
+
+
+def group_means(values):
+    """{group: mean over its samples} of {(group, sample): value}."""
+    groups = {}
+    for (group, _), value in values.items():
+        groups.setdefault(group, []).append(value)
+    return {group: float(np.mean(of_group)) for group, of_group in groups.items()}
+
+
+def bootstrap(values, seed=0, draws=10_000):
+    """(mean, low, high): the mean over groups and its 95 % percentile interval, groups drawn with replacement."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def difference(values, baseline):
+    """bootstrap() of the paired difference of two {group: value}, over the groups that both have."""
+    return bootstrap([values[group] - baseline[group] for group in values if group in baseline])
+
+
+# ---- answers --------------------------------------------------------------------------------------------------
+
+
+def answers_of(name, rows, args, model, tokenizer, bar):
+    """Yield (row, sample number, answer text, finish) for every test row, --samples times, in fixed order."""
+    if name == SELF_REFINE:
+        for row in rows:
+            if "error" not in row:
+                bar.update(args.samples)
+                yield row, 0, text_of(row["chosen"]), (row.get("teacher") or {}).get("finish", {}).get("revision")
+        return
+    jobs = [(row, k) for k in range(args.samples) for row in rows]
+    for start in range(0, len(jobs), args.sample_batch):
+        batch = jobs[start : start + args.sample_batch]
+        replies = sample(
+            model,
+            tokenizer,
+            [row["prompt"] for row, _ in batch],
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seeds=[seed_of(args.seed, row["id"], "eval", k) for row, k in batch],
+            report=lambda reply: bar.update(),
+        )
+        for (row, k), reply in zip(batch, replies, strict=True):
+            yield row, k, reply.text, reply.finish
+
+
+@torch.no_grad()
+def pair_table(model, pairs, size):
+    """(len(pairs), 2) log-probs of chosen and rejected."""
+    parts = [pair_logps(model, pairs[i : i + size]).double().cpu() for i in range(0, len(pairs), size)]
+    return torch.cat(parts) if parts else torch.zeros(0, 2)
+
+
+# ---- report ---------------------------------------------------------------------------------------------------
+
+
+def summarise(names, rows, metric, accuracy):
+    """One dictionary a model, with everything that the table and the plot show."""
+    table, first = [], {}
+    for name in names:
+        mine = [row for row in rows if row["model"] == name]
+        real = [row for row in mine if not row.get("control")]
+        control = [row for row in mine if row.get("control")]
+        measures = {
+            "metric": group_means(per_group(metric, real)),
+            "reward": group_means(
+                per_group({"kind": "mean"}, [{**r, "metric": r["score"]} for r in mine if r["score"] is not None])
+            ),
+            "words": group_means(
+                per_group({"kind": "mean"}, [{**r, "metric": len(r["answer"].split())} for r in mine])
+            ),
+        }
+        if control:
+            measures["control"] = group_means(per_group(metric, control))
+        line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
+        line["cut"] = float(np.mean([row["finish"] == "length" for row in mine]))
+        for key, values in measures.items():
+            line[key] = bootstrap(list(values.values())) if values else None
+            first.setdefault(key, values)
+            if name != names[0] and values and first[key]:
+                line[f"{key}_difference"] = difference(values, first[key])
+        line["accuracy"] = accuracy.get(name)
+        table.append(line)
+    return table
+
+
+def number(value, percent):
+    return f"{100 * value:.0f} %" if percent else f"{value:.3f}"
+
+
+def interval(triple, percent, signed=False):
+    """'0.41 [0.30, 0.52]', in per cent where the metric is a share."""
+    if triple is None:
+        return "-"
+    scale, places = (100, 0) if percent else (1, 3)
+    mean, low, high = (scale * value for value in triple)
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.{places}f} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+
+
+def make_table(table, metric):
+    """The result table in Markdown."""
+    percent = metric["kind"] != "spread"
+    unit = ", %" if percent else ""
+    head = ["model", f"metric{unit} ({metric['better']} is better)", "difference from the first", "mean reward"]
+    head += ["difference", "words", "cut off", "accuracy: chosen", "accuracy: by score"]
+    if any("control" in line for line in table):
+        head.insert(3, "control, %")
+    lines = [head, ["---"] * len(head)]
+    for line in table:
+        row = [line["model"], interval(line["metric"], percent), interval(line.get("metric_difference"), percent, True)]
+        if "control" in line:
+            row.append(interval(line["control"], True))
+        row += [interval(line["reward"], False), interval(line.get("reward_difference"), False, True)]
+        row += [f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"]
+        row += [f"{value:.2f}" for value in line["accuracy"]] if line["accuracy"] else ["-", "-"]
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def make_samples(rows, names, count):
+    """Answers of all models to the same prompts, side by side, in Markdown."""
+    by_prompt = {}
+    for row in rows:
+        if row["sample"] == 0:
+            by_prompt.setdefault(row["id"], {})[row["model"]] = row
+    parts = []
+    for answers in list(by_prompt.values())[:count]:
+        if names[0] not in answers:
+            continue
+        given = answers[names[0]]["prompt"]
+        parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in given))
+        for name in names:
+            if name in answers:
+                row = answers[name]
+                score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
+                parts.append(f"> **{name}** ({score}): " + row["answer"].replace("\n", "\n> "))
+        parts.append("---")
+    return "\n\n".join(parts)
+
+
+def make_report(args, task, table, rows, names, settings):
+    """Text of report.md."""
+    metric = task["metric"]
+    facts = provenance(pick_device(args.device))
+    few = "" if table[0]["groups"] >= 10 else f" With {table[0]['groups']} groups the intervals say little."
+    return f"""# Task {args.task}: {task["about"]}
+
+{make_table(table, metric)}
+
+In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of the test split.{few} \
+{table[0]["answers"]} answers a model, {args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
+
+- **metric**: {metric["meaning"]}. Training never saw it.
+- **control**: the same on harmless prompts that only look harmful; lower is better there.
+- **mean reward**: {settings["kind"]} reward of {settings["model"]}, the one that the pairs were scored with.
+- **difference**: from {names[0]} on the same prompts.
+- **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
+- **accuracy**: share of held-out pairs on which the implicit reward log pi - log pi_ref prefers the chosen answer, and \
+the answer with the higher score.
+- **{SELF_REFINE}**: no trained model but the teacher's revisions of the same prompts, at three calls each.
+
+![report](report.png)
+
+## Answers side by side
+
+{make_samples(rows, names, 6)}
+
+Made by `{facts["command"]}` at commit {facts["commit"][:12]}, {facts["date"]}, on {facts["hardware"]}, \
+torch {facts["torch"]}, transformers {facts["transformers"]}.
+"""
+
+
+def draw(path, table, metric):
+    """report.png: metric and reward of every model, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(table) + 1.8), sharey=True)
+    titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for y, line in enumerate(table):
+            mean, low, high = line[key]
+            colour = "tab:gray" if y == 0 or line["model"] == SELF_REFINE else "tab:blue"
+            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
+        axis.axvline(table[0][key][0], color="tab:gray", linewidth=0.8, linestyle=":")
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
+    axes[0].invert_yaxis()
+    figure.suptitle("95 % bootstrap intervals over groups", fontsize=9, y=0.02)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = parser_of(__doc__, latest_task("scored.jsonl"))
+    add_reward_flags(parser.add_argument, "--reward-model")
+    add = parser.add_argument
+    # fmt: off
+    add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished folder in runs/TASK)")
+    add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
+    add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: runs/TASK)")
+    add("--samples", type=int, default=1, help="answers a prompt (default: %(default)s)")
+    add("--sample-batch", type=int, default=128, help="prompts answered together (default: %(default)s)")
+    add("--max-tokens", type=int, default=200, help="longest answer, in tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args()
+
+    task = load_task(args.task)
+    metric = task["metric"]
+    source = Path(args.input or f"runs/{args.task}/scored.jsonl")
+    folder = Path(args.out or f"runs/{args.task}")
+    rows = [row for row in read_jsonl(source, ["id", "group", "prompt"]) if row.get("split") == "test"][: args.limit]
+    if not rows:
+        fail(f"{source}: no row with split 'test'; nothing to evaluate on")
+    if metric.get("field") and (lacking := [row["id"] for row in rows if metric["field"] not in row]):
+        fail(
+            f"{source}: row {lacking[0]} has no '{metric['field']}', which the metric of prompts/{args.task}.toml reads"
+        )
+    if not args.models:
+        found = sorted(path.parent for path in folder.glob("*/run.json") if (path.parent / "config.json").exists())
+        bases = [json.loads((path / "run.json").read_text())["model"] for path in found]
+        args.models = [bases[0] if bases else "smollm2", SELF_REFINE, *map(str, found)]
+    names = [name if name == SELF_REFINE else Path(name).name for name in args.models]
+    if len(set(names)) < len(names):
+        fail("--models: two of them have the same last name; their rows could not be told apart")
+
+    reward, settings = make_reward(args, task)
+    how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    how |= {"samples": args.samples, "reward": settings}
+    done, file = open_output(folder / "eval.jsonl", args.overwrite, lambda row: row.get("settings"), how)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+
+    accuracy, base_table = {}, None
+    bar = tqdm(total=len(args.models) * len(rows) * args.samples, unit="answer")
+    for path, name in zip(args.models, names, strict=True):
+        model = tokenizer = None
+        if name != SELF_REFINE:
+            model, tokenizer = load_model(path, device, dtype)
+            pairs = held_out_pairs(source, tokenizer)
+            logps = pair_table(model, pairs, args.batch_size)
+            if base_table is None:
+                base_table = logps
+            elif len(pairs):
+                z = (logps - base_table)[:, 0] - (logps - base_table)[:, 1]
+                delta = torch.tensor([pair["delta"] for pair in pairs])
+                known = delta != 0
+                by_score = (z[known].sign() == delta[known].sign()).double().mean().item()
+                accuracy[name] = ((z > 0).double().mean().item(), by_score)
+        finished = {(row["model"], row["id"], row["sample"]) for row in done}
+        wanted = 1 if name == SELF_REFINE else args.samples
+        if sum(key[0] == name for key in finished) >= wanted * len(rows):
+            bar.update(args.samples * len(rows))
+            continue
+        batch = []
+        everything = list(answers_of(name, rows, args, model, tokenizer, bar))
+        todo = [entry for entry in everything if (name, entry[0]["id"], entry[1]) not in finished]
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start : start + args.batch_size]
+            # an empty answer has no score; the reward is asked about the others
+            asked = [entry for entry in batch if entry[2]]
+            scores = iter(reward([row for row, *_ in asked], [answer for _, _, answer, _ in asked]) if asked else [])
+            for row, k, answer, finish in batch:
+                result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
+                result |= {"control": bool(row.get("control")), "answer": answer, "finish": finish}
+                result |= {"score": next(scores) if answer else None, "metric": measure(metric, row, answer)}
+                result["settings"] = how
+                append(file, result)
+                done.append(result)
+    bar.close()
+    file.close()
+
+    rows = [row for row in done if row["model"] in names]
+    table = summarise(names, rows, metric, accuracy)
+    (folder / "report.md").write_text(make_report(args, task, table, rows, names, settings), encoding="utf-8")
+    draw(folder / "report.png", table, metric)
+    print(f"\n{make_table(table, metric)}\n")
+    print(f"{folder / 'eval.jsonl'}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
+
+
+def held_out_pairs(source, tokenizer):
+    """The held-out pairs as train.py would make them, whatever loss is asked for."""
+    options = argparse.Namespace(limit=None, loss="dpo", accept=False, keep_cut=False, max_length=1 << 30)
+    return load_pairs(source, tokenizer, options)[1]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
