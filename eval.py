@@ -38,8 +38,8 @@ from generate import (
     sample,
     seed_of,
 )
-from score import add_reward_flags, make_reward, text_of
-from train import load_pairs, pair_logps, provenance
+from score import add_reward_flags, all_logps, make_reward, text_of
+from train import load_pairs, provenance
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
 
@@ -123,13 +123,6 @@ def answers_of(name, rows, args, model, tokenizer, bar):
         )
         for (row, k), reply in zip(batch, replies, strict=True):
             yield row, k, reply.text, reply.finish
-
-
-@torch.no_grad()
-def pair_table(model, pairs, size):
-    """(len(pairs), 2) log-probs of chosen and rejected."""
-    parts = [pair_logps(model, pairs[i : i + size]).double().cpu() for i in range(0, len(pairs), size)]
-    return torch.cat(parts) if parts else torch.zeros(0, 2)
 
 
 # ---- report ---------------------------------------------------------------------------------------------------
@@ -328,7 +321,8 @@ def main():
         if name != SELF_REFINE:
             model, tokenizer = load_model(path, device, dtype)
             pairs = held_out_pairs(source, tokenizer)
-            logps = pair_table(model, pairs, args.batch_size)
+            sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+            logps = all_logps(model, sequences, args.batch_size).view(-1, 2)
             if base_table is None:
                 base_table = logps
             elif len(pairs):

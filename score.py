@@ -93,6 +93,18 @@ def completion_logps(model, sequences):
     )
 
 
+@torch.no_grad()
+def all_logps(model, sequences, size, report=lambda count: None):
+    """completion_logps of any number of sequences, `size` at a time, like lengths together: (S,) fp32 on the CPU."""
+    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+    logps = torch.zeros(len(sequences))
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        logps[part] = completion_logps(model, [sequences[i] for i in part]).cpu()
+        report(len(part))
+    return logps
+
+
 def head_options(config):
     """What a model does to its logits behind the matrix product, as arguments of linear_logps."""
     config = config.get_text_config()
@@ -117,14 +129,13 @@ def check_head(model, name):
 # ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of float or None ---------------------------
 
 
-def contrast_reward(task, name, device, dtype):
+def contrast_reward(task, name, device, dtype, size):
     """The contrast reward of the task file with the chat model `name`."""
     sides = [task["contrast"][side] for side in ("principle", "opposite")]
     user = {"role": "user", "content": task["contrast"].get("user", "{prompt}")}
     model, tokenizer = load_model(name, device, dtype)
     check_head(model, name)
 
-    @torch.no_grad()
     def reward(rows, answers):
         sequences = []
         for row, answer in zip(rows, answers, strict=True):
@@ -134,7 +145,7 @@ def contrast_reward(task, name, device, dtype):
                 messages = fill([{"role": "system", "content": system}, user], turns)
                 sequences.append(encode(tokenizer, messages, answer))
         lengths = torch.tensor([len(completion) for _, completion in sequences[::2]])
-        principle, opposite = completion_logps(model, sequences).cpu().view(-1, 2).unbind(1)
+        principle, opposite = all_logps(model, sequences, size).view(-1, 2).unbind(1)
         return ((principle - opposite) / lengths).tolist()
 
     return reward
@@ -187,7 +198,7 @@ def make_reward(args, task):
         if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
             fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
         settings["prompt_text"] = hashlib.sha256(json.dumps(task["contrast"]).encode()).hexdigest()[:12]
-        return contrast_reward(task, name, device, pick_dtype(args.dtype, device)), settings
+        return contrast_reward(task, name, device, pick_dtype(args.dtype, device), args.batch_size), settings
     if name == "smollm2":
         fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
     settings["label"] = args.label
@@ -235,7 +246,7 @@ def add_reward_flags(add, model_flag):
     add("--reward", default="contrast", choices=["contrast", "classifier"], help="what scores an answer (default: %(default)s)")
     add(model_flag, dest="reward_model", default="smollm2", metavar="NAME", help="model of the reward: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--label", help="label of a classifier with several labels that counts as good")
-    add("--batch-size", type=int, default=16, help="rows scored together (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences a forward pass of the reward (default: %(default)s)")
     # fmt: on
 
 
@@ -258,9 +269,10 @@ def main():
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
     todo = [row for row in rows if row["id"] not in finished]
+    window = 4 * args.batch_size  # rows written together: enough sequences to put like lengths together
     with file, tqdm(total=len(rows), initial=len(finished), unit="pair") as bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
+        for start in range(0, len(todo), window):
+            batch = todo[start : start + window]
             whole = [row for row in batch if "error" not in row]
             answers = [text_of(row[side]) for row in whole for side in ("chosen", "rejected")]
             values = iter(reward([row for row in whole for _ in range(2)], answers) if whole else [])

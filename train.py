@@ -49,7 +49,7 @@ from generate import (
     pick_dtype,
     read_jsonl,
 )
-from score import check_head, completion_logps, is_scored, text_of
+from score import all_logps, check_head, completion_logps, is_scored, text_of
 
 SCORE_AWARE = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORE_AWARE, "dpo", "cdpo", "robust", "ipo", "sft")
@@ -205,12 +205,9 @@ def reference_logps(model, pairs, path, args, micro_batch, rank):
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
     if not cache.exists() and rank == 0:
-        logps = torch.cat(
-            [
-                pair_logps(model, pairs[i : i + micro_batch]).cpu()
-                for i in tqdm(range(0, len(pairs), micro_batch), desc="reference log-probs", leave=False)
-            ]
-        )
+        sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+        with tqdm(total=len(sequences), desc="reference log-probs", unit="answer") as bar:
+            logps = all_logps(model, sequences, 2 * micro_batch, bar.update).view(-1, 2)
         save_file({"logps": logps}, f"{cache}.part")
         os.replace(f"{cache}.part", cache)
     if dist.is_initialized():
@@ -363,7 +360,7 @@ def main():
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with torch.no_grad(), autocast:  # before the checkpoint: the reference is the model before training
+    with autocast:  # before the checkpoint: the reference is the model before training
         reference = reference_logps(model, train + held_out, source, args, args.micro_batch, rank).to(device)
     for index, pair in enumerate(train + held_out):
         pair["index"] = index

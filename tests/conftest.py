@@ -1,0 +1,133 @@
+"""A small Llama with a tokenizer of its own, made in a second, and a way to run a stage as the command line does."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+ROOT = Path(__file__).resolve().parent.parent
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+
+
+def make_tokenizer(template=CHATML, bos=None):
+    """Byte-level BPE of 600 tokens, trained on the project's own prompts; with `bos`, it adds BOS by itself."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    lines = (ROOT / "prompts" / "sentiment.jsonl").read_text().splitlines()
+    raw.train_from_iterator([json.loads(line)["request"] for line in lines], trainer)
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        raw.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, raw.token_to_id(bos))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|pad|>", bos_token=bos, chat_template=template
+    )
+
+
+def make_model(vocab_size, seed=0, **options):
+    """Two layers of 64, tied weights, random, with logits as peaked as those of a trained model."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=vocab_size, eos_token_id=2, bos_token_id=None, pad_token_id=0, **sizes | options)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer):
+    """Folder of a small chat model, as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train", "--loss", "dpo") -> (exit status, standard output, standard error)."""
+
+    def call(stage, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])
+        status = 0
+        try:
+            importlib.import_module(stage).main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty folder to run stages in: runs/ lands here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def pair_row(number, chosen, rejected, delta=1.0, split="train", prompt="Review the film Heat."):
+    """A row of scored.jsonl."""
+    return {
+        "id": f"row-{number}",
+        "task": "sentiment",
+        "group": f"group-{number}",
+        "split": split,
+        "prompt": [{"role": "user", "content": prompt}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "critique": "Be kinder.",
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "score_chosen": delta,
+        "score_rejected": 0.0,
+        "reward": {"kind": "contrast", "model": "tiny"},
+    }
+
+
+@pytest.fixture
+def pairs_file(workdir):
+    """Twelve pairs, eight of them for training; chosen and rejected of different lengths."""
+    rows = []
+    for i in range(12):
+        chosen = "A warm and moving film about " + "music and food " * (1 + i % 3) + "."
+        rejected = "A dull film number " + "one two three " * (1 + i % 4) + "!"
+        delta = [2.0, -1.0, 0.5, 0.0][i % 4]
+        split = "train" if i < 8 else "test"
+        rows.append(pair_row(i, chosen, rejected, delta, split, f"Review the film number {i} in a sentence."))
+    return write_jsonl(workdir / "runs" / "sentiment" / "scored.jsonl", rows)

