@@ -322,7 +322,7 @@ def main():
             model, tokenizer = load_model(path, device, dtype)
             pairs = held_out_pairs(source, tokenizer)
             sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-            logps = all_logps(model, sequences, args.batch_size).view(-1, 2)
+            logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
             if base_table is None:
                 base_table = logps
             elif len(pairs):

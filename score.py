@@ -16,6 +16,7 @@ Rewards:
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -46,30 +47,45 @@ from kernels.logps import linear_logps
 
 
 def collate(sequences):
-    """Right-padded batch of (prompt ids, completion ids), and where to find the completions' predictions in it.
+    """One stream of tokens without padding from a list of (prompt ids, completion ids).
 
-    Returns input_ids (S, T), attention_mask (S, T), rows (N,), labels (N,), cu_seqlens (S + 1,), all int64.
-    `rows` index the hidden states flattened to (S * T, D). The state at position t predicts the token at t + 1,
-    so a completion's first token is predicted at the prompt's last position, and prompt tokens by none:
+    Neighbours with the same prompt share it: it stands in the stream once, and each completion behind it sees the
+    prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing).
 
-    >>> ids, mask, rows, labels, cu = collate([([5, 6], [7, 2]), ([5], [8, 9, 2])])
-    >>> ids.tolist(), mask.tolist()
-    ([[5, 6, 7, 2], [5, 8, 9, 2]], [[1, 1, 1, 1], [1, 1, 1, 1]])
+    Returns input_ids (1, T), position_ids (1, T), mask (1, 1, T, T) bool, True where row may look at column, rows
+    (N,), labels (N,), cu_seqlens (S + 1,). `rows` are the places in the stream whose hidden states predict
+    `labels`: the token before each label, which for every completion's first token is the end of the prompt.
+
+    >>> ids, positions, mask, rows, labels, cu = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
+    >>> ids.tolist(), positions.tolist()
+    ([[5, 6, 7, 2, 8, 2]], [[0, 1, 2, 3, 2, 3]])
+    >>> mask[0, 0, 4].int().tolist()  # the 8 sees the prompt and itself, not 7 and 2
+    [1, 1, 0, 0, 1, 0]
     >>> rows.tolist(), labels.tolist(), cu.tolist()
-    ([1, 2, 4, 5, 6], [7, 2, 8, 9, 2], [0, 2, 5])
+    ([1, 2, 1, 4], [7, 2, 8, 2], [0, 2, 4])
     """
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
+    ids, positions, groups, branches = [], [], [], []  # branch 0 is a group's prompt, 1, 2, ... its completions
     rows, labels, cu_seqlens = [], [], [0]
-    for s, (prompt, completion) in enumerate(sequences):
-        length = len(prompt) + len(completion)
-        input_ids[s, :length] = torch.tensor(prompt + completion)
-        attention_mask[s, :length] = 1
-        rows.extend(range(s * width + len(prompt) - 1, s * width + length - 1))
-        labels.extend(completion)
+    last_prompt, group, branch = None, 0, 0
+    for prompt, completion in sequences:
+        if prompt != last_prompt:
+            last_prompt, group, branch, end = prompt, group + 1, 0, len(ids) + len(prompt) - 1
+            ids += prompt
+            positions += range(len(prompt))
+            groups += [group] * len(prompt)
+            branches += [0] * len(prompt)
+        branch += 1
+        rows += [end, *range(len(ids), len(ids) + len(completion) - 1)]
+        ids += completion
+        positions += range(len(prompt), len(prompt) + len(completion))
+        groups += [group] * len(completion)
+        branches += [branch] * len(completion)
+        labels += completion
         cu_seqlens.append(len(labels))
-    return input_ids, attention_mask, torch.tensor(rows), torch.tensor(labels), torch.tensor(cu_seqlens)
+    group, branch = torch.tensor(groups), torch.tensor(branches)
+    mask = (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch))
+    mask = mask.tril()[None, None]
+    return torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (rows, labels, cu_seqlens))
 
 
 def completion_logps(model, sequences):
@@ -77,32 +93,53 @@ def completion_logps(model, sequences):
 
     The vocabulary is met by the completion tokens alone, and their logits are never held all at once.
     """
+    if not getattr(model, "packs", True) and len(sequences) > 1:
+        return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
     device = next(model.parameters()).device
-    input_ids, attention_mask, rows, labels, cu_seqlens = (tensor.to(device) for tensor in collate(sequences))
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]  # (S, T, D)
+    input_ids, position_ids, mask, rows, labels, cu_seqlens = (part.to(device) for part in collate(sequences))
+    if len(sequences) == 1:
+        mask = None  # plain causal attention, which every kind of model has
+    hidden = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state[0]  # (T, D)
     head = model.get_output_embeddings()
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
+    dtype = head.weight.dtype  # on the CPU linear_logps computes in fp32 anyway: a bf16 copy would only cost
+    if device.type != "cpu" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    bias = getattr(head, "bias", None)
     return linear_logps(
-        hidden.flatten(0, 1)[rows].to(dtype),
+        hidden[rows].to(dtype),
         head.weight.to(dtype),
         labels,
         cu_seqlens,
-        bias=getattr(head, "bias", None),
+        bias=bias if bias is None else bias.to(dtype),
         **head_options(model.config),
     )
 
 
+def cut(items, cost, budget):
+    """Lists of neighbouring items that cost at most `budget` together; an item above it has a list of its own."""
+    part, spent = [], 0
+    for item in items:
+        if part and spent + cost(item) > budget:
+            yield part
+            part, spent = [], 0
+        part.append(item)
+        spent += cost(item)
+    if part:
+        yield part
+
+
 @torch.no_grad()
-def all_logps(model, sequences, size, report=lambda count: None):
-    """completion_logps of any number of sequences, `size` at a time, like lengths together: (S,) fp32 on the CPU."""
-    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    logps = torch.zeros(len(sequences))
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        logps[part] = completion_logps(model, [sequences[i] for i in part]).cpu()
-        report(len(part))
-    return logps
+def all_logps(model, sequences, budget, report=lambda count: None):
+    """completion_logps of any number of sequences, in streams of at most `budget` tokens: (S,) fp32 on the CPU."""
+    shared = [list(group) for _, group in itertools.groupby(sequences, key=lambda sequence: sequence[0])]
+    logps = [torch.zeros(0)]
+    for groups in cut(shared, lambda group: len(group[0][0]) + sum(len(ids) for _, ids in group), budget):
+        stream = [sequence for group in groups for sequence in group]
+        logps.append(completion_logps(model, stream).cpu())
+        report(len(stream))
+    return torch.cat(logps)
 
 
 def head_options(config):
@@ -114,38 +151,58 @@ def head_options(config):
 
 
 @torch.no_grad()
-def check_head(model, name):
-    """Stops if completion_logps differs from the model's own logits: an output head we would misread."""
-    ids = list(range(3, 11))
+def check_model(model, name):
+    """Stops where completion_logps would misread the model's head; sets model.packs where streams are exact for it.
+
+    The known answer is the model's own logits, one sequence at a time. Streams are not exact for recurrent layers or
+    for positions that come from the mask; such models, and those with a sliding window, run sequence by sequence.
+    """
     device = next(model.parameters()).device
-    with torch.autocast(device.type, enabled=False):
-        ours = completion_logps(model, [(ids[:3], ids[3:])]).item()
-        logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, 2:-1].float()
-    theirs = logits.log_softmax(-1).gather(-1, torch.tensor(ids[3:], device=device)[:, None]).sum().item()
-    if abs(ours - theirs) > 0.02 * abs(theirs) + 0.1:
-        fail(f"--model {name}: log-prob {ours:.3f} here, {theirs:.3f} by its own logits; this head is not supported")
+    sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
+    own = []
+    for prompt, completion in sequences:
+        logits = model(input_ids=torch.tensor([prompt + completion], device=device)).logits[0, len(prompt) - 1 : -1]
+        labels = torch.tensor(completion, device=device)[:, None]
+        own.append(logits.double().log_softmax(-1).gather(-1, labels).sum().cpu())
+    own = torch.stack(own)
+    tolerance = own.abs() * (1e-3 if model.dtype == torch.float32 else 2e-2) + 1e-2
+
+    def exact():
+        return bool(((completion_logps(model, sequences).cpu() - own).abs() <= tolerance).all())
+
+    model.packs = False
+    if not exact():
+        fail(
+            f"--model {name}: log-probs differ from those of its own logits; this kind of output head is not supported"
+        )
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    model.packs = kinds == {"full_attention"} and not window
+    if model.packs:
+        model.packs = exact()
 
 
 # ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of float or None ---------------------------
 
 
-def contrast_reward(task, name, device, dtype, size):
+def contrast_reward(task, name, device, dtype, pack_tokens):
     """The contrast reward of the task file with the chat model `name`."""
     sides = [task["contrast"][side] for side in ("principle", "opposite")]
     user = {"role": "user", "content": task["contrast"].get("user", "{prompt}")}
     model, tokenizer = load_model(name, device, dtype)
-    check_head(model, name)
+    check_model(model, name)
 
     def reward(rows, answers):
-        sequences = []
-        for row, answer in zip(rows, answers, strict=True):
-            # The principle takes the place of the instruction's own system prompt.
-            turns = {**row, "prompt": [m for m in row["prompt"] if m["role"] != "system"]}
-            for system in sides:
+        sequences = []  # under the principle, then under its opposite; answers to one prompt stay neighbours
+        for system in sides:
+            for row, answer in zip(rows, answers, strict=True):
+                # The side takes the place of the instruction's own system prompt.
+                turns = {**row, "prompt": [m for m in row["prompt"] if m["role"] != "system"]}
                 messages = fill([{"role": "system", "content": system}, user], turns)
                 sequences.append(encode(tokenizer, messages, answer))
-        lengths = torch.tensor([len(completion) for _, completion in sequences[::2]])
-        principle, opposite = all_logps(model, sequences, size).view(-1, 2).unbind(1)
+        lengths = torch.tensor([len(completion) for _, completion in sequences[: len(answers)]])
+        principle, opposite = all_logps(model, sequences, pack_tokens).view(2, -1)
         return ((principle - opposite) / lengths).tolist()
 
     return reward
@@ -198,7 +255,7 @@ def make_reward(args, task):
         if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
             fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
         settings["prompt_text"] = hashlib.sha256(json.dumps(task["contrast"]).encode()).hexdigest()[:12]
-        return contrast_reward(task, name, device, pick_dtype(args.dtype, device), args.batch_size), settings
+        return contrast_reward(task, name, device, pick_dtype(args.dtype, device), args.pack_tokens), settings
     if name == "smollm2":
         fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
     settings["label"] = args.label
@@ -246,7 +303,8 @@ def add_reward_flags(add, model_flag):
     add("--reward", default="contrast", choices=["contrast", "classifier"], help="what scores an answer (default: %(default)s)")
     add(model_flag, dest="reward_model", default="smollm2", metavar="NAME", help="model of the reward: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--label", help="label of a classifier with several labels that counts as good")
-    add("--batch-size", type=int, default=8, help="sequences a forward pass of the reward (default: %(default)s)")
+    add("--pack-tokens", type=int, default=1024, help="tokens of one forward pass; changes memory and speed, not results (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="rows scored and written together (default: %(default)s)")
     # fmt: on
 
 
@@ -269,10 +327,9 @@ def main():
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
     todo = [row for row in rows if row["id"] not in finished]
-    window = 4 * args.batch_size  # rows written together: enough sequences to put like lengths together
     with file, tqdm(total=len(rows), initial=len(finished), unit="pair") as bar:
-        for start in range(0, len(todo), window):
-            batch = todo[start : start + window]
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start : start + args.batch_size]
             whole = [row for row in batch if "error" not in row]
             answers = [text_of(row[side]) for row in whole for side in ("chosen", "rejected")]
             values = iter(reward([row for row in whole for _ in range(2)], answers) if whole else [])

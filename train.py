@@ -49,7 +49,7 @@ from generate import (
     pick_dtype,
     read_jsonl,
 )
-from score import all_logps, check_head, completion_logps, is_scored, text_of
+from score import all_logps, check_model, completion_logps, cut, is_scored, text_of
 
 SCORE_AWARE = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORE_AWARE, "dpo", "cdpo", "robust", "ipo", "sft")
@@ -109,6 +109,11 @@ def pair_losses(kind, policy, reference, pairs, settings):
 def pair_logps(model, pairs):
     """log pi of chosen and rejected: (B, 2) fp32."""
     return completion_logps(model, [pair[side] for pair in pairs for side in ("chosen", "rejected")]).view(-1, 2)
+
+
+def pair_cost(pair):
+    """Tokens of a pair in a stream: the prompt stands there once."""
+    return len(pair["chosen"][0]) + len(pair["chosen"][1]) + len(pair["rejected"][1])
 
 
 def schedule(step, steps, warmup):
@@ -192,7 +197,7 @@ def load_pairs(path, tokenizer, args):
     return train, held_out, counts
 
 
-def reference_logps(model, pairs, path, args, micro_batch, rank):
+def reference_logps(model, pairs, path, args, rank):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
@@ -207,7 +212,7 @@ def reference_logps(model, pairs, path, args, micro_batch, rank):
     if not cache.exists() and rank == 0:
         sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
         with tqdm(total=len(sequences), desc="reference log-probs", unit="answer") as bar:
-            logps = all_logps(model, sequences, 2 * micro_batch, bar.update).view(-1, 2)
+            logps = all_logps(model, sequences, args.pack_tokens, bar.update).view(-1, 2)
         save_file({"logps": logps}, f"{cache}.part")
         os.replace(f"{cache}.part", cache)
     if dist.is_initialized():
@@ -281,13 +286,13 @@ def parse_args():
     add("--epochs", type=int, default=3, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type=int, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=int, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--micro-batch", type=int, default=4, help="pairs a forward pass; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type=int, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
     add("--eval-every", type=int, default=20, help="steps between looks at the held-out pairs (default: %(default)s)")
     add("--save-every", type=int, default=50, help="steps between checkpoints to continue from (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    for name in ("beta", "tau", "lr", "clip", "epochs", "batch_size", "micro_batch", "max_length"):
+    for name in ("beta", "tau", "lr", "clip", "epochs", "batch_size", "pack_tokens", "max_length"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')}: must be above 0")
     if not 0 <= args.epsilon < 0.5:
@@ -312,7 +317,7 @@ def main():
     out = Path(args.out or f"runs/{args.task}/{name}")
     read_jsonl(source, ["chosen", "rejected"])  # bad input is told before the model is loaded
     model, tokenizer = load_model(args.model, device, torch.float32)  # fp32 master weights, dropout off
-    check_head(model, args.model)
+    check_model(model, args.model)
     train, held_out, counts = load_pairs(source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out" + (f"; {left_out}" if left_out else ""))
@@ -336,7 +341,7 @@ def main():
     # -- where to write, and from where to go on
     run = {**vars(args), "input": str(source), "steps": steps, "tau_absolute": tau, "pairs": len(train)}
     run |= {"held_out": len(held_out), "left_out": counts}
-    same = [key for key in run if key not in ("out", "overwrite", "device", "micro_batch", "save_every")]
+    same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every")]
     if rank == 0:
         if args.overwrite:
             shutil.rmtree(out, ignore_errors=True)
@@ -361,7 +366,7 @@ def main():
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:  # before the checkpoint: the reference is the model before training
-        reference = reference_logps(model, train + held_out, source, args, args.micro_batch, rank).to(device)
+        reference = reference_logps(model, train + held_out, source, args, rank).to(device)
     for index, pair in enumerate(train + held_out):
         pair["index"] = index
     start = load_checkpoint(out / "checkpoint", model, optimizer, device)
@@ -377,8 +382,7 @@ def main():
         totals = torch.zeros(3, dtype=torch.float64, device=device)
         mine = held_out[rank::world]
         with torch.no_grad(), autocast:
-            for i in range(0, len(mine), args.micro_batch):
-                pairs = mine[i : i + args.micro_batch]
+            for pairs in cut(mine, pair_cost, args.pack_tokens):
                 known = reference[[pair["index"] for pair in pairs]]
                 losses, z = pair_losses(args.loss, pair_logps(model, pairs), known, pairs, settings)
                 totals += torch.stack([losses.sum(), z.sum(), (z > 0).sum()])
@@ -395,13 +399,11 @@ def main():
         epoch, place = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         batch = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
-        batch.sort(key=lambda pair: len(pair["chosen"][0]) + len(pair["chosen"][1]))  # like lengths pad less
         mine = batch[rank::world]
 
         # sums over pairs, divided by the whole batch: micro-batches and processes do not change the result
         totals = torch.zeros(7, dtype=torch.float64, device=device)
-        for i in range(0, len(mine), args.micro_batch):
-            pairs = mine[i : i + args.micro_batch]
+        for pairs in cut(mine, pair_cost, args.pack_tokens):
             known = reference[[pair["index"] for pair in pairs]]
             with autocast:
                 policy = pair_logps(model, pairs)

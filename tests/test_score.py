@@ -9,7 +9,7 @@ from conftest import make_model, pair_row, read_rows, write_jsonl
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
 
 import score
-from score import audit, check_head, completion_logps
+from score import audit, check_model, completion_logps
 from train import pair_logps
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
@@ -45,7 +45,7 @@ def test_alone_and_batched_log_probs_are_the_same(model):
 
 def test_a_head_that_scales_its_logits_is_noticed(tokenizer, capsys):
     model = make_model(len(tokenizer))
-    check_head(model, "plain")
+    check_model(model, "plain")
     forward = model.forward
 
     def scaled(*args, **kwargs):
@@ -55,7 +55,7 @@ def test_a_head_that_scales_its_logits_is_noticed(tokenizer, capsys):
 
     model.forward = scaled
     with pytest.raises(SystemExit):
-        check_head(model, "odd")
+        check_model(model, "odd")
     assert "--model odd" in capsys.readouterr().err
 
 

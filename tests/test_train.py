@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from train import LOSSES, preference_loss, schedule
 
-FAST = ["--dtype", "float32", "--epochs", "2", "--batch-size", "4", "--micro-batch", "2", "--lr", "1e-3"]
+FAST = ["--dtype", "float32", "--epochs", "2", "--batch-size", "4", "--pack-tokens", "100", "--lr", "1e-3"]
 
 
 def losses_at(kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.5, tokens=10):
@@ -182,8 +182,8 @@ def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
 
 
 def test_accumulation_and_batch_shape_do_not_change_the_losses(run, tiny, pairs_file, workdir):
-    wide, _ = trained(run, tiny, workdir / "wide", "--micro-batch", "4")
-    narrow, _ = trained(run, tiny, workdir / "narrow", "--micro-batch", "1")
+    wide, _ = trained(run, tiny, workdir / "wide", "--pack-tokens", "2000")
+    narrow, _ = trained(run, tiny, workdir / "narrow", "--pack-tokens", "1")
     for a, b in zip(wide, narrow, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
