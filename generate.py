@@ -36,7 +36,7 @@ import requests
 import torch
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -321,7 +321,7 @@ def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, s
     """One sampled Reply per conversation, all in one batch on the model's device; report(reply) as each is done.
 
     A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on
-    which rows share its batch. Finished rows leave the batch. temperature 0 is greedy; top_p keeps the
+    which rows share its batch. temperature 0 is greedy; top_p keeps the
     likeliest tokens up to that mass (of the 256 likeliest: sorting all V on every step costs more than the model).
     """
     device = model.device
@@ -345,8 +345,10 @@ def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, s
     input_ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in live], device=device)
     mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in live], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    # Written in place: the default cache copies all keys and values on every token, more work than the model's own.
+    cache = StaticCache(config=model.config, max_cache_len=width + max_tokens)
     sampled = {i: [] for i in live}
+    done = torch.zeros(len(live), dtype=torch.bool, device=device)
     for step in range(max_tokens):
         output = model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
@@ -364,19 +366,21 @@ def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, s
             tokens = candidates.gather(-1, rank).squeeze(-1)
         stopped = torch.isin(tokens, stops)
         for i, token, stop in zip(live, tokens.tolist(), stopped.tolist(), strict=True):
-            if stop or step == max_tokens - 1:
+            if replies[i] is None and (stop or step == max_tokens - 1):
                 kept = sampled[i] + ([] if stop else [token])
                 text = tokenizer.decode(kept, skip_special_tokens=True).strip()
                 replies[i] = Reply(text, "stop" if stop else "length", len(prompts[i]), len(sampled[i]) + 1)
                 report(replies[i])
             sampled[i].append(token)
-        going = (~stopped).nonzero().squeeze(-1)
-        if len(going) == 0:
+        done |= stopped
+        if done.all():
             break
-        if len(going) < len(live):
+        if done.sum() > 0.5 * len(live):  # finished rows leave now and then, since this copies the cache
+            going = (~done).nonzero().squeeze(-1)
             live = [live[k] for k in going.tolist()]
-            cache.batch_select_indices(going)
-            tokens, mask, positions, noise = tokens[going], mask[going], positions[going], noise[going]
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[going], layer.values[going]
+            tokens, mask, positions, noise, done = (part[going] for part in (tokens, mask, positions, noise, done))
         input_ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
         positions = positions[:, -1:] + 1
