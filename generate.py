@@ -34,9 +34,10 @@ from pathlib import Path
 
 import requests
 import torch
+import torch.nn.functional as F
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -341,19 +342,12 @@ def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, s
     stops = model.generation_config.eos_token_id
     stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=device)
 
-    width = max(len(prompts[i]) for i in live)  # left padding: every row's next token is in the last column
-    input_ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in live], device=device)
-    mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in live], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # Written in place: the default cache copies all keys and values on every token, more work than the model's own.
-    cache = StaticCache(config=model.config, max_cache_len=width + max_tokens)
+    cache, mask, logits = prefill(model, [prompts[i] for i in live])
+    positions = mask.sum(1, keepdim=True) - 1  # of the last token
     sampled = {i: [] for i in live}
     done = torch.zeros(len(live), dtype=torch.bool, device=device)
     for step in range(max_tokens):
-        output = model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        )
-        logits = output.logits[:, -1].float()  # (rows still live, V)
+        logits = logits.float()  # (rows still live, V)
         if temperature == 0:
             tokens = logits.argmax(-1)
         else:
@@ -375,16 +369,71 @@ def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, s
         done |= stopped
         if done.all():
             break
-        if done.sum() > 0.5 * len(live):  # finished rows leave now and then, since this copies the cache
+        if done.sum() > 0.25 * len(live):  # finished rows leave now and then, since this copies the cache
             going = (~done).nonzero().squeeze(-1)
             live = [live[k] for k in going.tolist()]
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[going], layer.values[going]
             tokens, mask, positions, noise, done = (part[going] for part in (tokens, mask, positions, noise, done))
-        input_ids = tokens[:, None]
+        if step % CACHE_STEP == CACHE_STEP - 1:
+            for layer in cache.layers:  # columns for the next tokens
+                layer.keys, layer.values = (F.pad(part, (0, 0, 0, CACHE_STEP)) for part in (layer.keys, layer.values))
+                layer.max_cache_len += CACHE_STEP
         mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-        positions = positions[:, -1:] + 1
+        positions = positions + 1
+        logits = model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits[:, -1]
     return replies
+
+
+CACHE_STEP = 64  # tokens by which a cache grows: attention reads empty columns too, and growing copies it
+
+
+def prefill(model, prompts, rows_at_once=8):
+    """(cache with room for CACHE_STEP more tokens, mask (B, width), logits (B, V) of each prompt's last token).
+
+    Prompts are padded on the left, so that every row's next token has the same column. They are read a few at a
+    time, like lengths together: a wide batch of long prompts spends its time on padding and outside the CPU's caches.
+    The cache is written in place; the default one would copy all keys and values on every token.
+    """
+    width = max(map(len, prompts))
+    cache = StaticCache(config=model.config, max_cache_len=width + CACHE_STEP)
+    if any(layer.is_sliding for layer in cache.layers):
+        rows_at_once = len(prompts)  # such layers keep a window, in a layout of their own
+    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=model.device)
+    logits = [None] * len(prompts)
+    order = list(range(len(prompts)))
+    if rows_at_once < len(order):
+        order.sort(key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), rows_at_once):
+        rows = order[start : start + rows_at_once]
+        columns = max(len(prompts[i]) for i in rows)
+        ids = torch.tensor([[0] * (columns - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
+        seen = torch.tensor(
+            [[0] * (columns - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device
+        )
+        part = cache if len(rows) == len(prompts) else DynamicCache(config=model.config)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=part, logits_to_keep=1
+        )
+        for i, row_logits in zip(rows, output.logits[:, -1], strict=True):
+            logits[i] = row_logits
+        mask[rows, width - columns :] = seen
+        if part is cache:
+            break
+        for whole, piece in zip(cache.layers, part.layers, strict=True):
+            if not whole.is_initialized:
+                like = (
+                    piece.keys[:1].expand(len(prompts), -1, -1, -1),
+                    piece.values[:1].expand(len(prompts), -1, -1, -1),
+                )
+                whole.lazy_initialization(*like)
+                whole.cumulative_length.fill_(width)
+            whole.keys[rows, :, width - columns : width] = piece.keys
+            whole.values[rows, :, width - columns : width] = piece.values
+    return cache, mask, torch.stack(logits)
 
 
 # ---- the model on a server ------------------------------------------------------------------------------------

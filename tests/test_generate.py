@@ -67,10 +67,10 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
 
 
 def test_greedy_sampling_is_that_of_transformers(model, tokenizer):
-    replies = sample(model, tokenizer, chats(3), max_tokens=16, temperature=0, top_p=1.0, seeds=[0] * 3)
+    replies = sample(model, tokenizer, chats(3), max_tokens=150, temperature=0, top_p=1.0, seeds=[0] * 3)
     for chat, reply in zip(chats(3), replies, strict=True):
         ids = torch.tensor([encode(tokenizer, chat)[0]])
-        theirs = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        theirs = model.generate(ids, max_new_tokens=150, do_sample=False)[0, ids.shape[1] :]
         assert reply.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
         assert reply.finish == ("stop" if theirs[-1] == 2 else "length")
 
