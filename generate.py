@@ -321,9 +321,9 @@ class Reply:
 def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, report=lambda reply: None):
     """One sampled Reply per conversation, all in one batch on the model's device; report(reply) as each is done.
 
-    A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on
-    which rows share its batch. temperature 0 is greedy; top_p keeps the
-    likeliest tokens up to that mass (of the 256 likeliest: sorting all V on every step costs more than the model).
+    A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on which rows
+    share its batch. temperature 0 is greedy; top_p keeps the likeliest tokens up to that mass, among the 256
+    likeliest: sorting all V on every step costs more than a small model does.
     """
     device = model.device
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize

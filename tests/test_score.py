@@ -43,6 +43,39 @@ def test_alone_and_batched_log_probs_are_the_same(model):
     assert together == pytest.approx(alone, abs=1e-4)
 
 
+def test_packed_pair_equals_separate_sequences_in_value_and_gradient(tokenizer):
+    """Two completions of one prompt share it; a third sequence stands beside them in the stream."""
+    pair = [([5, 6, 7, 8], [9, 10, 11, 2]), ([5, 6, 7, 8], [30, 2]), ([40, 41], [9, 10, 2])]
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    gradients, values = [], []
+    for packs in (True, False):
+        model = make_model(len(tokenizer))
+        model.packs = packs
+        logps = completion_logps(model, pair)
+        (weights * logps).sum().backward()
+        values.append(logps.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*values, atol=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+    assert gradients[1].norm() > 1
+
+
+def test_models_for_which_streams_are_not_exact_run_sequence_by_sequence(tokenizer):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": len(tokenizer), "initializer_range": 0.2}
+    window = MistralForCausalLM(MistralConfig(sliding_window=4, **sizes)).eval()
+    check_model(window, "window")
+    assert window.packs is False
+    full = MistralForCausalLM(MistralConfig(sliding_window=None, **sizes)).eval()
+    check_model(full, "full")
+    assert full.packs is True
+    long = [([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 2]), ([5, 6, 7, 8], [30, 31, 32, 2])]
+    want = [by_hand(window, *sequence) for sequence in long]
+    assert completion_logps(window, long).tolist() == pytest.approx(want, abs=1e-3)
+
+
 def test_a_head_that_scales_its_logits_is_noticed(tokenizer, capsys):
     model = make_model(len(tokenizer))
     check_model(model, "plain")
