@@ -38,7 +38,7 @@ from generate import (
     sample,
     seed_of,
 )
-from score import add_reward_flags, all_logps, make_reward, text_of
+from score import add_reward_flags, all_logps, check_model, make_reward, text_of
 from train import load_pairs, provenance
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
@@ -100,29 +100,35 @@ def difference(values, baseline):
 # ---- answers --------------------------------------------------------------------------------------------------
 
 
-def answers_of(name, rows, args, model, tokenizer, bar):
-    """Yield (row, sample number, answer text, finish) for every test row, --samples times, in fixed order."""
-    if name == SELF_REFINE:
-        for row in rows:
-            if "error" not in row:
-                bar.update(args.samples)
-                yield row, 0, text_of(row["chosen"]), (row.get("teacher") or {}).get("finish", {}).get("revision")
-        return
-    jobs = [(row, k) for k in range(args.samples) for row in rows]
-    for start in range(0, len(jobs), args.sample_batch):
-        batch = jobs[start : start + args.sample_batch]
-        replies = sample(
-            model,
-            tokenizer,
-            [row["prompt"] for row, _ in batch],
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seeds=[seed_of(args.seed, row["id"], "eval", k) for row, k in batch],
-            report=lambda reply: bar.update(),
-        )
-        for (row, k), reply in zip(batch, replies, strict=True):
-            yield row, k, reply.text, reply.finish
+def answers_of(jobs, args, model, tokenizer, bar):
+    """(text, finish) for every job (row, sample number): sampled, or without a model the teacher's own revision."""
+    if model is None:
+        bar.update(len(jobs))
+        return [(text_of(row["chosen"]), row["teacher"]["finish"]["revision"]) for row, _ in jobs]
+    replies = sample(
+        model,
+        tokenizer,
+        [row["prompt"] for row, _ in jobs],
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seeds=[seed_of(args.seed, row["id"], "eval", k) for row, k in jobs],
+        report=lambda reply: bar.update(),
+    )
+    return [(reply.text, reply.finish) for reply in replies]
+
+
+def implicit_accuracy(logps, base_logps, pairs):
+    """Share of pairs on which log pi - log pi_ref prefers the chosen answer, and the one with the higher score.
+
+    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs that are no tie; NaN without any.
+    """
+    ratio = logps - base_logps
+    z = ratio[:, 0] - ratio[:, 1]
+    delta = torch.tensor([pair["delta"] for pair in pairs])
+    decided = delta != 0
+    by_score = (z[decided].sign() == delta[decided].sign()).double().mean().item()
+    return (z > 0).double().mean().item(), by_score
 
 
 # ---- report ---------------------------------------------------------------------------------------------------
@@ -314,41 +320,40 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
-    accuracy, base_table = {}, None
-    bar = tqdm(total=len(args.models) * len(rows) * args.samples, unit="answer")
+    accuracy, base_logps = {}, None
+    finished = {(row["model"], row["id"], row["sample"]) for row in done}
+    bar = tqdm(total=len(names) * len(rows) * args.samples, unit="answer")
     for path, name in zip(args.models, names, strict=True):
         model = tokenizer = None
-        if name != SELF_REFINE:
+        jobs = [(row, k) for k in range(args.samples) for row in rows]
+        if name == SELF_REFINE:
+            jobs = [(row, 0) for row in rows if "error" not in row]
+        else:
             model, tokenizer = load_model(path, device, dtype)
+            check_model(model, path)
             pairs = held_out_pairs(source, tokenizer)
             sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
             logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
-            if base_table is None:
-                base_table = logps
-            elif len(pairs):
-                z = (logps - base_table)[:, 0] - (logps - base_table)[:, 1]
-                delta = torch.tensor([pair["delta"] for pair in pairs])
-                known = delta != 0
-                by_score = (z[known].sign() == delta[known].sign()).double().mean().item()
-                accuracy[name] = ((z > 0).double().mean().item(), by_score)
-        finished = {(row["model"], row["id"], row["sample"]) for row in done}
-        wanted = 1 if name == SELF_REFINE else args.samples
-        if sum(key[0] == name for key in finished) >= wanted * len(rows):
-            bar.update(args.samples * len(rows))
-            continue
-        batch = []
-        everything = list(answers_of(name, rows, args, model, tokenizer, bar))
-        todo = [entry for entry in everything if (name, entry[0]["id"], entry[1]) not in finished]
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
-            # an empty answer has no score; the reward is asked about the others
-            asked = [entry for entry in batch if entry[2]]
-            scores = iter(reward([row for row, *_ in asked], [answer for _, _, answer, _ in asked]) if asked else [])
-            for row, k, answer, finish in batch:
+            if base_logps is None:
+                base_logps = logps
+            elif pairs:
+                accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
+        # Batches are cut from all jobs, so that a continued run samples the same ones.
+        for start in range(0, len(jobs), args.sample_batch):
+            batch = jobs[start : start + args.sample_batch]
+            if all((name, row["id"], k) in finished for row, k in batch):
+                bar.update(len(batch))
+                continue
+            answers = answers_of(batch, args, model, tokenizer, bar)
+            spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
+            scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
+            for (row, k), (text, finish) in zip(batch, answers, strict=True):
+                score = next(scores) if text else None  # an empty answer has no score, never 0
+                if (name, row["id"], k) in finished:
+                    continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
-                result |= {"control": bool(row.get("control")), "answer": answer, "finish": finish}
-                result |= {"score": next(scores) if answer else None, "metric": measure(metric, row, answer)}
-                result["settings"] = how
+                result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
+                result |= {"score": score, "metric": measure(metric, row, text), "settings": how}
                 append(file, result)
                 done.append(result)
     bar.close()

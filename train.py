@@ -283,7 +283,7 @@ def parse_args():
     add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--epochs", type=int, default=3, help="passes over the training pairs (default: %(default)s)")
+    add("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type=int, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=int, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type=int, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
