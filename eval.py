@@ -16,7 +16,6 @@ the accuracy of the implicit reward, beta (log pi - log pi_ref).
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from generate import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    run_stage,
     sample,
     seed_of,
 )
@@ -374,8 +374,4 @@ def held_out_pairs(source, tokenizer):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_stage(main)

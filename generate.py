@@ -50,7 +50,8 @@ TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
 
 def fail(message):
     """Bad input ends a stage here: one line that says what, where and how to mend it; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -560,6 +561,15 @@ def parser_of(doc, task):
     return parser
 
 
+def run_stage(main):
+    """Runs a stage's main(); Ctrl-C ends it with one line and status 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def main():
     parser = parser_of(__doc__, "sentiment")
     add = parser.add_argument
@@ -650,8 +660,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_stage(main)

@@ -14,7 +14,6 @@ Rewards:
     classifier  the logit of a sequence classifier or reward model (AutoModelForSequenceClassification)
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -39,6 +38,7 @@ from generate import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    run_stage,
     template_ids,
 )
 from kernels.logps import linear_logps
@@ -347,7 +347,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
-        raise SystemExit(0)
-    raise SystemExit(130)
+    run_stage(main)

@@ -48,6 +48,7 @@ from generate import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    run_stage,
 )
 from score import all_logps, check_model, completion_logps, cut, is_scored, text_of
 
@@ -239,8 +240,6 @@ def save_checkpoint(folder, step, model, optimizer):
 
 def load_checkpoint(folder, model, optimizer, device):
     """The number of steps done; 0 where there is no checkpoint."""
-    if not folder.exists() and (old := folder.with_name("checkpoint.old")).exists():
-        old.rename(folder)  # killed between the two renames
     if not folder.exists():
         return 0
     model.load_state_dict(load_file(folder / "weights.safetensors", device=str(device)), strict=False)
@@ -297,6 +296,8 @@ def parse_args():
             fail(f"--{name.replace('_', '-')}: must be above 0")
     if not 0 <= args.epsilon < 0.5:
         fail("--epsilon: must be at least 0 and below 0.5")
+    if args.dtype == "float16":
+        fail("--dtype float16: gradients would need loss scaling, which is not here; use bfloat16 or float32")
     return args
 
 
@@ -307,6 +308,7 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_: None
+    wait = dist.barrier if world > 1 else lambda: None
     dtype = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
     torch.manual_seed(args.seed)
@@ -342,24 +344,27 @@ def main():
     run = {**vars(args), "input": str(source), "steps": steps, "tau_absolute": tau, "pairs": len(train)}
     run |= {"held_out": len(held_out), "left_out": counts}
     same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every")]
+    checkpoint, record = out / "checkpoint", out / "run.json"
     if rank == 0:
         if args.overwrite:
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "run.json").exists():
-            before = json.loads((out / "run.json").read_text())
-            changed = [key for key in same if before.get(key) != json.loads(json.dumps(run[key]))]
-            if changed:
-                was, now = before.get(changed[0]), run[changed[0]]
-                fail(f"{out}: was trained with {changed[0]} = {was}, not {now}; choose another --out, or --overwrite")
-            if (out / "model.safetensors.index.json").exists() or (out / "model.safetensors").exists():
-                say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-                return
-        else:
-            text = json.dumps({**run, **provenance(device), "processes": world}, indent=1)
-            (out / "run.json").write_text(text + "\n")
-    if world > 1:
-        dist.barrier()
+        if not checkpoint.exists() and (out / "checkpoint.old").exists():
+            (out / "checkpoint.old").rename(checkpoint)  # killed between the two renames of save_checkpoint
+    wait()
+    if record.exists():
+        before = json.loads(record.read_text())
+        changed = [key for key in same if before.get(key) != json.loads(json.dumps(run[key]))]
+        if changed:
+            was, now = before.get(changed[0]), run[changed[0]]
+            fail(f"{out}: was trained with {changed[0]} = {was}, not {now}; choose another --out, or --overwrite")
+        if list(out.glob("model*.safetensors")):
+            say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
+            return
+    wait()
+    if rank == 0 and not record.exists():
+        text = json.dumps({**run, **provenance(device), "processes": world}, indent=1)
+        record.write_text(text + "\n")
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -369,7 +374,7 @@ def main():
         reference = reference_logps(model, train + held_out, source, args, rank).to(device)
     for index, pair in enumerate(train + held_out):
         pair["index"] = index
-    start = load_checkpoint(out / "checkpoint", model, optimizer, device)
+    start = load_checkpoint(checkpoint, model, optimizer, device)
     log_path = out / "log.jsonl"
     if rank == 0:
         lines = log_path.read_text().splitlines() if log_path.exists() else []
@@ -451,7 +456,7 @@ def main():
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             look_at_held_out(step + 1)
         if rank == 0 and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_checkpoint(out / "checkpoint", step + 1, model, optimizer)
+            save_checkpoint(checkpoint, step + 1, model, optimizer)
 
     # -- save in the number format that the student came in
     if rank == 0:
@@ -464,15 +469,11 @@ def main():
         for file in sorted(part.iterdir(), key=lambda file: file.name.startswith("model")):
             os.replace(file, out / file.name)
         part.rmdir()
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         say(f"{out}: saved")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_stage(main)

@@ -35,6 +35,7 @@ CASES = [
     case("nothing left", "train", ["--in", "in.jsonl", "--loss", "dpo"], "no pair left", rows=[{"id": "a", "error": "x"}]),
     case("no test rows", "eval", ["--in", "in.jsonl"], "no row with split 'test'", rows=[GOOD]),
     case("beta of 0", "train", ["--beta", "0"], "--beta"),
+    case("float16 training", "train", ["--dtype", "float16"], "--dtype float16"),
     case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
     case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
     case("dead server", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--limit", "1"], "no server answers"),
