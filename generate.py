@@ -51,7 +51,7 @@ TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
 def fail(message):
     """Bad input ends a stage here: one line that says what, where and how to mend it; exit status 2."""
     if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # beside a progress bar too
     raise SystemExit(2)
 
 

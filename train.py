@@ -193,8 +193,6 @@ def load_pairs(path, tokenizer, args):
         delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else 0.0
         pair = {"id": row.get("id", number), "chosen": chosen, "rejected": rejected, "delta": float(delta)}
         (held_out if row.get("split") == "test" else train).append(pair)
-    if not train:
-        fail(f"{path}: no pair left to train on ({counts})")
     return train, held_out, counts
 
 
@@ -322,6 +320,8 @@ def main():
     check_model(model, args.model)
     train, held_out, counts = load_pairs(source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    if not train:
+        fail(f"{source}: no pair left to train on ({left_out})")
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out" + (f"; {left_out}" if left_out else ""))
 
     # -- what the loss is told of the scores
