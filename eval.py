@@ -363,7 +363,7 @@ def main():
     table = summarise(names, rows, metric, accuracy)
     (folder / "report.md").write_text(make_report(args, task, table, rows, names, settings), encoding="utf-8")
     draw(folder / "report.png", table, metric)
-    print(f"\n{make_table(table, metric)}\n")
+    print(f"\n{make_table(table, metric)}\n\n{make_samples(rows, names, 3)}\n")
     print(f"{folder / 'eval.jsonl'}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
 
 
