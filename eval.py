@@ -322,7 +322,7 @@ def main():
 
     accuracy, base_logps = {}, None
     finished = {(row["model"], row["id"], row["sample"]) for row in done}
-    bar = tqdm(total=len(names) * len(rows) * args.samples, unit="answer")
+    bar = tqdm(total=len(rows) * sum(1 if name == SELF_REFINE else args.samples for name in names), unit="answer")
     for path, name in zip(args.models, names, strict=True):
         model = tokenizer = None
         jobs = [(row, k) for k in range(args.samples) for row in rows]

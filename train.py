@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -248,7 +249,13 @@ def load_checkpoint(folder, model, optimizer, device):
 def provenance(device):
     """Versions, commit and hardware, for run.json."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}"
     return {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
