@@ -16,7 +16,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from train import LOSSES, preference_loss, schedule
 
-FAST = ["--dtype", "float32", "--epochs", "2", "--batch-size", "4", "--pack-tokens", "100", "--lr", "1e-3"]
+FAST = [
+    "--dtype",
+    "float32",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--pack-tokens",
+    "100",
+    "--lr",
+    "1e-3",
+    "--beta",
+    "0.1",
+]
 
 
 def losses_at(kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.5, tokens=10):
