@@ -39,7 +39,7 @@ from generate import (
     seed_of,
 )
 from score import add_reward_flags, all_logps, check_model, make_reward, text_of
-from train import load_pairs, provenance
+from train import load_pairs, provenance, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
 
@@ -223,6 +223,12 @@ def make_report(args, task, table, rows, names, settings):
     """Text of report.md."""
     metric = task["metric"]
     facts = provenance(pick_device(args.device))
+    control = "- **control**: the same on harmless prompts that only look harmful; lower is better there.\n"
+    control = control if "control" in table[0] else ""
+    refine = (
+        f"- **{SELF_REFINE}**: not a trained model but the teacher's revisions of the same prompts, three calls each.\n"
+    )
+    refine = refine if SELF_REFINE in names else ""
     few = "" if table[0]["groups"] >= 10 else f" With {table[0]['groups']} groups the intervals say little."
     return f"""# Task {args.task}: {task["about"]}
 
@@ -232,14 +238,12 @@ In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of th
 {table[0]["answers"]} answers a model, {args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
 
 - **metric**: {metric["meaning"]}. Training never saw it.
-- **control**: the same on harmless prompts that only look harmful; lower is better there.
-- **mean reward**: {settings["kind"]} reward of {settings["model"]}, the one that the pairs were scored with.
+{control}- **mean reward**: {settings["kind"]} reward of {settings["model"]}, the one that the pairs were scored with.
 - **difference**: from {names[0]} on the same prompts.
 - **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
 - **accuracy**: share of held-out pairs on which the implicit reward log pi - log pi_ref prefers the chosen answer, and \
 the answer with the higher score.
-- **{SELF_REFINE}**: no trained model but the teacher's revisions of the same prompts, at three calls each.
-
+{refine}
 ![report](report.png)
 
 ## Answers side by side
@@ -258,7 +262,7 @@ def draw(path, table, metric):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(table) + 1.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(table) + 1.6), sharey=True, layout="constrained")
     titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
@@ -269,9 +273,8 @@ def draw(path, table, metric):
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
-    axes[0].invert_yaxis()
-    figure.suptitle("95 % bootstrap intervals over groups", fontsize=9, y=0.02)
-    figure.tight_layout()
+    axes[0].set_ylim(len(table) - 0.5, -0.5)
+    figure.supxlabel("with 95 % bootstrap intervals over groups; dotted: the first model", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
@@ -324,13 +327,16 @@ def main():
     finished = {(row["model"], row["id"], row["sample"]) for row in done}
     bar = tqdm(total=len(rows) * sum(1 if name == SELF_REFINE else args.samples for name in names), unit="answer")
     for path, name in zip(args.models, names, strict=True):
-        model = tokenizer = None
+        model = tokenizer = weights = None
         jobs = [(row, k) for k in range(args.samples) for row in rows]
         if name == SELF_REFINE:
             jobs = [(row, 0) for row in rows if "error" not in row]
         else:
             model, tokenizer = load_model(path, device, dtype)
             check_model(model, path)
+            weights = weights_digest(model)[:16]
+            if any(row["model"] == name and row["weights"] != weights for row in done):
+                fail(f"{folder / 'eval.jsonl'}: the answers of {name} came from other weights; pass --overwrite")
             pairs = held_out_pairs(source, tokenizer)
             sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
             logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
@@ -353,7 +359,7 @@ def main():
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
                 result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
-                result |= {"score": score, "metric": measure(metric, row, text), "settings": how}
+                result |= {"weights": weights, "score": score, "metric": measure(metric, row, text), "settings": how}
                 append(file, result)
                 done.append(result)
     bar.close()

@@ -197,16 +197,22 @@ def load_pairs(path, tokenizer, args):
     return train, held_out, counts
 
 
+def weights_digest(model):
+    """SHA-256 of all weights, in hexadecimal: two models that differ in one number differ in it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def reference_logps(model, pairs, path, args, rank):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
     model or changed data never meet an old cache, and a damaged file is noticed by the check at step 0.
     """
-    key = hashlib.sha256(f"{args.dtype} {torch.__version__}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        key.update(name.encode())
-        key.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    key = hashlib.sha256(f"{args.dtype} {torch.__version__} {weights_digest(model)}".encode())
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
     if not cache.exists() and rank == 0:

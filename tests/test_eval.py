@@ -91,3 +91,8 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     stage("eval", "--reward-model", tiny, "--max-tokens", "8")  # nothing is asked twice
     assert (folder / "eval.jsonl").read_bytes() == before
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
+    stage("train", "--model", tiny, "--keep-cut", "--max-steps", "3", "--batch-size", "4", "--overwrite")
+    command = [sys.executable, ROOT / "eval.py", "--reward-model", tiny, "--max-tokens", "8"]
+    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert refused.returncode == 2 and "rdpo came from other weights" in refused.stderr
+    assert (folder / "eval.jsonl").read_bytes() == before
