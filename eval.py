@@ -26,6 +26,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from generate import (
     append,
     fail,
+    find_model,
     latest_task,
     load_model,
     load_task,
@@ -316,6 +317,9 @@ def main():
     if len(set(names)) < len(names):
         fail("--models: two of them have the same last name; their rows could not be told apart")
 
+    for path in args.models:  # before the output is touched
+        if path != SELF_REFINE:
+            find_model(path)
     reward, settings = make_reward(args, task)
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}

@@ -255,11 +255,18 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def find_model(name):
+    """Folder or hub id of a --model argument; 'smollm2' is the embedded model. A folder that is missing is refused."""
+    if name == "smollm2":
+        return embedded_model()
+    if not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~"):
+        fail(f"--model {name}: no such folder, and no hub id either (OWNER/NAME); 'smollm2' is the embedded one")
+    return name
+
+
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM, **options):
     """(model in eval mode on `device`, tokenizer) of a folder, a hub id or 'smollm2'. Reads safetensors only."""
-    path = embedded_model() if name == "smollm2" else name
-    if name != "smollm2" and not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~"):
-        fail(f"--model {name}: no such folder, and no hub id either (OWNER/NAME); 'smollm2' is the embedded one")
+    path = find_model(name)
     try:
         AutoConfig.from_pretrained(path)  # first, since its errors name the cause
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -599,6 +606,9 @@ def main():
     settings |= {"temperature": args.temperature, "top_p": args.top_p}
     settings["prompt_text"] = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:12]
     out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
+    if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
+        device = pick_device(args.device)
+        model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device))
     done, file = open_output(out, args.overwrite, lambda row: row.get("teacher"), settings)
     finished = {row["id"] for row in done}
     print(f"teacher {args.model} ({form_name} form), {len(rows)} instructions, {len(finished)} of them done -> {out}")
@@ -624,8 +634,6 @@ def main():
                 report(replies[-1])
             return replies
     else:
-        device = pick_device(args.device)
-        model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device))
         # Batches are cut from all rows, not from those left, so that a continued run samples the same batches.
         batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
         workers = 1

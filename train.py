@@ -39,9 +39,9 @@ from transformers import AutoConfig
 
 from generate import (
     append,
-    embedded_model,
     encode,
     fail,
+    find_model,
     is_conversation,
     latest_task,
     load_model,
@@ -358,6 +358,9 @@ def main():
     run |= {"held_out": len(held_out), "left_out": counts}
     same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every")]
     checkpoint, record = out / "checkpoint", out / "run.json"
+    if args.overwrite and out.exists() and any(out.iterdir()) and not record.exists():
+        fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not delete it")
+    wait()
     if rank == 0:
         if args.overwrite:
             shutil.rmtree(out, ignore_errors=True)
@@ -473,8 +476,7 @@ def main():
 
     # -- save in the number format that the student came in
     if rank == 0:
-        source_model = embedded_model() if args.model == "smollm2" else args.model
-        model.to(AutoConfig.from_pretrained(source_model).dtype or torch.float32)
+        model.to(AutoConfig.from_pretrained(find_model(args.model)).dtype or torch.float32)
         part = out / "model.part"
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

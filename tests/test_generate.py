@@ -217,6 +217,14 @@ def test_changed_settings_are_refused_and_nothing_is_overwritten(run, tiny, work
     assert status in (0, 1) and path.read_bytes() != before
 
 
+def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, workdir):
+    generated(run, tiny)
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    before = path.read_bytes()
+    status, _, _ = run("generate", "--model", "./nowhere", "--task", "sentiment", "--overwrite")
+    assert status == 2 and path.read_bytes() == before
+
+
 def test_the_safetensors_of_the_embedded_model_come_from_a_checked_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

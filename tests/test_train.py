@@ -289,3 +289,11 @@ def test_a_finished_run_is_left_alone_and_changed_settings_are_refused(run, tiny
     status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--beta", "0.5")
     assert status == 2 and "beta" in err and "--overwrite" in err
     assert (workdir / "out" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_overwrite_never_deletes_a_folder_that_training_did_not_make(run, tiny, pairs_file, workdir):
+    (workdir / "precious").mkdir()
+    (workdir / "precious" / "thesis.txt").write_text("years of work")
+    status, _, err = run("train", "--model", tiny, "--out", workdir / "precious", *FAST, "--overwrite")
+    assert status == 2 and "does not delete it" in err
+    assert (workdir / "precious" / "thesis.txt").read_text() == "years of work"
