@@ -34,13 +34,14 @@ from generate import (
     parser_of,
     pick_device,
     pick_dtype,
+    provenance,
     read_jsonl,
     run_stage,
     sample,
     seed_of,
 )
 from score import add_reward_flags, all_logps, check_model, make_reward, text_of
-from train import load_pairs, provenance, weights_digest
+from train import make_pairs, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
 
@@ -101,7 +102,7 @@ def difference(values, baseline):
 # ---- answers --------------------------------------------------------------------------------------------------
 
 
-def answers_of(jobs, args, model, tokenizer, bar):
+def answers_of(jobs, args, seed_by, model, tokenizer, bar):
     """(text, finish) for every job (row, sample number): sampled, or without a model the teacher's own revision."""
     if model is None:
         bar.update(len(jobs))
@@ -113,7 +114,7 @@ def answers_of(jobs, args, model, tokenizer, bar):
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        seeds=[seed_of(args.seed, row["id"], "eval", k) for row, k in jobs],
+        seeds=[seed_of(args.seed, row[seed_by], "eval", k) for row, k in jobs],
         report=lambda reply: bar.update(),
     )
     return [(reply.text, reply.finish) for reply in replies]
@@ -251,7 +252,7 @@ the answer with the higher score.
 
 {make_samples(rows, names, 6)}
 
-Made by `{facts["command"]}` at commit {facts["commit"][:12]}, {facts["date"]}, on {facts["hardware"]}, \
+Made by `{facts["command"]}` at commit {facts["commit"]}, {facts["date"]}, on {facts["hardware"]}, \
 torch {facts["torch"]}, transformers {facts["transformers"]}.
 """
 
@@ -290,6 +291,7 @@ def main():
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished folder in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: runs/TASK)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--samples", type=int, default=1, help="answers a prompt (default: %(default)s)")
     add("--sample-batch", type=int, default=128, help="prompts answered together (default: %(default)s)")
     add("--max-tokens", type=int, default=200, help="longest answer, in tokens (default: %(default)s)")
@@ -341,7 +343,7 @@ def main():
             weights = weights_digest(model)[:16]
             if any(row["model"] == name and row["weights"] != weights for row in done):
                 fail(f"{folder / 'eval.jsonl'}: the answers of {name} came from other weights; pass --overwrite")
-            pairs = held_out_pairs(source, tokenizer)
+            pairs = held_out_pairs(rows, source, tokenizer)
             sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
             logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
             if base_logps is None:
@@ -354,7 +356,7 @@ def main():
             if all((name, row["id"], k) in finished for row, k in batch):
                 bar.update(len(batch))
                 continue
-            answers = answers_of(batch, args, model, tokenizer, bar)
+            answers = answers_of(batch, args, task["seed_by"], model, tokenizer, bar)
             spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
             scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
             for (row, k), (text, finish) in zip(batch, answers, strict=True):
@@ -377,10 +379,10 @@ def main():
     print(f"{folder / 'eval.jsonl'}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
 
 
-def held_out_pairs(source, tokenizer):
+def held_out_pairs(rows, source, tokenizer):
     """The held-out pairs as train.py would make them, whatever loss is asked for."""
-    options = argparse.Namespace(limit=None, loss="dpo", accept=False, keep_cut=False, max_length=1 << 30)
-    return load_pairs(source, tokenizer, options)[1]
+    options = argparse.Namespace(loss="dpo", accept=False, keep_cut=False, max_length=1 << 30)
+    return make_pairs(rows, source, tokenizer, options)[1]
 
 
 if __name__ == "__main__":

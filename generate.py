@@ -22,10 +22,12 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ from pathlib import Path
 import requests
 import torch
 import torch.nn.functional as F
+import transformers
 from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
@@ -121,13 +124,18 @@ def append(file, row):
 
 
 def load_task(name):
-    """The dictionary of prompts/NAME.toml."""
+    """The dictionary of prompts/NAME.toml.
+
+    Its `seed_by` (default "id") is the field that random numbers hang on. With "group", the variants of one text are
+    answered with the same random numbers (common random numbers, as in simulation), so that answers of a model that
+    does not tell the variants apart are equal word for word, and what differs is due to the variant.
+    """
     path = ROOT / "prompts" / f"{name}.toml"
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.toml"))
         fail(f"no task '{name}': {path} does not exist. Tasks here: {', '.join(known)}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         fail(f"{path}: not TOML ({error})")
 
@@ -501,16 +509,17 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def refine(rows, form, chat, seed):
+def refine(rows, form, chat, seed, seed_by="id"):
     """The three calls for a few instructions -> finished rows of pairs.jsonl, in the order given.
 
     form: {"answer": messages, "critique": messages, "revise": messages} of the task file.
     chat: (list of conversations, list of seeds) -> list of Reply.
+    seed_by: the field whose value, with `seed`, gives a row its random numbers (see load_task).
     """
 
     def call(name, texts):
         conversations = [fill(form[name], row, **text) for row, text in zip(rows, texts, strict=True)]
-        return chat(conversations, [seed_of(seed, row["id"], name) for row in rows])
+        return chat(conversations, [seed_of(seed, row[seed_by], name) for row in rows])
 
     answers = call("answer", [{} for _ in rows])
     critiques = call("critique", [{"answer": a.text} for a in answers])
@@ -547,6 +556,37 @@ def show(row):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
+def commit():
+    """The commit of this repository, with a + where files differ from it; 'unknown' outside one."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    return git.stdout.strip() or "unknown"
+
+
+def provenance(device):
+    """Command, date, commit, hardware and versions: what a figure needs beside it to be made again."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}"
+    return {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "commit": commit(),
+        "hardware": name,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def latest_task(file):
     """The task whose runs/TASK/FILE is newest: what a later stage works on when --task is not given."""
     found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
@@ -559,7 +599,6 @@ def parser_of(doc, task):
     add = parser.add_argument
     # fmt: off
     add("--task", default=task, help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of all randomness (default: %(default)s)")
     add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
     add("--overwrite", action="store_true", help="start afresh where the output exists (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU when there is one)")
@@ -588,6 +627,7 @@ def main():
     add("--max-tokens", type=int, default=200, help="longest answer, in tokens; longer ones are cut, marked and later left out of training (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="rows sampled together on this machine (default: %(default)s)")
     add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
     add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
@@ -604,7 +644,7 @@ def main():
 
     settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}
     settings |= {"temperature": args.temperature, "top_p": args.top_p}
-    settings["prompt_text"] = hashlib.sha256(json.dumps(form).encode()).hexdigest()[:12]
+    settings["prompt_text"] = hashlib.sha256(json.dumps([form, task["seed_by"]]).encode()).hexdigest()[:12]
     out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
     if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
         device = pick_device(args.device)
@@ -641,15 +681,16 @@ def main():
         def chat(conversations, seeds):
             return sample(model, tokenizer, conversations, seeds=seeds, report=report, **how)
 
+    made_at = commit()
     todo = [batch for batch in batches if any(row["id"] not in finished for row in batch)]
     shown = False
     with file, ThreadPoolExecutor(workers) as pool, bar:
         # map() yields in input order, so the file's order is that of the instructions.
-        for batch in pool.map(lambda batch: list(refine(batch, form, chat, args.seed)), todo):
+        for batch in pool.map(lambda batch: list(refine(batch, form, chat, args.seed, task["seed_by"])), todo):
             for row in batch:
                 if row["id"] in finished:
                     continue
-                row["teacher"] = {**settings, **row["teacher"]}
+                row["teacher"] = {**settings, "commit": made_at, **row["teacher"]}
                 append(file, row)
                 done.append(row)
                 if not shown and "error" not in row:

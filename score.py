@@ -9,8 +9,8 @@ score could be had, never 0) and reward; it closes with an audit of how far the 
 
 Rewards:
     contrast    r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)], in nats a token; the two
-                system prompts are in prompts/TASK.toml. Needs nothing but a chat model, and the kernel that
-                trains also scores.
+                sides are in prompts/TASK.toml. Needs nothing but a chat model, and the kernel that trains also
+                scores.
     classifier  the logit of a sequence classifier or reward model (AutoModelForSequenceClassification)
 """
 
@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 
 from generate import (
     append,
+    commit,
     encode,
     fail,
     fill,
@@ -187,20 +188,19 @@ def check_model(model, name):
 
 
 def contrast_reward(task, name, device, dtype, pack_tokens):
-    """The contrast reward of the task file with the chat model `name`."""
+    """The contrast reward of the task file with the chat model `name`.
+
+    A side is a list of messages with placeholders, like a call of generate.py; the answer stands behind it.
+    """
     sides = [task["contrast"][side] for side in ("principle", "opposite")]
-    user = {"role": "user", "content": task["contrast"].get("user", "{prompt}")}
     model, tokenizer = load_model(name, device, dtype)
     check_model(model, name)
 
     def reward(rows, answers):
         sequences = []  # under the principle, then under its opposite; answers to one prompt stay neighbours
-        for system in sides:
+        for side in sides:
             for row, answer in zip(rows, answers, strict=True):
-                # The side takes the place of the instruction's own system prompt.
-                turns = {**row, "prompt": [m for m in row["prompt"] if m["role"] != "system"]}
-                messages = fill([{"role": "system", "content": system}, user], turns)
-                sequences.append(encode(tokenizer, messages, answer))
+                sequences.append(encode(tokenizer, fill(side, row), answer))
         lengths = torch.tensor([len(completion) for _, completion in sequences[: len(answers)]])
         principle, opposite = all_logps(model, sequences, pack_tokens).view(2, -1)
         return ((principle - opposite) / lengths).tolist()
@@ -326,6 +326,7 @@ def main():
     finished = {row["id"] for row in done}
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
+    made_at = commit()
     todo = [row for row in rows if row["id"] not in finished]
     with file, tqdm(total=len(rows), initial=len(finished), unit="pair") as bar:
         for start in range(0, len(todo), args.batch_size):
@@ -338,7 +339,7 @@ def main():
                     for name in ("score_chosen", "score_rejected"):
                         value = next(values)
                         row[name] = value if value is not None and math.isfinite(value) else None
-                    row["reward"] = settings
+                    row["reward"] = {**settings, "commit": made_at}
                 append(file, row)
                 done.append(row)
                 bar.update()

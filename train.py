@@ -21,10 +21,8 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -48,6 +45,7 @@ from generate import (
     parser_of,
     pick_device,
     pick_dtype,
+    provenance,
     read_jsonl,
     run_stage,
 )
@@ -146,10 +144,9 @@ def split_row(row, where):
     return prompt, text_of(chosen), text_of(rejected)
 
 
-def load_pairs(path, tokenizer, args):
+def make_pairs(rows, path, tokenizer, args):
     """Training and held-out pairs, each {"id", "chosen": (prompt ids, ids), "rejected": ..., "delta"}; and counts
-    of what was left out and why. Bad rows end the run with status 2."""
-    rows = read_jsonl(path, ["chosen", "rejected"])[: args.limit]
+    of what was left out and why. Bad rows end the run with status 2; path: where they come from, for the message."""
     for row in rows:  # UltraFeedback's names
         for side in ("chosen", "rejected"):
             if f"{side}_rating" in row:
@@ -206,7 +203,7 @@ def weights_digest(model):
     return digest.hexdigest()
 
 
-def reference_logps(model, pairs, path, args, rank):
+def reference_logps(model, pairs, path, args, rank, world):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
@@ -215,18 +212,22 @@ def reference_logps(model, pairs, path, args, rank):
     key = hashlib.sha256(f"{args.dtype} {torch.__version__} {weights_digest(model)}".encode())
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
-    if not cache.exists() and rank == 0:
-        sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
-        with tqdm(total=len(sequences), desc="reference log-probs", unit="answer") as bar:
-            logps = all_logps(model, sequences, args.pack_tokens, bar.update).view(-1, 2)
-        save_file({"logps": logps}, f"{cache}.part")
-        os.replace(f"{cache}.part", cache)
-    if dist.is_initialized():
+    if not cache.exists():  # the processes share the work: each fills in its rows, the sum is the whole
+        logps = torch.zeros(len(pairs), 2, device=model.device)
+        sequences = [pair[side] for pair in pairs[rank::world] for side in ("chosen", "rejected")]
+        with tqdm(total=len(sequences), desc="reference log-probs", unit="answer", disable=rank > 0) as bar:
+            logps[rank::world] = all_logps(model, sequences, args.pack_tokens, bar.update).view(-1, 2).to(model.device)
+        if world > 1:
+            dist.all_reduce(logps)
+        if rank == 0:
+            save_file({"logps": logps.cpu()}, f"{cache}.part")
+            os.replace(f"{cache}.part", cache)
+    if world > 1:
         dist.barrier()
     return load_file(cache)["logps"]
 
 
-# ---- checkpoints and provenance -------------------------------------------------------------------------------
+# ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(folder, step, model, optimizer):
@@ -252,27 +253,6 @@ def load_checkpoint(folder, model, optimizer, device):
     return int((folder / "step").read_text())
 
 
-def provenance(device):
-    """Versions, commit and hardware, for run.json."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.exists() else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}"
-    return {
-        "command": " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "commit": git.stdout.strip() or "unknown",
-        "hardware": name,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
@@ -280,6 +260,7 @@ def parse_args():
     parser = parser_of(__doc__, latest_task("scored.jsonl"))
     add = parser.add_argument
     # fmt: off
+    add("--seed", type=int, default=0, help="seed of the order of the pairs (default: %(default)s)")
     add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="scored pairs, or any data set in TRL's preference format (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of the trained model (default: runs/TASK/LOSS)")
@@ -328,10 +309,10 @@ def main():
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     name = args.loss + ("-accept" if args.accept else "")
     out = Path(args.out or f"runs/{args.task}/{name}")
-    read_jsonl(source, ["chosen", "rejected"])  # bad input is told before the model is loaded
+    rows = read_jsonl(source, ["chosen", "rejected"])[: args.limit]
     model, tokenizer = load_model(args.model, device, torch.float32)  # fp32 master weights, dropout off
     check_model(model, args.model)
-    train, held_out, counts = load_pairs(source, tokenizer, args)
+    train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not train:
         fail(f"{source}: no pair left to train on ({left_out})")
@@ -387,7 +368,7 @@ def main():
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:  # before the checkpoint: the reference is the model before training
-        reference = reference_logps(model, train + held_out, source, args, rank).to(device)
+        reference = reference_logps(model, train + held_out, source, args, rank, world).to(device)
     for index, pair in enumerate(train + held_out):
         pair["index"] = index
     start = load_checkpoint(checkpoint, model, optimizer, device)

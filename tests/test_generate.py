@@ -156,9 +156,11 @@ def test_the_tasks_have_the_sizes_they_promise():
     for row in rows["sycophancy"]:
         framings.setdefault(row["group"], set()).add(row["framing"])
     assert len(framings) >= 40 and all(len(kinds) == 5 for kinds in framings.values())
-    assert (
-        len({row["persona"] for row in rows["roleplay"]}) >= 15 and len({row["group"] for row in rows["roleplay"]}) >= 8
-    )
+    crossed = {(row["persona"], row["group"]) for row in rows["roleplay"] if row["split"] == "train"}
+    personas, questions = ({pair[k] for pair in crossed} for k in (0, 1))
+    assert len(personas) >= 15 and len(questions) >= 8 and len(crossed) == len(personas) * len(questions)
+    for task, split in rows.items():  # ten groups are the least for an interval that says something
+        assert len({row["group"] for row in split if row["split"] == "test"}) >= 10, task
     assert sum(not row["control"] for row in rows["safety"]) >= 80
     assert sum(row["control"] for row in rows["safety"]) >= 40
     assert len(rows["sentiment"]) >= 100

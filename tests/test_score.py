@@ -116,9 +116,7 @@ def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tin
     model, tokenizer = score.load_model(tiny, torch.device("cpu"), torch.float32)
     contrast = score.load_task("sentiment")["contrast"]
     chats = [
-        score.encode(
-            tokenizer, [{"role": "system", "content": contrast[side]}, *many[1]["prompt"]], "Lovely film. " * 2
-        )
+        score.encode(tokenizer, [contrast[side][0], *many[1]["prompt"]], "Lovely film. " * 2)
         for side in ("principle", "opposite")
     ]
     good, bad = (by_hand(model, *chat) for chat in chats)

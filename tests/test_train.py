@@ -109,8 +109,9 @@ def test_schedule_rises_then_falls_to_zero():
 
 
 def load(path, tokenizer, **options):
-    args = {"limit": None, "loss": "rdpo", "accept": False, "keep_cut": False, "max_length": 512} | options
-    return train.load_pairs(path, tokenizer, type("Args", (), args))
+    args = {"loss": "rdpo", "accept": False, "keep_cut": False, "max_length": 512} | options
+    rows = train.read_jsonl(path, ["chosen", "rejected"])
+    return train.make_pairs(rows, path, tokenizer, type("Args", (), args))
 
 
 def test_every_published_form_of_preference_data_gives_the_same_pair(workdir, tokenizer):
