@@ -61,7 +61,8 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     """Losses (B,) and z (B,) of B pairs, from four (B,) fp32 tensors of per-sequence sums of log-probs, in nats.
 
     settings: beta; delta (B,) = score_chosen - score_rejected; tau, in the units of delta; mean_weight, the mean of
-    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B,), lengths of chosen.
+    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B, 2), lengths of chosen and
+    rejected; nll_weight, optional.
 
     With z as above and p = sigmoid(delta / tau):
     rdpo         -p log s(z) - (1 - p) log s(-z)       optimum z = delta / tau; tau -> 0: dpo on the reward's sign
@@ -72,6 +73,10 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)                  arXiv 2403.00409, eq. 12
     ipo          (z / beta - 1 / (2 beta))^2                                   arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
+
+    A preference loss moves the difference of two log-probs and may let both fall, that of the end of an answer too.
+    nll_weight adds that multiple of -log pi(better answer) / tokens, which keeps it up (arXiv 2404.19733, section 2);
+    the better answer is chosen, to the score-aware losses p parts chosen and 1 - p parts rejected.
     """
     beta, epsilon = settings["beta"], settings["epsilon"]
     z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
@@ -93,16 +98,21 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     elif kind == "ipo":
         losses = (z / beta - 1 / (2 * beta)) ** 2
     elif kind == "sft":
-        losses = -policy_chosen / settings["tokens"]
+        losses = -policy_chosen / settings["tokens"][:, 0]
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
+    if settings.get("nll_weight"):
+        better = torch.stack([p, 1 - p], 1) if kind in SCORE_AWARE else torch.tensor([1.0, 0.0], device=z.device)
+        nll = -torch.stack([policy_chosen, policy_rejected], 1) / settings["tokens"]
+        losses = losses + settings["nll_weight"] * (better * nll).sum(1)
     return losses, z
 
 
 def pair_losses(kind, policy, reference, pairs, settings):
     """preference_loss for pairs whose log-probs are the rows of policy and reference, (B, 2): chosen, rejected."""
     delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
-    tokens = torch.tensor([len(pair["chosen"][1]) for pair in pairs], device=policy.device)
+    tokens = torch.tensor([[len(pair[side][1]) for side in ("chosen", "rejected")] for pair in pairs])
+    tokens = tokens.to(policy.device)
     return preference_loss(kind, *policy.unbind(1), *reference.unbind(1), delta=delta, tokens=tokens, **settings)
 
 
@@ -270,6 +280,7 @@ def parse_args():
     add("--beta", type=float, default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models, and makes the embedded one repeat itself (default: %(default)s)")
     add("--tau", type=float, default=0.25, help="softness of the belief in the reward, in standard deviations of the score gap over the training pairs (default: %(default)s)")
     add("--epsilon", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume (default: %(default)s)")
+    add("--nll-weight", type=float, default=0.0, help="weight of an additional -log pi(better answer) / tokens, against answers that run on or repeat themselves (default: %(default)s, the losses as published)")
     add("--lr", type=float, default=2e-5, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default: %(default)s)")
     add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
@@ -288,6 +299,8 @@ def parse_args():
             fail(f"--{name.replace('_', '-')}: must be above 0")
     if not 0 <= args.epsilon < 0.5:
         fail("--epsilon: must be at least 0 and below 0.5")
+    if args.nll_weight < 0 or (args.nll_weight and args.loss == "sft"):
+        fail("--nll-weight: must be at least 0, and 0 for --loss sft, which is that term alone")
     if args.dtype == "float16":
         fail("--dtype float16: gradients would need loss scaling, which is not here; use bfloat16 or float32")
     return args
@@ -324,6 +337,7 @@ def main():
     belief = torch.sigmoid(deltas / tau)
     mean_weight = (2 * belief - 1).clamp(min=0).mean().item()
     settings = {"beta": args.beta, "epsilon": args.epsilon, "tau": tau, "mean_weight": mean_weight}
+    settings["nll_weight"] = args.nll_weight
     if args.loss in SCORE_AWARE:
         say(f"tau {args.tau} x standard deviation of the gaps = {tau:.4g}; mean belief p {belief.mean():.3f}")
         if args.loss == "rdpo-weight" and mean_weight == 0:

@@ -200,6 +200,16 @@ def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
     assert f"{cut} cut off" in said
 
 
+def test_framings_of_one_argument_share_their_random_numbers(run, tiny, workdir):
+    argv = ("--task", "sycophancy", "--limit", "10", "--form", "fresh", "--dtype", "float32")
+    generated(run, tiny, *argv, "--out", "pairs.jsonl")
+    revisions = {}
+    for row in read_rows("pairs.jsonl"):
+        revisions.setdefault(row["group"], set()).add(row["chosen"][0]["content"])
+    assert len(revisions) == 2 and all(len(texts) == 1 for texts in revisions.values())
+    assert len(set.union(*revisions.values())) == 2
+
+
 def test_a_killed_run_continues_to_the_rows_of_an_unbroken_one(run, tiny, workdir):
     generated(run, tiny, "--out", "whole.jsonl")
     whole = (workdir / "whole.jsonl").read_bytes()
