@@ -14,6 +14,7 @@ the accuracy of the implicit reward, beta (log pi - log pi_ref).
 """
 
 import argparse
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -34,8 +35,10 @@ from generate import (
     parser_of,
     pick_device,
     pick_dtype,
+    positive,
     provenance,
     read_jsonl,
+    rewrite,
     run_stage,
     sample,
     seed_of,
@@ -106,7 +109,7 @@ def answers_of(jobs, args, seed_by, model, tokenizer, bar):
     """(text, finish) for every job (row, sample number): sampled, or without a model the teacher's own revision."""
     if model is None:
         bar.update(len(jobs))
-        return [(text_of(row["chosen"]), row["teacher"]["finish"]["revision"]) for row, _ in jobs]
+        return [(text_of(row["chosen"]), row.get("teacher", {}).get("finish", {}).get("revision")) for row, _ in jobs]
     replies = sample(
         model,
         tokenizer,
@@ -141,6 +144,8 @@ def summarise(names, rows, metric, accuracy):
     table, first = [], {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
+        if not mine:
+            continue
         real = [row for row in mine if not row.get("control")]
         control = [row for row in mine if row.get("control")]
         measures = {
@@ -186,13 +191,14 @@ def make_table(table, metric):
     unit = ", %" if percent else ""
     head = ["model", f"metric{unit} ({metric['better']} is better)", "difference from the first", "mean reward"]
     head += ["difference", "words", "cut off", "accuracy: chosen", "accuracy: by score"]
-    if any("control" in line for line in table):
+    control = any("control" in line for line in table)
+    if control:
         head.insert(3, "control, %")
     lines = [head, ["---"] * len(head)]
     for line in table:
         row = [line["model"], interval(line["metric"], percent), interval(line.get("metric_difference"), percent, True)]
-        if "control" in line:
-            row.append(interval(line["control"], True))
+        if control:
+            row.append(interval(line.get("control"), True))
         row += [interval(line["reward"], False), interval(line.get("reward_difference"), False, True)]
         row += [f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"]
         row += [f"{value:.2f}" for value in line["accuracy"]] if line["accuracy"] else ["-", "-"]
@@ -221,10 +227,12 @@ def make_samples(rows, names, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, rows, names, settings):
+def make_report(args, task, table, rows, names, settings, trained_on):
     """Text of report.md."""
     metric = task["metric"]
     facts = provenance(pick_device(args.device))
+    alike = trained_on == [settings["kind"], settings["model"]]
+    scored = "the one that the pairs were scored with" if alike else f"the pairs were scored with {trained_on}"
     control = "- **control**: the same on harmless prompts that only look harmful; lower is better there.\n"
     control = control if "control" in table[0] else ""
     refine = (
@@ -240,11 +248,11 @@ In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of th
 {table[0]["answers"]} answers a model, {args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
 
 - **metric**: {metric["meaning"]}. Training never saw it.
-{control}- **mean reward**: {settings["kind"]} reward of {settings["model"]}, the one that the pairs were scored with.
+{control}- **mean reward**: {settings["kind"]} reward of {settings["model"]}; {scored}.
 - **difference**: from {names[0]} on the same prompts.
 - **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
-- **accuracy**: share of held-out pairs on which the implicit reward log pi - log pi_ref prefers the chosen answer, and \
-the answer with the higher score.
+- **accuracy**: share of held-out pairs on which the implicit reward, log pi - log pi of {names[0]}, prefers the chosen \
+answer, and the answer with the higher score.
 {refine}
 ![report](report.png)
 
@@ -268,10 +276,13 @@ def draw(path, table, metric):
     titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
+            if line[key] is None:  # no answer of this model has a score
+                continue
             mean, low, high = line[key]
             colour = "tab:gray" if y == 0 or line["model"] == SELF_REFINE else "tab:blue"
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
-        axis.axvline(table[0][key][0], color="tab:gray", linewidth=0.8, linestyle=":")
+        if table[0][key]:
+            axis.axvline(table[0][key][0], color="tab:gray", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
@@ -285,16 +296,16 @@ def draw(path, table, metric):
 
 def main():
     parser = parser_of(__doc__, latest_task("scored.jsonl"))
-    add_reward_flags(parser.add_argument, "--reward-model")
+    add_reward_flags(parser.add_argument, "--reward-model", "that of the pairs")
     add = parser.add_argument
     # fmt: off
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished folder in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: runs/TASK)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    add("--samples", type=int, default=1, help="answers a prompt (default: %(default)s)")
-    add("--sample-batch", type=int, default=128, help="prompts answered together (default: %(default)s)")
-    add("--max-tokens", type=int, default=200, help="longest answer, in tokens (default: %(default)s)")
+    add("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
+    add("--sample-batch", type=positive, default=128, help="prompts answered together (default: %(default)s)")
+    add("--max-tokens", type=positive, default=200, help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
@@ -311,10 +322,13 @@ def main():
         fail(
             f"{source}: row {lacking[0]} has no '{metric['field']}', which the metric of prompts/{args.task}.toml reads"
         )
+    refined = [row for row in rows if "error" not in row and "chosen" in row and "rejected" in row]
     if not args.models:
         found = sorted(path.parent for path in folder.glob("*/run.json") if (path.parent / "config.json").exists())
-        bases = [json.loads((path / "run.json").read_text())["model"] for path in found]
-        args.models = [bases[0] if bases else "smollm2", SELF_REFINE, *map(str, found)]
+        bases = {json.loads((path / "run.json").read_text())["model"] for path in found} or {"smollm2"}
+        if len(bases) > 1:
+            fail(f"{folder}: its students have different bases ({', '.join(sorted(bases))}); name some with --models")
+        args.models = [*bases, *[SELF_REFINE][: len(refined)], *map(str, found)]
     names = [name if name == SELF_REFINE else Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         fail("--models: two of them have the same last name; their rows could not be told apart")
@@ -322,10 +336,16 @@ def main():
     for path in args.models:  # before the output is touched
         if path != SELF_REFINE:
             find_model(path)
+    made = next((row["reward"] for row in rows if row.get("reward")), {"kind": "contrast", "model": "smollm2"})
+    if args.reward is None and args.reward_model is None:  # the same as the pairs'
+        args.reward, args.reward_model, args.label = made["kind"], made["model"], args.label or made.get("label")
+    args.reward, args.reward_model = args.reward or "contrast", args.reward_model or "smollm2"
     reward, settings = make_reward(args, task)
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}
-    done, file = open_output(folder / "eval.jsonl", args.overwrite, lambda row: row.get("settings"), how)
+    by_id = {row["id"]: row for row in rows}
+    out = folder / "eval.jsonl"
+    done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), by_id, ["prompt"])
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
@@ -336,20 +356,21 @@ def main():
         model = tokenizer = weights = None
         jobs = [(row, k) for k in range(args.samples) for row in rows]
         if name == SELF_REFINE:
-            jobs = [(row, 0) for row in rows if "error" not in row]
+            jobs = [(row, 0) for row in refined]
+            weights = hashlib.sha256(json.dumps([row["chosen"] for row in refined]).encode()).hexdigest()[:16]
         else:
             model, tokenizer = load_model(path, device, dtype)
             check_model(model, path)
             weights = weights_digest(model)[:16]
-            if any(row["model"] == name and row["weights"] != weights for row in done):
-                fail(f"{folder / 'eval.jsonl'}: the answers of {name} came from other weights; pass --overwrite")
-            pairs = held_out_pairs(rows, source, tokenizer)
+            pairs = held_out_pairs(refined, source, tokenizer)
             sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
             logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
             if base_logps is None:
                 base_logps = logps
             elif pairs:
                 accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
+        if any(row["model"] == name and row["weights"] != weights for row in done):
+            fail(f"{out}: the answers of {name} came from other weights; pass --overwrite")
         # Batches are cut from all jobs, so that a continued run samples the same ones.
         for start in range(0, len(jobs), args.sample_batch):
             batch = jobs[start : start + args.sample_batch]
@@ -371,12 +392,17 @@ def main():
     bar.close()
     file.close()
 
+    for row in done:  # the task file's metric as it is now
+        row["metric"] = measure(metric, by_id[row["id"]], row["answer"])
+    rewrite(out, done)
     rows = [row for row in done if row["model"] in names]
     table = summarise(names, rows, metric, accuracy)
-    (folder / "report.md").write_text(make_report(args, task, table, rows, names, settings), encoding="utf-8")
+    (folder / "report.md").write_text(
+        make_report(args, task, table, rows, names, settings, [made["kind"], made["model"]]), encoding="utf-8"
+    )
     draw(folder / "report.png", table, metric)
     print(f"\n{make_table(table, metric)}\n\n{make_samples(rows, names, 3)}\n")
-    print(f"{folder / 'eval.jsonl'}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
+    print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
 
 
 def held_out_pairs(rows, source, tokenizer):

@@ -13,8 +13,8 @@ The scheme is that of rDPO (Gallego, arXiv 2402.08005) and of distilled self-cri
 departure: besides the papers' single conversation a task file holds a second form, `fresh`, in which the
 reviser sees neither the draft nor the wish that spoilt it, since a small model copies a draft that it sees.
 
-This file owns all that talks to a chat model (`load_model`, `encode`, `sample`, `ask_server`), so that the
-tokens that are scored and trained later are the tokens that were sampled here.
+This file owns all that talks to a chat model (`load_model`, `encode`, `sample`, `ask_server`), so that every stage
+turns conversations into tokens in the same way.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.utils import logging as transformers_logging
+from urllib3.exceptions import NewConnectionError
 
 transformers_logging.disable_progress_bar()
 ROOT = Path(__file__).parent
@@ -64,13 +65,13 @@ def read_jsonl(path, fields=()):
     if not path.is_file():
         fail(f"{path}: no such file; run the stage before this one, or name a file with --in")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # bytes: line breaks are \n alone, never an answer's own U+2028
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # no JSON, or no UTF-8
                 fail(f"{path}:{number}: not JSON ({error}); mend or delete that line")
             if not isinstance(row, dict):
                 fail(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
@@ -83,35 +84,51 @@ def read_jsonl(path, fields=()):
     return rows
 
 
-def open_output(path, overwrite, settings_of, settings):
+def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     """Rows that an earlier, unfinished run of the same command left in `path`, and the file opened to append.
 
-    A torn last line is dropped. `settings_of(row)` must equal `settings` in each row that has them, else the
-    stage stops before anything is changed: rows made in two ways must not share a file.
+    A torn last line is dropped. The stage stops before anything is changed where rows were made in another way: where
+    `settings_of(row)` differs from `settings`, or, with source, {id: row}, where one of the fields `same` differs from
+    the row that it was made of. With `overwrite`, what was there is kept beside it as NAME.old.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if overwrite or not path.exists():
+    if overwrite and path.exists():
+        os.replace(path, f"{path}.old")
+    if not path.exists():
         return [], path.open("w", encoding="utf-8")
+    mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     done = []
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            done.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             fail(f"{path}:{number}: not JSON; mend that line, or start again with --overwrite")
-        made_with = settings_of(done[-1])
-        changed = [key for key in settings if made_with is not None and made_with.get(key) != settings[key]]
-        if changed:
-            was, now = made_with.get(changed[0]), settings[changed[0]]
-            fail(
-                f"{path}: its rows were made with {changed[0]} = {was!r}, not {now!r}; "
-                "repeat those settings to continue, choose another --out, or pass --overwrite"
-            )
+        made_with = settings_of(row)
+        for key in settings:
+            if made_with is not None and made_with.get(key) != settings[key]:
+                was, now = made_with.get(key), settings[key]
+                fail(f"{path}: its rows were made with {key} = {was!r}, not {now!r}; {mend}")
+        if source is not None:
+            if row["id"] not in source:
+                fail(f"{path}:{number}: row {row['id']} is not among the input's rows; {mend}")
+            changed = [name for name in same if row.get(name) != source[row["id"]].get(name)]
+            if changed:
+                fail(f"{path}:{number}: row {row['id']} was made of another {changed[0]} than it has now; {mend}")
+        done.append(row)
     if len(whole) < len(text):
         os.truncate(path, len(whole))
     return done, path.open("a", encoding="utf-8")
+
+
+def rewrite(path, rows):
+    """Puts `rows` in the place of a file's rows, all or nothing."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        for row in rows:
+            append(file, row)
+    os.replace(f"{path}.part", path)
 
 
 def append(file, row):
@@ -144,18 +161,22 @@ def read_instructions(path, task):
     """Instructions of a JSONL or CSV file as rows with task, id, group, split and prompt (a list of messages).
 
     The prompt is the first of the columns prompt, question, instruction, goal, text that the file has; a
-    string becomes one user message. Other columns are kept as they are. Rows without `split` are divided by a
-    hash of their group, four to one, so that a group is never on both sides.
+    string becomes one user message. Other columns are kept as they are; `control` becomes true or false, and where
+    there is none, XSTest's label "safe" makes a row a control. Rows without `split` are divided by a hash of their
+    group, four to one, so that a group is never on both sides.
     """
     if Path(path).suffix == ".csv" and Path(path).is_file():
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            raw = list(csv.DictReader(lines)) or fail(f"{path}: empty; it needs a header and at least one row")
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as lines:
+                raw = list(csv.DictReader(lines)) or fail(f"{path}: empty; it needs a header and at least one row")
+        except UnicodeDecodeError as error:
+            fail(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
     else:
         raw = read_jsonl(path)
     field = next((name for name in TEXT_FIELDS if name in raw[0]), None)
     if field is None:
         fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {', '.join(raw[0])}")
-    rows, seen = [], set()
+    rows, seen, splits = [], set(), {}
     for number, given in enumerate(raw, 1):
         prompt = given.get(field)
         if isinstance(prompt, str) and prompt.strip():
@@ -170,7 +191,11 @@ def read_instructions(path, task):
         held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
         row = {"id": identity, "task": task, "group": group}
         row["split"] = given.get("split") or ("test" if held_out else "train")
+        if splits.setdefault(row["group"], row["split"]) != row["split"]:
+            fail(f"{path}: row {number}: the group '{row['group']}' is in both splits; give it one")
         extra = {key: value for key, value in given.items() if key not in row and key != field}
+        if "control" in extra or extra.get("label") in ("safe", "unsafe"):
+            extra["control"] = str(extra.get("control", extra.get("label"))).lower() in ("true", "1", "yes", "safe")
         rows.append({**row, "prompt": prompt, **extra})
     return rows
 
@@ -184,18 +209,24 @@ def is_conversation(messages):
     )
 
 
+def messages_of(prompt):
+    """A prompt as a list of messages: plain text is one user message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def fill(call, row, **texts):
     """The messages of one call: the task file's messages with {prompt}, {request}, {answer}, {critique} put in.
 
     A message that is nothing but {prompt} becomes the instruction's own messages, system prompt included.
     {request} is the instruction in neutral words where the row has a field `request`, else its last user turn.
     """
-    last_user_turn = [m["content"] for m in row["prompt"] if m["role"] == "user"][-1:] or [""]
+    prompt = messages_of(row["prompt"])
+    last_user_turn = [m["content"] for m in prompt if m["role"] == "user"][-1:] or [""]
     texts = {"prompt": last_user_turn[0], "request": row.get("request") or last_user_turn[0], **texts}
     messages = []
     for message in call:
         if message["content"] == "{prompt}":
-            messages += row["prompt"]
+            messages += prompt
         else:  # one pass, so that a placeholder's name inside an answer stays text
             content = re.sub(r"\{(\w+)\}", lambda m: texts.get(m[1], m[0]), message["content"])
             messages.append({"role": message["role"], "content": content})
@@ -273,14 +304,22 @@ def find_model(name):
 
 
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM, **options):
-    """(model in eval mode on `device`, tokenizer) of a folder, a hub id or 'smollm2'. Reads safetensors only."""
+    """(model in eval mode on `device`, tokenizer) of a folder, a hub id or 'smollm2'. Reads safetensors only.
+
+    A folder that lacks weights of the model is refused: transformers would fill them in at random.
+    """
     path = find_model(name)
     try:
         AutoConfig.from_pretrained(path)  # first, since its errors name the cause
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        model, loading = auto_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         fail(f"--model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}")
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])[0]
+        fail(f"--model {name}: its weights lack {missing}, so it is no model of the kind that is needed here")
     return model.to(device).eval(), tokenizer
 
 
@@ -463,6 +502,7 @@ def server_session(key_variable):
     session = requests.Session()
     retry = Retry(
         total=6,
+        read=2,  # an answer that takes longer than the timeout is not waited for seven times
         backoff_factor=1.0,
         backoff_jitter=1.0,
         status_forcelist=(408, 429, 500, 502, 503, 504, 529),
@@ -483,10 +523,11 @@ def ask_server(session, base, model, messages, *, max_tokens, temperature, top_p
     body |= {"top_p": top_p, "seed": seed}
     try:
         response = session.post(f"{base.rstrip('/')}/chat/completions", json=body, timeout=(10, 300))
-    except requests.ConnectionError:
-        fail(f"--api-base {base}: no server answers there")
     except requests.RequestException as error:
-        return Reply("", f"error: {type(error).__name__}")
+        cause = getattr(error.args[0], "reason", None) if error.args else None
+        if isinstance(cause, NewConnectionError):
+            fail(f"--api-base {base}: no server answers there")
+        return Reply("", f"error: {type(cause or error).__name__}")  # this row's fault, or its bad luck
     if response.status_code in (401, 403, 404):
         fail(f"--api-base {base}: status {response.status_code}: {response.text[:200]!r}; check key, model, address")
     if response.status_code != 200:
@@ -517,22 +558,30 @@ def refine(rows, form, chat, seed, seed_by="id"):
     seed_by: the field whose value, with `seed`, gives a row its random numbers (see load_task).
     """
 
-    def call(name, texts):
-        conversations = [fill(form[name], row, **text) for row, text in zip(rows, texts, strict=True)]
-        return chat(conversations, [seed_of(seed, row[seed_by], name) for row in rows])
+    replies = {row["id"]: {} for row in rows}
 
-    answers = call("answer", [{} for _ in rows])
-    critiques = call("critique", [{"answer": a.text} for a in answers])
-    seen = [{"answer": a.text, "critique": c.text} for a, c in zip(answers, critiques, strict=True)]
-    revisions = call("revise", seen)
+    def fault(row):
+        """Why a row cannot go on, or nothing."""
+        for name, reply in replies[row["id"]].items():
+            if reply.finish.startswith("error"):
+                return f"{name}: {reply.finish}"
+            if not reply.text and name != "critique":
+                return f"{name}: empty"
 
-    for row, *replies in zip(rows, answers, critiques, revisions, strict=True):
-        calls = dict(zip(("answer", "critique", "revision"), replies, strict=True))
-        wrong = [f"{name}: {r.finish}" for name, r in calls.items() if r.finish.startswith("error")]
-        wrong += [f"{name}: empty" for name in ("answer", "revision") if not calls[name].text]
+    for name, call in (("answer", "answer"), ("critique", "critique"), ("revision", "revise")):
+        going = [row for row in rows if not fault(row)]
+        conversations = [
+            fill(form[call], row, **{name: reply.text for name, reply in replies[row["id"]].items()}) for row in going
+        ]
+        seeds = [seed_of(seed, row[seed_by], call) for row in going]
+        for row, reply in zip(going, chat(conversations, seeds) if going else [], strict=True):
+            replies[row["id"]][name] = reply
+
+    for row in rows:
+        calls = replies[row["id"]]
         finished = {key: row[key] for key in ("id", "task", "group", "split", "prompt")}
-        if wrong:
-            finished["error"] = "; ".join(wrong)
+        if fault(row):
+            finished["error"] = fault(row)
         else:
             finished["rejected"] = [{"role": "assistant", "content": calls["answer"].text}]
             finished["critique"] = calls["critique"].text
@@ -589,8 +638,16 @@ def provenance(device):
 
 def latest_task(file):
     """The task whose runs/TASK/FILE is newest: what a later stage works on when --task is not given."""
-    found = sorted(Path("runs").glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in Path("runs").glob(f"*/{file}") if (ROOT / f"prompts/{path.parent.name}.toml").exists()]
+    found.sort(key=lambda path: path.stat().st_mtime)
     return found[-1].parent.name if found else "sentiment"
+
+
+def positive(text):
+    """argparse type: a whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return int(text)
 
 
 def parser_of(doc, task):
@@ -599,8 +656,8 @@ def parser_of(doc, task):
     add = parser.add_argument
     # fmt: off
     add("--task", default=task, help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
-    add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
-    add("--overwrite", action="store_true", help="start afresh where the output exists (default: continue it)")
+    add("--limit", type=positive, help="use the first LIMIT rows only (default: all)")
+    add("--overwrite", action="store_true", help="start afresh where the output exists, and keep what was there as NAME.old (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU when there is one)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="number format that the model computes in (default: bfloat16 where that is fast, else float32)")
     # fmt: on
@@ -624,19 +681,20 @@ def main():
     add("--prompts", metavar="FILE", help="JSONL or CSV of instructions in place of prompts/TASK.jsonl; columns: prompt, question, instruction, goal or text")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", default="auto", choices=["auto", "conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type=int, default=200, help="longest answer, in tokens; longer ones are cut, marked and later left out of training (default: %(default)s)")
+    add("--max-tokens", type=positive, default=200, help="longest answer, in tokens; longer ones are cut, marked and later left out of training (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    add("--batch-size", type=int, default=128, help="rows sampled together on this machine (default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="rows sampled, and written, together on this machine (default: %(default)s)")
     add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
     add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-    add("--concurrency", type=int, default=16, help="rows asked of the server at the same time (default: %(default)s)")
+    add("--concurrency", type=positive, default=16, help="rows asked of the server at the same time (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
 
     task = load_task(args.task)
-    rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)[: args.limit]
+    rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)
+    source, rows = {row["id"]: row for row in rows}, rows[: args.limit]
     form_name = args.form if args.form != "auto" else "fresh" if args.model == "smollm2" else "conversation"
     if not {"answer", "critique", "revise"} <= task.get(form_name, {}).keys():
         fail(f"prompts/{args.task}.toml: the table [{form_name}] needs answer, critique and revise")
@@ -648,8 +706,10 @@ def main():
     out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
     if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
         device = pick_device(args.device)
-        model, tokenizer = load_model(args.model, device, pick_dtype(args.dtype, device))
-    done, file = open_output(out, args.overwrite, lambda row: row.get("teacher"), settings)
+        dtype = pick_dtype(args.dtype, device)
+        model, tokenizer = load_model(args.model, device, dtype)
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+    done, file = open_output(out, args.overwrite, settings, lambda row: row.get("teacher"), source, ["prompt"])
     finished = {row["id"] for row in done}
     print(f"teacher {args.model} ({form_name} form), {len(rows)} instructions, {len(finished)} of them done -> {out}")
 
@@ -665,7 +725,6 @@ def main():
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     if args.api_base:
         session = server_session(args.api_key_env)
-        batches, workers = [[row] for row in rows], args.concurrency
 
         def chat(conversations, seeds):
             replies = []
@@ -673,20 +732,34 @@ def main():
                 replies.append(ask_server(session, args.api_base, args.model, messages, seed=seed, **how))
                 report(replies[-1])
             return replies
+
+        def finish(batches):  # given out as they are finished, so that a kill loses no answered row
+            with ThreadPoolExecutor(args.concurrency) as pool:
+                jobs = [pool.submit(work, batch) for batch in batches]
+                try:
+                    for job in as_completed(jobs):
+                        yield job.result()
+                finally:
+                    pool.shutdown(cancel_futures=True)
     else:
-        # Batches are cut from all rows, not from those left, so that a continued run samples the same batches.
-        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-        workers = 1
 
         def chat(conversations, seeds):
             return sample(model, tokenizer, conversations, seeds=seeds, report=report, **how)
 
-    made_at = commit()
+        def finish(batches):
+            return map(work, batches)
+
+    def work(batch):
+        return list(refine(batch, form, chat, args.seed, task["seed_by"]))
+
+    # Batches are cut from all rows, not from those left, so that a continued run samples the same batches.
+    size = 1 if args.api_base else args.batch_size
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     todo = [batch for batch in batches if any(row["id"] not in finished for row in batch)]
+    made_at = commit()
     shown = False
-    with file, ThreadPoolExecutor(workers) as pool, bar:
-        # map() yields in input order, so the file's order is that of the instructions.
-        for batch in pool.map(lambda batch: list(refine(batch, form, chat, args.seed, task["seed_by"])), todo):
+    with file, bar:
+        for batch in finish(todo):
             for row in batch:
                 if row["id"] in finished:
                     continue
@@ -696,9 +769,14 @@ def main():
                 if not shown and "error" not in row:
                     show(row)
                     shown = True
+    place = {row["id"]: number for number, row in enumerate(rows)}  # a server's rows came in as they were done
+    in_order = sorted(done, key=lambda row: place.get(row["id"], len(rows)))
+    if in_order != done:
+        rewrite(out, in_order)
 
     failed = sum("error" in row for row in done)
-    cut = sum("length" in (row["teacher"]["finish"]["answer"], row["teacher"]["finish"]["revision"]) for row in done)
+    finishes = [row["teacher"]["finish"] for row in done if "error" not in row]
+    cut = sum("length" in (finish["answer"], finish["revision"]) for finish in finishes)
     spent = sum(sum(row["teacher"]["tokens"].values()) for row in done)
     read = sum(sum(row["teacher"]["prompt_tokens"].values()) for row in done)
     print(

@@ -34,10 +34,12 @@ from generate import (
     latest_task,
     load_model,
     load_task,
+    messages_of,
     open_output,
     parser_of,
     pick_device,
     pick_dtype,
+    positive,
     read_jsonl,
     run_stage,
     template_ids,
@@ -203,7 +205,10 @@ def contrast_reward(task, name, device, dtype, pack_tokens):
                 sequences.append(encode(tokenizer, fill(side, row), answer))
         lengths = torch.tensor([len(completion) for _, completion in sequences[: len(answers)]])
         principle, opposite = all_logps(model, sequences, pack_tokens).view(2, -1)
-        return ((principle - opposite) / lengths).tolist()
+        scores = (principle - opposite) / lengths
+        # Where both sides are one and the same prompt the score is 0 by definition, not the noise of two sums.
+        same = [a == b for a, b in zip(sequences[: len(answers)], sequences[len(answers) :], strict=True)]
+        return scores.masked_fill(torch.tensor(same), 0.0).tolist()
 
     return reward
 
@@ -224,17 +229,21 @@ def classifier_reward(name, label, device, dtype):
     def reward(rows, answers):
         by_length = {}
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            turns = messages_of(row["prompt"])
             if tokenizer.chat_template:
-                ids = template_ids(tokenizer, [*row["prompt"], {"role": "assistant", "content": answer}])
+                inputs = {"input_ids": template_ids(tokenizer, [*turns, {"role": "assistant", "content": answer}])}
             elif len(labels) > 1:  # a plain text classifier judges the answer, not the request
-                ids = tokenizer(answer, truncation=True)["input_ids"]
+                inputs = dict(tokenizer(answer, truncation=True))
             else:
-                ids = tokenizer("\n".join(m["content"] for m in row["prompt"]), answer, truncation=True)["input_ids"]
-            by_length.setdefault(len(ids), []).append((i, ids))
+                inputs = dict(tokenizer("\n".join(m["content"] for m in turns), answer, truncation=True))
+            # Without a padding token in its configuration, transformers takes one sequence at a time.
+            batch = len(inputs["input_ids"]) if model.config.pad_token_id is not None else (len(by_length), "alone")
+            by_length.setdefault(batch, []).append((i, inputs))
         scores = [None] * len(answers)
         for group in by_length.values():
-            places, ids = zip(*group, strict=True)
-            logits = model(input_ids=torch.tensor(ids, device=device)).logits.double()  # (rows, labels)
+            places, inputs = zip(*group, strict=True)
+            batch = {key: torch.tensor([one[key] for one in inputs], device=device) for key in inputs[0]}
+            logits = model(**batch).logits.double()  # (rows, labels)
             if len(labels) > 1:
                 good = labels[label]
                 others = [k for k in range(logits.shape[1]) if k != good]
@@ -249,17 +258,18 @@ def classifier_reward(name, label, device, dtype):
 def make_reward(args, task):
     """(reward function, settings that its scores depend on) for the arguments of score.py or eval.py."""
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     name = args.reward_model
-    settings = {"kind": args.reward, "model": name}
+    settings = {"kind": args.reward, "model": name, "dtype": str(dtype).removeprefix("torch.")}
     if args.reward == "contrast":
         if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
             fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
         settings["prompt_text"] = hashlib.sha256(json.dumps(task["contrast"]).encode()).hexdigest()[:12]
-        return contrast_reward(task, name, device, pick_dtype(args.dtype, device), args.pack_tokens), settings
+        return contrast_reward(task, name, device, dtype, args.pack_tokens), settings
     if name == "smollm2":
         fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
     settings["label"] = args.label
-    return classifier_reward(name, args.label, device, pick_dtype(args.dtype, device)), settings
+    return classifier_reward(name, args.label, device, dtype), settings
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------
@@ -297,14 +307,16 @@ def text_of(answer):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
-def add_reward_flags(add, model_flag):
-    """Flags that score.py and eval.py share. model_flag: '--model' or '--reward-model'."""
+def add_reward_flags(add, model_flag, default=None):
+    """Flags that score.py and eval.py share. model_flag: '--model' or '--reward-model'. default: in words, where none of
+    the flags given does not mean the contrast reward of the embedded model."""
+    kind, model = (None, None) if default else ("contrast", "smollm2")
     # fmt: off
-    add("--reward", default="contrast", choices=["contrast", "classifier"], help="what scores an answer (default: %(default)s)")
-    add(model_flag, dest="reward_model", default="smollm2", metavar="NAME", help="model of the reward: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
+    add("--reward", default=kind, choices=["contrast", "classifier"], help=f"what scores an answer (default: {default or kind})")
+    add(model_flag, dest="reward_model", default=model, metavar="NAME", help=f"model of the reward: 'smollm2' (embedded), a folder or a hub id (default: {default or model})")
     add("--label", help="label of a classifier with several labels that counts as good")
-    add("--pack-tokens", type=int, default=1024, help="tokens of one forward pass; changes memory and speed, not results (default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="rows scored and written together (default: %(default)s)")
+    add("--pack-tokens", type=positive, default=1024, help="tokens of one forward pass; changes memory and speed, not results (default: %(default)s)")
+    add("--batch-size", type=positive, default=32, help="rows scored and written together (default: %(default)s)")
     # fmt: on
 
 
@@ -317,12 +329,14 @@ def main():
 
     task = load_task(args.task)
     source = Path(args.input or f"runs/{args.task}/pairs.jsonl")
-    rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])[: args.limit]
+    rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])
+    by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
     if all("error" in row for row in rows):
         fail(f"{source}: every row has an error; nothing to score")
     reward, settings = make_reward(args, task)
     out = Path(args.out or source.parent / "scored.jsonl")
-    done, file = open_output(out, args.overwrite, lambda row: row.get("reward"), settings)
+    same = ["prompt", "chosen", "rejected"]
+    done, file = open_output(out, args.overwrite, settings, lambda row: row.get("reward"), by_id, same)
     finished = {row["id"] for row in done}
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 

@@ -45,6 +45,7 @@ from generate import (
     parser_of,
     pick_device,
     pick_dtype,
+    positive,
     provenance,
     read_jsonl,
     run_stage,
@@ -61,8 +62,7 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     """Losses (B,) and z (B,) of B pairs, from four (B,) fp32 tensors of per-sequence sums of log-probs, in nats.
 
     settings: beta; delta (B,) = score_chosen - score_rejected; tau, in the units of delta; mean_weight, the mean of
-    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B, 2), lengths of chosen and
-    rejected; nll_weight, optional.
+    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B,), lengths of chosen.
 
     With z as above and p = sigmoid(delta / tau):
     rdpo         -p log s(z) - (1 - p) log s(-z)       optimum z = delta / tau; tau -> 0: dpo on the reward's sign
@@ -73,10 +73,6 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)                  arXiv 2403.00409, eq. 12
     ipo          (z / beta - 1 / (2 beta))^2                                   arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
-
-    A preference loss moves the difference of two log-probs and may let both fall, that of the end of an answer too.
-    nll_weight adds that multiple of -log pi(better answer) / tokens, which keeps it up (arXiv 2404.19733, section 2);
-    the better answer is chosen, to the score-aware losses p parts chosen and 1 - p parts rejected.
     """
     beta, epsilon = settings["beta"], settings["epsilon"]
     z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
@@ -98,21 +94,26 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     elif kind == "ipo":
         losses = (z / beta - 1 / (2 * beta)) ** 2
     elif kind == "sft":
-        losses = -policy_chosen / settings["tokens"][:, 0]
+        losses = -policy_chosen / settings["tokens"]
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
-    if settings.get("nll_weight"):
-        better = torch.stack([p, 1 - p], 1) if kind in SCORE_AWARE else torch.tensor([1.0, 0.0], device=z.device)
-        nll = -torch.stack([policy_chosen, policy_rejected], 1) / settings["tokens"]
-        losses = losses + settings["nll_weight"] * (better * nll).sum(1)
     return losses, z
+
+
+def loss_at_reference(kind, delta, beta, epsilon, tau, mean_weight):
+    """The loss (B,) where the policy is the reference still, so z = 0: ln 2 but for these. For sft there is none."""
+    ln2 = torch.full_like(delta, math.log(2))
+    if kind == "rdpo-margin":
+        return F.softplus(delta / tau)
+    if kind == "rdpo-weight":
+        return torch.tanh(delta / (2 * tau)).clamp(min=0) / mean_weight * ln2  # 2 sigmoid(x) - 1 = tanh(x / 2)
+    return torch.full_like(delta, 1 / (4 * beta**2)) if kind == "ipo" else ln2
 
 
 def pair_losses(kind, policy, reference, pairs, settings):
     """preference_loss for pairs whose log-probs are the rows of policy and reference, (B, 2): chosen, rejected."""
     delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
-    tokens = torch.tensor([[len(pair[side][1]) for side in ("chosen", "rejected")] for pair in pairs])
-    tokens = tokens.to(policy.device)
+    tokens = torch.tensor([len(pair["chosen"][1]) for pair in pairs], device=policy.device)
     return preference_loss(kind, *policy.unbind(1), *reference.unbind(1), delta=delta, tokens=tokens, **settings)
 
 
@@ -217,7 +218,7 @@ def reference_logps(model, pairs, path, args, rank, world):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
-    model or changed data never meet an old cache, and a damaged file is noticed by the check at step 0.
+    model or changed data never meet an old cache. The check at step 0 notices a file that holds other numbers.
     """
     key = hashlib.sha256(f"{args.dtype} {torch.__version__} {weights_digest(model)}".encode())
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
@@ -280,27 +281,24 @@ def parse_args():
     add("--beta", type=float, default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models, and makes the embedded one repeat itself (default: %(default)s)")
     add("--tau", type=float, default=0.25, help="softness of the belief in the reward, in standard deviations of the score gap over the training pairs (default: %(default)s)")
     add("--epsilon", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume (default: %(default)s)")
-    add("--nll-weight", type=float, default=0.0, help="weight of an additional -log pi(better answer) / tokens, against answers that run on or repeat themselves (default: %(default)s, the losses as published)")
     add("--lr", type=float, default=2e-5, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default: %(default)s)")
     add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type=int, help="stop after this many optimizer steps (default: as many as the epochs have)")
-    add("--batch-size", type=int, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type=int, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
-    add("--max-length", type=int, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
-    add("--eval-every", type=int, default=20, help="steps between looks at the held-out pairs (default: %(default)s)")
-    add("--save-every", type=int, default=50, help="steps between checkpoints to continue from (default: %(default)s)")
+    add("--epochs", type=positive, default=2, help="passes over the training pairs (default: %(default)s)")
+    add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
+    add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
+    add("--pack-tokens", type=positive, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--max-length", type=positive, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
+    add("--eval-every", type=positive, default=20, help="steps between looks at the held-out pairs (default: %(default)s)")
+    add("--save-every", type=positive, default=50, help="steps between checkpoints to continue from (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    for name in ("beta", "tau", "lr", "clip", "epochs", "batch_size", "pack_tokens", "max_length"):
+    for name in ("beta", "tau", "lr", "clip"):
         if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')}: must be above 0")
+            fail(f"--{name}: must be above 0")
     if not 0 <= args.epsilon < 0.5:
         fail("--epsilon: must be at least 0 and below 0.5")
-    if args.nll_weight < 0 or (args.nll_weight and args.loss == "sft"):
-        fail("--nll-weight: must be at least 0, and 0 for --loss sft, which is that term alone")
     if args.dtype == "float16":
         fail("--dtype float16: gradients would need loss scaling, which is not here; use bfloat16 or float32")
     return args
@@ -337,7 +335,6 @@ def main():
     belief = torch.sigmoid(deltas / tau)
     mean_weight = (2 * belief - 1).clamp(min=0).mean().item()
     settings = {"beta": args.beta, "epsilon": args.epsilon, "tau": tau, "mean_weight": mean_weight}
-    settings["nll_weight"] = args.nll_weight
     if args.loss in SCORE_AWARE:
         say(f"tau {args.tau} x standard deviation of the gaps = {tau:.4g}; mean belief p {belief.mean():.3f}")
         if args.loss == "rdpo-weight" and mean_weight == 0:
@@ -418,7 +415,7 @@ def main():
         mine = batch[rank::world]
 
         # sums over pairs, divided by the whole batch: micro-batches and processes do not change the result
-        totals = torch.zeros(7, dtype=torch.float64, device=device)
+        totals = torch.zeros(6, dtype=torch.float64, device=device)
         for pairs in cut(mine, pair_cost, args.pack_tokens):
             known = reference[[pair["index"] for pair in pairs]]
             with autocast:
@@ -426,8 +423,7 @@ def main():
             losses, z = pair_losses(args.loss, policy, known, pairs, settings)
             (losses.sum() / len(batch)).backward()
             with torch.no_grad():  # the rest is just diagnostics
-                expected, _ = pair_losses(args.loss, known, known, pairs, settings)
-                sums = [losses.sum(), expected.sum(), z.sum(), (z > 0).sum(), *policy.sum(0)]
+                sums = [losses.sum(), z.sum(), (z > 0).sum(), *policy.sum(0)]
                 tokens = sum(len(pair[side][1]) for pair in pairs for side in ("chosen", "rejected"))
                 totals += torch.stack([*sums, torch.tensor(float(tokens), device=device)])
         if world > 1:
@@ -436,16 +432,18 @@ def main():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)  # this process had no pair of the last batch
                 dist.all_reduce(parameter.grad)
-        loss, expected, margin, accuracy, chosen, rejected = (totals[:6] / len(batch)).tolist()
+        loss, margin, accuracy, chosen, rejected = (totals[:5] / len(batch)).tolist()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; pairs {[pair['id'] for pair in batch]}")
-        if step == 0:
-            # The policy is the reference still, so the loss is known beforehand: ln 2 for most losses.
-            tolerance = (1e-3 if dtype == torch.float32 else 0.05) * max(1.0, abs(expected))
-            if abs(loss - expected) > tolerance:
+        if step == 0 and args.loss != "sft":  # the policy is the reference still, so the loss is known beforehand
+            delta = torch.tensor([pair["delta"] for pair in batch])
+            expected = loss_at_reference(args.loss, delta, **settings).mean().item()
+            slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z, at most
+            if abs(loss - expected) > (1e-3 if dtype == torch.float32 else 0.05) * slope:
                 fail(
-                    f"step 0: loss {loss:.5f}, but policy = reference gives {expected:.5f}; delete {source.parent}/*.reference-* and see whether the model is what was meant"
+                    f"step 0: loss {loss:.5f}, but policy = reference gives {expected:.5f}; "
+                    f"delete {source.parent}/*.reference-* and see whether the model is what was meant"
                 )
         rate = args.lr * schedule(step, steps, warmup)
         for group in optimizer.param_groups:
@@ -454,7 +452,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - began
-        speed = totals[6].item() / seconds
+        speed = totals[5].item() / seconds
         say(
             f"step {step + 1:4d}/{steps} | loss {loss:.4f} | margin {margin:+.3f} | acc {accuracy:.2f} | "
             f"chosen {chosen:8.2f} | rejected {rejected:8.2f} | norm {norm:6.2f} | lr {rate:.1e} | "
