@@ -35,6 +35,13 @@ CASES = [
     case("nothing left", "train", ["--in", "in.jsonl", "--loss", "dpo"], "no pair left", rows=[{"id": "a", "error": "x"}]),
     case("no test rows", "eval", ["--in", "in.jsonl"], "no row with split 'test'", rows=[GOOD]),
     case("beta of 0", "train", ["--beta", "0"], "--beta"),
+    case("no step", "train", ["--max-steps", "0"], "must be above 0"),
+    case("no row a batch", "score", ["--batch-size", "0"], "must be above 0"),
+    case("no answer", "eval", ["--samples", "-1"], "must be above 0"),
+    case("other bytes", "generate", ["--prompts", "in.csv"], "not UTF-8"),
+    case("a group on both sides", "generate", ["--prompts", "in.jsonl"], "both splits", rows=[
+        {"prompt": "a", "group": "g", "split": "train"}, {"prompt": "b", "group": "g", "split": "test"}]),
+    case("no reward model", "score", ["--in", "in.jsonl", "--reward", "classifier", "--model", "TINY"], "weights lack", rows=[GOOD]),
     case("float16 training", "train", ["--dtype", "float16"], "--dtype float16"),
     case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
     case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
@@ -48,14 +55,16 @@ def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypa
         write_jsonl(workdir / "in.jsonl", rows)
     elif raw is not None:
         (workdir / "in.jsonl").write_text(raw)
+    (workdir / "in.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
+    argv = [tiny if word == "TINY" else word for word in argv]
     if "--model" not in argv and "classifier" not in argv and stage != "eval":
         argv = [*argv, "--model", tiny]
     monkeypatch.setattr("requests.adapters.Retry.sleep", lambda *args, **kwargs: None)
-    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
     status, _, err = run(stage, *argv)
     assert status == 2
     assert said in err
-    assert len([line for line in err.splitlines() if line.startswith(f"{stage}.py:")]) == 1
+    assert len([line for line in err.splitlines() if line.startswith(f"{stage}.py: ")]) == 1
     assert "Traceback" not in err
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
-    assert after == before or set(after) <= set(before)
+    assert after == before

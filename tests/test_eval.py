@@ -6,9 +6,21 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, read_rows
 
-from eval import bootstrap, difference, group_means, matches, measure, per_group
+from eval import (
+    bootstrap,
+    difference,
+    draw,
+    group_means,
+    implicit_accuracy,
+    make_table,
+    matches,
+    measure,
+    per_group,
+    summarise,
+)
 
 
 def test_metrics_of_single_answers_are_what_their_names_say():
@@ -65,6 +77,24 @@ def test_a_paired_difference_is_narrower_than_its_parts():
     assert mean == pytest.approx(0.2) and high - low < 1e-9
 
 
+def test_implicit_accuracy_counts_pairs_by_name_and_by_score():
+    base = torch.zeros(3, 2)
+    logps = torch.tensor([[2.0, 1.0], [1.0, 3.0], [5.0, 4.0]])  # prefers chosen, rejected, chosen
+    pairs = [{"delta": 1.0}, {"delta": -1.0}, {"delta": 0.0}]
+    assert implicit_accuracy(logps, base, pairs) == (pytest.approx(2 / 3), 1.0)
+    assert implicit_accuracy(logps, logps, pairs)[0] == 0.0  # the reference itself prefers nothing
+
+
+def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
+    row = {"model": "a", "id": "1", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "answer": "Yes."}
+    rows = [row | {"finish": "stop", "control": False}, row | {"finish": "stop", "control": True, "group": "h"}]
+    rows += [row | {"finish": "stop", "control": False, "model": "b", "score": None, "answer": ""}]
+    table = summarise(["a", "b", "nobody"], rows, {"kind": "match"}, {})
+    text = make_table(table, {"kind": "match", "better": "higher"})
+    assert len({line.count("|") for line in text.splitlines()}) == 1 and "nobody" not in text
+    draw(tmp_path / "report.png", table, {"better": "higher"})
+
+
 def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     """As a user would: four processes, no flag that the README does not show but the small sizes."""
 
@@ -77,22 +107,23 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     stage("generate", "--task", "safety", "--model", tiny, "--limit", "60", "--max-tokens", "8")
     assert "scored" in stage("score", "--model", tiny)  # the task is the one that was generated last
     stage("train", "--model", tiny, "--keep-cut", "--max-steps", "2", "--batch-size", "4")
-    out = stage("eval", "--reward-model", tiny, "--max-tokens", "8")
+    out = stage("eval", "--max-tokens", "8")  # the reward is that of the pairs
     folder = workdir / "runs" / "safety"
     names = {row["model"] for row in read_rows(folder / "eval.jsonl")}
     assert names == {"tiny", "self-refine", "rdpo"}
     report = (folder / "report.md").read_text()
+    assert "the one that the pairs were scored with" in report
     assert "| tiny |" in report and "| rdpo |" in report and "control" in report and report.count("**rdpo**") > 1
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert str(folder.relative_to(workdir) / "report.md") in out
     rows = read_rows(folder / "eval.jsonl")
     assert all({"answer", "score", "metric"} <= row.keys() for row in rows)
     before = (folder / "eval.jsonl").read_bytes()
-    stage("eval", "--reward-model", tiny, "--max-tokens", "8")  # nothing is asked twice
+    stage("eval", "--max-tokens", "8")  # nothing is asked twice
     assert (folder / "eval.jsonl").read_bytes() == before
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
     stage("train", "--model", tiny, "--keep-cut", "--max-steps", "3", "--batch-size", "4", "--overwrite")
-    command = [sys.executable, ROOT / "eval.py", "--reward-model", tiny, "--max-tokens", "8"]
+    command = [sys.executable, ROOT / "eval.py", "--max-tokens", "8"]
     refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert refused.returncode == 2 and "rdpo came from other weights" in refused.stderr
     assert (folder / "eval.jsonl").read_bytes() == before

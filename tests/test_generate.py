@@ -1,7 +1,9 @@
 """generate.py: tokens, sampling, prompt text, files, and a server that answers, fails and is wrong."""
 
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -114,6 +116,19 @@ def test_csv_and_jsonl_of_any_usual_column_are_read(tmp_path, column):
     assert rows[1]["id"] == "2" and rows[1]["label"] == "unsafe" and rows[1]["split"] in ("train", "test")
     jsonl = write_jsonl(tmp_path / "a.jsonl", [{column: "Hello?"}, {column: USER, "group": "g"}])
     assert read_instructions(jsonl, "safety")[1]["prompt"] == USER
+
+
+def test_controls_are_read_from_their_column_or_from_xstests_labels(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,control\nOne?,false\nTwo?,True\n")
+    (tmp_path / "b.csv").write_text("prompt,label\nOne?,unsafe\nTwo?,safe\n")
+    for name in ("a.csv", "b.csv"):
+        assert [row["control"] for row in read_instructions(tmp_path / name, "t")] == [False, True]
+
+
+def test_the_default_task_is_the_newest_that_is_a_task(workdir):
+    for name in ("safety", "demo"):
+        write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
+    assert generate.latest_task("pairs.jsonl") == "safety"
 
 
 def test_a_group_is_never_split_between_train_and_test(tmp_path):
@@ -229,6 +244,33 @@ def test_changed_settings_are_refused_and_nothing_is_overwritten(run, tiny, work
     assert status in (0, 1) and path.read_bytes() != before
 
 
+def test_overwrite_keeps_what_was_there(run, tiny, workdir):
+    generated(run, tiny)
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    before = path.read_bytes()
+    argv = ("--task", "sentiment", "--model", "big", "--api-base", "http://127.0.0.1:9/v1", "--overwrite")
+    assert run("generate", *argv)[0] == 2  # no server there
+    assert (workdir / "runs/sentiment/pairs.jsonl.old").read_bytes() == before
+
+
+def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
+    for name, text in (("a", "Hello there"), ("b", "Good morning")):
+        write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
+    assert generated(run, tiny, "--prompts", "a.jsonl")[0] in (0, 1)
+    status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
+    assert status == 2 and "made of another prompt" in err
+
+
+def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        generate.append(file, {"id": "a", "text": "one\u2028two\u0085three"})
+    assert len(generate.read_jsonl(path)) == 1
+    done, file = generate.open_output(path, False, {}, lambda row: None)
+    file.close()
+    assert done == [{"id": "a", "text": "one\u2028two\u0085three"}]
+
+
 def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, workdir):
     generated(run, tiny)
     path = workdir / "runs/sentiment/pairs.jsonl"
@@ -258,13 +300,19 @@ def test_the_safetensors_of_the_embedded_model_come_from_a_checked_file(monkeypa
 class FakeServer(BaseHTTPRequestHandler):
     """Answers chat completions; `script` is a list of statuses to give before the first good answer."""
 
-    script, asked, lock = [], [], threading.Lock()
+    script, asked, hooks, lock = [], [], [], threading.Lock()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
             self.asked.append((self.headers.get("Authorization"), body))
             status = self.script.pop(0) if self.script else 200
+            hook = self.hooks.pop() if self.hooks else None
+        if hook:
+            hook(body)
+        if status == "reset":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         text = f"reply to {body['messages'][-1]['content'][:20]}"
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
@@ -282,7 +330,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    FakeServer.script, FakeServer.asked = [], []
+    FakeServer.script, FakeServer.asked, FakeServer.hooks = [], [], []
     http = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}/v1"
@@ -303,6 +351,32 @@ def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(run, se
     assert all(key == "Bearer secret-123" for key, _ in FakeServer.asked)
     assert "secret-123" not in said + err + (workdir / "runs/roleplay/pairs.jsonl").read_text()
     assert rows[0]["teacher"]["tokens"] == {"answer": 3, "critique": 3, "revision": 3}
+
+
+def test_an_answered_row_is_in_the_file_while_an_earlier_one_still_waits(run, server, workdir):
+    """The first call waits until eight rows are in the file; in the end the file has the order of the instructions."""
+    path = workdir / "runs/sentiment/pairs.jsonl"
+
+    def wait(body):
+        for _ in range(400):
+            if path.exists() and len(path.read_bytes().splitlines()) >= 8:
+                return
+            time.sleep(0.02)
+        FakeServer.script.append(400)  # it never came: spoil a row, so that the test fails
+
+    FakeServer.hooks = [wait]
+    status, _, err = run("generate", "--model", "big", "--api-base", server, "--limit", "10", "--concurrency", "2")
+    assert status == 0, err
+    assert [row["id"] for row in read_rows(path)] == [f"sentiment-{n:03d}" for n in range(1, 11)]
+
+
+def test_a_server_that_breaks_off_costs_its_row_alone(run, server, workdir, monkeypatch):
+    monkeypatch.setattr("requests.adapters.Retry.sleep", lambda *args, **kwargs: None)
+    FakeServer.script = ["reset"] * 3
+    status, _, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2", "--concurrency", "1")
+    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
+    assert status == 1 and "error" in rows[0]["error"] and "chosen" in rows[1]
+    assert len(FakeServer.asked) == 6  # three tries, then no critique of an answer that is not there
 
 
 def test_a_wrong_key_stops_the_run_with_one_line(run, server, workdir):

@@ -1,6 +1,7 @@
 """score.py: log-probs against sums by hand, rewards that do not depend on their batch, the audit."""
 
 import doctest
+import json
 import math
 
 import pytest
@@ -124,6 +125,27 @@ def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tin
     assert "score_chosen" not in many[5] and many[5]["error"]
 
 
+def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
+    task = {"contrast": {side: [{"role": "user", "content": text}] for side, text in
+                         (("principle", "{request}"), ("opposite", "{prompt}"))}}  # fmt: skip
+    rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
+    rows.append(rows[0] | {"prompt": "Review the film Heat."})  # plain text, as in other data sets
+    reward = score.contrast_reward(task, tiny, torch.device("cpu"), torch.bfloat16, 100)
+    same, other, plain = reward(rows, ["Lovely film."] * 3)
+    assert same == plain == 0.0 and other != 0.0
+
+
+def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs, workdir):
+    scored(run, tiny)
+    before = (workdir / "runs/sentiment/scored.jsonl").read_bytes()
+    rows = read_rows(pairs)
+    rows[2]["chosen"][0]["content"] += " Truly."
+    write_jsonl(pairs, rows)
+    status, _, err = scored(run, tiny)
+    assert status == 2 and "row-2 was made of another chosen" in err
+    assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
+
+
 def classifier(folder, tokenizer, labels):
     torch.manual_seed(1)
     config = make_model(len(tokenizer)).config
@@ -135,9 +157,12 @@ def classifier(folder, tokenizer, labels):
     return folder
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_a_reward_models_score_does_not_depend_on_its_batch(run, tokenizer, pairs, workdir, labels):
+@pytest.mark.parametrize(("labels", "padding"), [(1, True), (2, True), (1, False)])
+def test_a_reward_models_score_does_not_depend_on_its_batch(run, tokenizer, pairs, workdir, labels, padding):
     model = classifier(workdir / "rm", tokenizer, labels)
+    if not padding:
+        config = json.loads((model / "config.json").read_text()) | {"pad_token_id": None}
+        (model / "config.json").write_text(json.dumps(config))
     flags = ["--reward", "classifier", "--label", "GOOD"] if labels == 2 else ["--reward", "classifier"]
     scored(run, model, *flags)
     scored(run, model, *flags, "--batch-size", "1", "--out", "single.jsonl")

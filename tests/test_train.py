@@ -189,10 +189,19 @@ def test_training_raises_the_margin_and_saves_a_model_that_loads(run, tiny, pair
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert "lm_head.weight" not in load_file(workdir / "out" / "model.safetensors")
     assert AutoTokenizer.from_pretrained(workdir / "out").chat_template
+    again, _ = train.load_model(str(workdir / "out"), torch.device("cpu"), torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
     before = AutoModelForCausalLM.from_pretrained(tiny)
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
     record = json.loads((workdir / "out" / "run.json").read_text())
     assert record["loss"] == "dpo" and record["torch"] == torch.__version__ and record["pairs"] == 8
+
+
+def test_distilled_self_critique_trains_on_the_revisions_that_won(run, tiny, pairs_file, workdir):
+    rows, said = trained(run, tiny, workdir / "out", "--loss", "sft", "--accept", "--epochs", "8")
+    assert "4 training pairs" in said and "not accepted" in said
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"] and rows[-1]["chosen_logps"] > rows[0]["chosen_logps"]
 
 
 def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
@@ -203,12 +212,19 @@ def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
     assert log[-1]["margin"] < -0.02
 
 
+def assert_same_weights(one, other):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-5, rtol=0)
+
+
 def test_accumulation_and_batch_shape_do_not_change_the_losses(run, tiny, pairs_file, workdir):
     wide, _ = trained(run, tiny, workdir / "wide", "--pack-tokens", "2000")
     narrow, _ = trained(run, tiny, workdir / "narrow", "--pack-tokens", "1")
     for a, b in zip(wide, narrow, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert_same_weights(workdir / "wide", workdir / "narrow")
 
 
 def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir):
@@ -232,6 +248,7 @@ def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir):
     for a, b in zip(alone, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert_same_weights(workdir / "alone", workdir / "two")
 
 
 def test_a_corrupt_reference_cache_stops_training_at_step_0(run, tiny, pairs_file, workdir):
@@ -253,10 +270,12 @@ def test_one_changed_weight_gives_a_new_reference_cache(run, tiny, pairs_file, w
     assert len(list(pairs_file.parent.glob("*.reference-*.safetensors"))) == 2
 
 
-def test_dropout_is_off(tokenizer):
-    model = make_model(len(tokenizer), attention_dropout=0.5)
-    pairs = [{"chosen": ([5, 6, 7], [8, 9]), "rejected": ([5, 6, 7], [10])}]
-    assert torch.equal(train.pair_logps(model, pairs), train.pair_logps(model, pairs))
+def test_dropout_is_off(run, pairs_file, workdir, tokenizer):
+    """With it, two forwards would differ, the policy would not be the reference, and step 0 would stop the run."""
+    make_model(len(tokenizer), attention_dropout=0.5).save_pretrained(workdir / "dropout")
+    tokenizer.save_pretrained(workdir / "dropout")
+    rows, _ = trained(run, str(workdir / "dropout"), workdir / "out", "--loss", "dpo", "--max-steps", "1")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_first_response_token_that_differs_has_a_gradient(tokenizer):
