@@ -192,17 +192,19 @@ def check_model(model, name):
 def contrast_reward(task, name, device, dtype, pack_tokens):
     """The contrast reward of the task file with the chat model `name`.
 
-    A side is a list of messages with placeholders, like a call of generate.py; the answer stands behind it.
+    A side is a list of messages with placeholders, like a call of generate.py; the answer stands behind it. Rows with
+    `control` have sides of their own where the table has a part [contrast.control].
     """
-    sides = [task["contrast"][side] for side in ("principle", "opposite")]
+    table = task["contrast"]
     model, tokenizer = load_model(name, device, dtype)
     check_model(model, name)
 
     def reward(rows, answers):
         sequences = []  # under the principle, then under its opposite; answers to one prompt stay neighbours
-        for side in sides:
+        for side in ("principle", "opposite"):
             for row, answer in zip(rows, answers, strict=True):
-                sequences.append(encode(tokenizer, fill(side, row), answer))
+                part = table.get("control", table) if row.get("control") else table
+                sequences.append(encode(tokenizer, fill(part[side], row), answer))
         lengths = torch.tensor([len(completion) for _, completion in sequences[: len(answers)]])
         principle, opposite = all_logps(model, sequences, pack_tokens).view(2, -1)
         scores = (principle - opposite) / lengths
