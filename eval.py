@@ -26,6 +26,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from generate import (
     append,
+    check_sampling,
+    check_task,
     fail,
     find_model,
     latest_task,
@@ -301,7 +303,7 @@ def main():
     # fmt: off
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished folder in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
-    add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: runs/TASK)")
+    add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
     add("--sample-batch", type=positive, default=128, help="prompts answered together (default: %(default)s)")
@@ -310,21 +312,25 @@ def main():
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
+    check_sampling(args)
 
     task = load_task(args.task)
     metric = task["metric"]
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
-    folder = Path(args.out or f"runs/{args.task}")
-    rows = [row for row in read_jsonl(source, ["id", "group", "prompt"]) if row.get("split") == "test"][: args.limit]
+    folder = Path(args.out or source.parent)
+    rows = [row for row in read_jsonl(source, ["id", "group", "prompt"]) if row.get("split") == "test"]
     if not rows:
         fail(f"{source}: no row with split 'test'; nothing to evaluate on")
+    check_task(args.task, rows, source)
+    by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
     if metric.get("field") and (lacking := [row["id"] for row in rows if metric["field"] not in row]):
         fail(
             f"{source}: row {lacking[0]} has no '{metric['field']}', which the metric of prompts/{args.task}.toml reads"
         )
     refined = [row for row in rows if "error" not in row and "chosen" in row and "rejected" in row]
     if not args.models:
-        found = sorted(path.parent for path in folder.glob("*/run.json") if (path.parent / "config.json").exists())
+        found = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.suffix != ".old")
+        found = [path for path in found if (path / "run.json").exists()]
         bases = {json.loads((path / "run.json").read_text())["model"] for path in found} or {"smollm2"}
         if len(bases) > 1:
             fail(f"{folder}: its students have different bases ({', '.join(sorted(bases))}); name some with --models")
@@ -343,7 +349,6 @@ def main():
     reward, settings = make_reward(args, task)
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}
-    by_id = {row["id"]: row for row in rows}
     out = folder / "eval.jsonl"
     done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), by_id, ["prompt"])
     device = pick_device(args.device)
@@ -357,7 +362,6 @@ def main():
         jobs = [(row, k) for k in range(args.samples) for row in rows]
         if name == SELF_REFINE:
             jobs = [(row, 0) for row in refined]
-            weights = hashlib.sha256(json.dumps([row["chosen"] for row in refined]).encode()).hexdigest()[:16]
         else:
             model, tokenizer = load_model(path, device, dtype)
             check_model(model, path)
@@ -369,7 +373,11 @@ def main():
                 base_logps = logps
             elif pairs:
                 accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
-        if any(row["model"] == name and row["weights"] != weights for row in done):
+
+        def made_by(row, weights=weights):  # what an answer hangs on: the weights, or the revision that it is
+            return weights or hashlib.sha256(json.dumps(row.get("chosen")).encode()).hexdigest()[:16]
+
+        if any(row["model"] == name and row["weights"] != made_by(by_id[row["id"]]) for row in done):
             fail(f"{out}: the answers of {name} came from other weights; pass --overwrite")
         # Batches are cut from all jobs, so that a continued run samples the same ones.
         for start in range(0, len(jobs), args.sample_batch):
@@ -386,7 +394,12 @@ def main():
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
                 result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
-                result |= {"weights": weights, "score": score, "metric": measure(metric, row, text), "settings": how}
+                result |= {
+                    "weights": made_by(row),
+                    "score": score,
+                    "metric": measure(metric, row, text),
+                    "settings": how,
+                }
                 append(file, result)
                 done.append(result)
     bar.close()
@@ -395,7 +408,8 @@ def main():
     for row in done:  # the task file's metric as it is now
         row["metric"] = measure(metric, by_id[row["id"]], row["answer"])
     rewrite(out, done)
-    rows = [row for row in done if row["model"] in names]
+    asked = {row["id"] for row in rows}
+    rows = [row for row in done if row["model"] in names and row["id"] in asked]
     table = summarise(names, rows, metric, accuracy)
     (folder / "report.md").write_text(
         make_report(args, task, table, rows, names, settings, [made["kind"], made["model"]]), encoding="utf-8"

@@ -63,7 +63,7 @@ def read_jsonl(path, fields=()):
     """Rows of a JSONL file, in order. Exits with status 2 if it is missing, empty, not JSON or lacks a field."""
     path = Path(path)
     if not path.is_file():
-        fail(f"{path}: no such file; run the stage before this one, or name a file with --in")
+        fail(f"{path}: no such file; run the stage before this one, or name another file")
     rows = []
     with path.open("rb") as lines:  # bytes: line breaks are \n alone, never an answer's own U+2028
         for number, line in enumerate(lines, 1):
@@ -89,7 +89,8 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
 
     A torn last line is dropped. The stage stops before anything is changed where rows were made in another way: where
     `settings_of(row)` differs from `settings`, or, with source, {id: row}, where one of the fields `same` differs from
-    the row that it was made of. With `overwrite`, what was there is kept beside it as NAME.old.
+    the row that it was made of. Rows with `error` are taken out, to be tried again. With `overwrite`, what was there is
+    kept beside it as NAME.old.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,9 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
             row = json.loads(line)
         except ValueError:
             fail(f"{path}:{number}: not JSON; mend that line, or start again with --overwrite")
+        if "error" in row:
+            done.append(row)
+            continue
         made_with = settings_of(row)
         for key in settings:
             if made_with is not None and made_with.get(key) != settings[key]:
@@ -118,9 +122,10 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
             if changed:
                 fail(f"{path}:{number}: row {row['id']} was made of another {changed[0]} than it has now; {mend}")
         done.append(row)
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    return done, path.open("a", encoding="utf-8")
+    good = [row for row in done if "error" not in row]
+    if len(good) < len(done) or len(whole) < len(text):
+        rewrite(path, good)
+    return good, path.open("a", encoding="utf-8")
 
 
 def rewrite(path, rows):
@@ -129,6 +134,14 @@ def rewrite(path, rows):
         for row in rows:
             append(file, row)
     os.replace(f"{path}.part", path)
+
+
+def put_in_order(path, done, rows):
+    """Gives a finished file the order of `rows`: they were written as they were done."""
+    place = {row["id"]: number for number, row in enumerate(rows)}
+    in_order = sorted(done, key=lambda row: place.get(row["id"], len(rows)))
+    if in_order != done:
+        rewrite(path, in_order)
 
 
 def append(file, row):
@@ -152,9 +165,28 @@ def load_task(name):
         known = sorted(file.stem for file in path.parent.glob("*.toml"))
         fail(f"no task '{name}': {path} does not exist. Tasks here: {', '.join(known)}")
     try:
-        return {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path}: not TOML ({error})")
+    metric = task.get("metric", {})
+    needed = {"match": ["want"], "positive": [], "spread": []}
+    if metric.get("kind") not in needed:
+        fail(f"{path}: [metric] needs kind, one of {', '.join(needed)}")
+    lacking = [key for key in ("better", "meaning", *needed[metric["kind"]]) if key not in metric]
+    if metric["kind"] == "match" and not {"patterns", "field"} & metric.keys():
+        lacking.append("patterns, or field")
+    if lacking or "about" not in task:
+        fail(
+            f"{path}: " + (f"[metric] lacks {lacking[0]}" if lacking else "'about', a sentence on the task, is missing")
+        )
+    return task
+
+
+def check_task(name, rows, path):
+    """Stops where rows belong to another task than --task says: they would be measured by the wrong words."""
+    other = next((row["task"] for row in rows if row.get("task", name) != name), None)
+    if other:
+        fail(f"{path}: its rows are of the task '{other}', not '{name}'; pass --task {other}")
 
 
 def read_instructions(path, task):
@@ -165,7 +197,8 @@ def read_instructions(path, task):
     there is none, XSTest's label "safe" makes a row a control. Rows without `split` are divided by a hash of their
     group, four to one, so that a group is never on both sides.
     """
-    if Path(path).suffix == ".csv" and Path(path).is_file():
+    if Path(path).suffix.lower() == ".csv" and Path(path).is_file():
+        csv.field_size_limit(1 << 30)
         try:
             with open(path, encoding="utf-8-sig", newline="") as lines:
                 raw = list(csv.DictReader(lines)) or fail(f"{path}: empty; it needs a header and at least one row")
@@ -175,7 +208,7 @@ def read_instructions(path, task):
         raw = read_jsonl(path)
     field = next((name for name in TEXT_FIELDS if name in raw[0]), None)
     if field is None:
-        fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {', '.join(raw[0])}")
+        fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {', '.join(map(str, raw[0]))}")
     rows, seen, splits = [], set(), {}
     for number, given in enumerate(raw, 1):
         prompt = given.get(field)
@@ -183,7 +216,11 @@ def read_instructions(path, task):
             prompt = [{"role": "user", "content": prompt}]
         if not is_conversation(prompt):
             fail(f"{path}: row {number}: '{field}' must be text or a list of messages with role and content")
-        identity = str(given.get("id", f"{task}-{number:05d}"))
+        if None in given:
+            fail(f"{path}: row {number}: more cells than the header has; put text with commas in quotes")
+        if not isinstance(given.get("request", ""), str) or given.get("split") not in (None, "", "train", "test"):
+            fail(f"{path}: row {number}: 'request' must be text, and 'split' train or test")
+        identity = str(given.get("id") or f"{task}-{number:05d}")
         if identity in seen:
             fail(f"{path}: row {number}: the id '{identity}' is there twice; ids must differ")
         seen.add(identity)
@@ -664,12 +701,17 @@ def parser_of(doc, task):
     return parser
 
 
+def check_sampling(args):
+    if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
+        fail("--temperature must be at least 0, --top-p above 0 and at most 1")
+
+
 def run_stage(main):
     """Runs a stage's main(); Ctrl-C ends it with one line and status 130."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
+        print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -691,6 +733,7 @@ def main():
     add("--concurrency", type=positive, default=16, help="rows asked of the server at the same time (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
+    check_sampling(args)
 
     task = load_task(args.task)
     rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)
@@ -769,10 +812,7 @@ def main():
                 if not shown and "error" not in row:
                     show(row)
                     shown = True
-    place = {row["id"]: number for number, row in enumerate(rows)}  # a server's rows came in as they were done
-    in_order = sorted(done, key=lambda row: place.get(row["id"], len(rows)))
-    if in_order != done:
-        rewrite(out, in_order)
+    put_in_order(out, done, rows)
 
     failed = sum("error" in row for row in done)
     finishes = [row["teacher"]["finish"] for row in done if "error" not in row]

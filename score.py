@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 
 from generate import (
     append,
+    check_task,
     commit,
     encode,
     fail,
@@ -40,6 +41,7 @@ from generate import (
     pick_device,
     pick_dtype,
     positive,
+    put_in_order,
     read_jsonl,
     run_stage,
     template_ids,
@@ -332,6 +334,7 @@ def main():
     task = load_task(args.task)
     source = Path(args.input or f"runs/{args.task}/pairs.jsonl")
     rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])
+    check_task(args.task, rows, source)
     by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
     if all("error" in row for row in rows):
         fail(f"{source}: every row has an error; nothing to score")
@@ -359,6 +362,7 @@ def main():
                 append(file, row)
                 done.append(row)
                 bar.update()
+    put_in_order(out, done, rows)
     print(f"{out}:\n{audit(done)}")
     raise SystemExit(1 if any("error" in row or not is_scored(row) for row in done) else 0)
 

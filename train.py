@@ -274,7 +274,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="seed of the order of the pairs (default: %(default)s)")
     add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="scored pairs, or any data set in TRL's preference format (default: runs/TASK/scored.jsonl)")
-    add("--out", metavar="DIR", help="folder of the trained model (default: runs/TASK/LOSS)")
+    add("--out", metavar="DIR", help="folder of the trained model (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
@@ -291,7 +291,7 @@ def parse_args():
     add("--pack-tokens", type=positive, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--max-length", type=positive, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
     add("--eval-every", type=positive, default=20, help="steps between looks at the held-out pairs (default: %(default)s)")
-    add("--save-every", type=positive, default=50, help="steps between checkpoints to continue from (default: %(default)s)")
+    add("--save-every", type=positive, default=10, help="steps between checkpoints to continue from (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     for name in ("beta", "tau", "lr", "clip"):
@@ -319,7 +319,7 @@ def main():
     # -- data
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     name = args.loss + ("-accept" if args.accept else "")
-    out = Path(args.out or f"runs/{args.task}/{name}")
+    out = Path(args.out or source.parent / name)
     rows = read_jsonl(source, ["chosen", "rejected"])[: args.limit]
     model, tokenizer = load_model(args.model, device, torch.float32)  # fp32 master weights, dropout off
     check_model(model, args.model)
@@ -348,14 +348,15 @@ def main():
     # -- where to write, and from where to go on
     run = {**vars(args), "input": str(source), "steps": steps, "tau_absolute": tau, "pairs": len(train)}
     run |= {"held_out": len(held_out), "left_out": counts}
-    same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every")]
+    same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every", "eval_every")]
     checkpoint, record = out / "checkpoint", out / "run.json"
     if args.overwrite and out.exists() and any(out.iterdir()) and not record.exists():
-        fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not delete it")
+        fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
     wait()
     if rank == 0:
-        if args.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
+        if args.overwrite and out.exists():
+            shutil.rmtree(f"{out}.old", ignore_errors=True)
+            out.rename(f"{out}.old")
         out.mkdir(parents=True, exist_ok=True)
         if not checkpoint.exists() and (out / "checkpoint.old").exists():
             (out / "checkpoint.old").rename(checkpoint)  # killed between the two renames of save_checkpoint

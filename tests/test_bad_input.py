@@ -42,6 +42,11 @@ CASES = [
     case("a group on both sides", "generate", ["--prompts", "in.jsonl"], "both splits", rows=[
         {"prompt": "a", "group": "g", "split": "train"}, {"prompt": "b", "group": "g", "split": "test"}]),
     case("no reward model", "score", ["--in", "in.jsonl", "--reward", "classifier", "--model", "TINY"], "weights lack", rows=[GOOD]),
+    case("another task's rows", "score", ["--in", "in.jsonl", "--task", "safety"], "pass --task sentiment", rows=[GOOD]),
+    case("temperature", "generate", ["--temperature", "nan"], "--temperature"),
+    case("cells too many", "generate", ["--prompts", "in2.csv"], "more cells"),
+    case("a split of its own", "generate", ["--prompts", "in.jsonl"], "'split' train or test", rows=[
+        {"prompt": "a", "split": "validation"}]),
     case("float16 training", "train", ["--dtype", "float16"], "--dtype float16"),
     case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
     case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
@@ -56,6 +61,7 @@ def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypa
     elif raw is not None:
         (workdir / "in.jsonl").write_text(raw)
     (workdir / "in.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
+    (workdir / "in2.csv").write_text("prompt\nHi, there\n")
     argv = [tiny if word == "TINY" else word for word in argv]
     if "--model" not in argv and "classifier" not in argv and stage != "eval":
         argv = [*argv, "--model", tiny]

@@ -391,6 +391,9 @@ def test_a_bad_request_is_an_error_of_its_row_and_is_not_repeated(run, server, w
     rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
     assert status == 1 and "status 400" in rows[0]["error"] and "error" not in rows[1] and "1 failed" in said
     assert "chosen" not in rows[0]
+    status, _, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2")  # tried again, in its place
+    again = read_rows(workdir / "runs/sentiment/pairs.jsonl")
+    assert status == 0 and [row["id"] for row in again] == [row["id"] for row in rows] and again[1] == rows[1]
 
 
 # ---- the embedded model ---------------------------------------------------------------------------------------

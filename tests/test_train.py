@@ -323,5 +323,12 @@ def test_overwrite_never_deletes_a_folder_that_training_did_not_make(run, tiny, 
     (workdir / "precious").mkdir()
     (workdir / "precious" / "thesis.txt").write_text("years of work")
     status, _, err = run("train", "--model", tiny, "--out", workdir / "precious", *FAST, "--overwrite")
-    assert status == 2 and "does not delete it" in err
+    assert status == 2 and "does not move it" in err
     assert (workdir / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_keeps_the_model_that_was_there(run, tiny, pairs_file, workdir):
+    trained(run, tiny, workdir / "out", "--max-steps", "1")
+    before = (workdir / "out" / "model.safetensors").read_bytes()
+    trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
+    assert (workdir / "out.old" / "model.safetensors").read_bytes() == before
