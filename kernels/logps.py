@@ -68,6 +68,7 @@ from __future__ import annotations  # the kernels name tl.constexpr before Trito
 
 import functools
 import math
+import mmap
 import os
 from types import SimpleNamespace
 
@@ -199,8 +200,17 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, keep=False
     peak = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # finite, for the reason in _fold_kernel
     z.sub_(peak).exp_()
     torch.logaddexp(lse, z.sum(-1).log_().add_(peak.squeeze(-1)), out=lse)
-    kept_type = torch.float64 if z.dtype == torch.float64 else torch.float16
-    return (z.to(kept_type, copy=True), peak) if keep else None  # a copy, for the next slab overwrites z
+    return (_memory_for_e(z).copy_(z), peak) if keep else None
+
+
+def _memory_for_e(z):
+    """fp16, on Linux in pages of its own: malloc would keep what is let go slab by slab, while dW grows beside it (at
+    D = 576 and 1,024 tokens about as fast), and huge pages spare three quarters of the time of touching it first."""
+    if z.dtype == torch.float64 or not hasattr(mmap, "MADV_HUGEPAGE") or z.numel() == 0:
+        return torch.empty_like(z, dtype=torch.float64 if z.dtype == torch.float64 else torch.float16)
+    pages = mmap.mmap(-1, 2 * z.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float16).view(z.shape)
 
 
 def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, softcap):
@@ -220,9 +230,7 @@ def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, so
     if peak is None:
         _scale_and_cap_(x, logit_scale, softcap)
         slope = 1 - (x / softcap).square_() if softcap else None
-        dz = x.sub_(lse[:, None]).exp_()
-        if bool((coef != 1).any()):  # linear_logps has ones and zeros here, and on the CPU no zeros
-            dz.mul_(coef[:, None])
+        dz = x.sub_(lse[:, None]).exp_().mul_(coef[:, None])
     else:
         slope = None
         if softcap:
