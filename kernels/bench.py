@@ -336,7 +336,7 @@ def errors(p, method, want):
     return found
 
 
-def bench(p, names, reps, report=print):
+def bench(p, names, reps):
     """Rows of one shape: a dict a method, with either its numbers or, in "status", why it has none."""
     rows, ready = {}, {}
     want = exact(p)
@@ -360,7 +360,6 @@ def bench(p, names, reps, report=print):
             rows[name]["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
         if rows[name]["status"] != "ok":
             ready.pop(name, None)
-            report(f"    {name}: {rows[name]['status']}")
     times = {name: [] for name in ready}
     for _ in range(reps):
         for name, run in ready.items():
@@ -420,150 +419,109 @@ def machine(device):
 
 
 def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
 def table(rows):
     """One line a row, fixed width; units in the heading."""
-    lines = [
-        f"    {'':34}{'fwd ms':>9}{'bwd ms':>9}{'both ms':>9}{'x gemm':>8}{'TF/s':>8}{'peak MB':>9}{'nats':>9}{'dH':>9}{'dW':>9}"
-    ]
+    heads = "fwd ms", "bwd ms", "both ms", "x gemm", "TF/s", "GB/s", "peak MB", "nats", "dH", "dW"
+    lines = [" " * 36 + "".join(f"{head:>9}" for head in heads)]
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"    {row['method']:34}{row['status'][:75]}")
+            lines.append(f"  {row['method']:34}{row['status'][:90]}")
             continue
-        cells = [f"{row['forward_ms']:9.2f}", f"{row['backward_ms']:9.2f}", f"{row['both_ms']:9.2f}"]
-        cells += [f"{row['over_gemms']:8.2f}" if "over_gemms" in row else " " * 8]
-        cells += [
-            f"{row['tflops']:8.2f}"
-            if "tflops" in row
-            else f"{row['gb_per_s']:4.0f}GB/s"
-            if "gb_per_s" in row
-            else " " * 8
-        ]
-        cells += [f"{row['peak_bytes'] / 1e6:9.0f}" if row["peak_bytes"] is not None else f"{'?':>9}"]
-        cells += [f"{row[k]:9.1e}" if k in row else " " * 9 for k in ("error_nats", "error_dhidden", "error_dweight")]
-        lines.append(f"    {row['method']:34}{''.join(cells)}".rstrip())
-    return "\n".join(lines)
+        row = row | {"peak": None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6}
+        cells = [(row.get(key), "9.2f") for key in ("forward_ms", "backward_ms", "both_ms", "over_gemms", "tflops")]
+        cells += [(row.get(key), "9.0f") for key in ("gb_per_s", "peak")]
+        cells += [(row.get(key), "9.1e") for key in ("error_nats", "error_dhidden", "error_dweight")]
+        lines.append(f"  {row['method']:34}" + "".join(" " * 9 if v is None else format(v, form) for v, form in cells))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def plot(results, path):
-    """A panel a shape: time against peak memory, each implementation a point, the bare products a line."""
+    """A line of two panels for each shape: time, with the bare products as a dashed line, and peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = results["shapes"]
-    figure, axes = plt.subplots(1, len(shapes), figsize=(5.6 * len(shapes), 4.6), squeeze=False)
-    for ax, shape in zip(axes[0], shapes, strict=True):
-        rows = [r for r in shape["rows"] if r["status"] == "ok"]
-        points = [r for r in rows if r["method"] not in (*PARTS, *NO_GRADIENT) and r["peak_bytes"]]
-        for row in points:
-            mine = row["method"].startswith("linear_logps")
-            x, y = row["peak_bytes"] / 1e6, row["both_ms"]
-            ax.plot(x, y, "o", color="C3" if mine else "C0", markersize=8 if mine else 6)
-            ax.annotate(row["method"], (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7.5)
-        floor = "2 gemms" if shape["frozen"] else "3 gemms"
-        for row in rows:
-            if row["method"] == floor:
-                ax.axhline(row["both_ms"], color="0.6", linestyle="--", linewidth=1)
-                ax.annotate(
-                    f"{floor}, bare",
-                    (0.01, row["both_ms"]),
-                    xycoords=("axes fraction", "data"),
-                    fontsize=7.5,
-                    color="0.4",
-                    va="bottom",
-                )
-        ax.set(xscale="log", yscale="log", xlabel="peak memory above inputs, MB", ylabel="forward + backward, ms")
-        ax.margins(x=0.35, y=0.15)
-        ax.set_title(f"{shape['name']}: N={shape['N']}, D={shape['D']}, V={shape['V']}, {shape['dtype']}", fontsize=9)
-    figure.suptitle(
-        f"{results['machine']['device']}, torch {results['machine']['versions']['torch']}, {results['machine']['date'][:10]}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    shapes, about = results["shapes"], results["machine"]
+    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 3.1 * len(shapes)), squeeze=False, layout="constrained")
+    for (left, right), shape in zip(axes, shapes, strict=True):
+        ok = {row["method"]: row for row in shape["rows"] if row["status"] == "ok"}
+        rows = [row for name, row in reversed(ok.items()) if name not in (*PARTS, *NO_GRADIENT)]
+        names = [row["method"] for row in rows]
+        colors = ["C3" if name.startswith("linear_logps") else "C0" for name in names]
+        left.barh(names, [row["forward_ms"] for row in rows], color=colors)
+        left.barh(
+            names,
+            [row["backward_ms"] for row in rows],
+            left=[row["forward_ms"] for row in rows],
+            color=colors,
+            alpha=0.5,
+        )
+        left.axvline(
+            ok["2 gemms" if shape["frozen"] else "3 gemms"]["both_ms"], color="0.3", linestyle="--", linewidth=1
+        )
+        left.set_xlabel("ms: forward, backward (pale); dashed: its matrix products alone", fontsize=8)
+        right.barh(names, [(row["peak_bytes"] or 0) / 1e6 for row in rows], color=colors)
+        right.set_xlabel("MB: peak above the inputs, gradients included", fontsize=8)
+        right.set_yticks([])
+        size = f"N {shape['N']:,}, D {shape['D']:,}, V {shape['V']:,}, {shape['dtype']}"
+        left.set_title(f"{shape['name']}: {size}{', frozen head' * shape['frozen']}", fontsize=9, loc="left")
+        for ax in (left, right):
+            ax.tick_params(labelsize=8)
+            ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{about['device']}, torch {about['versions']['torch']}, {about['date'][:10]}", fontsize=9)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        choices=SHAPES,
-        help="problems to run (default: the first seven on CUDA, smollm2-1k on a CPU)",
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        help="types of the operands (default: bf16 on CUDA, bf16 and fp32 on a CPU)",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
-        help="rows; the bare products always run (default: all)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--reps", type=int, default=30, help="rounds; every number is a median over them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("results/kernel"),
-        help="folder for bench.json and bench.png (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="JSON",
-        help="draw the figure of an earlier run beside its JSON, and measure nothing",
-    )
+def parse_args():
+    parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    # fmt: off
+    add("--shapes", nargs="+", choices=SHAPES, help="problems to run (default: the first seven on CUDA, smollm2-1k on a CPU)")
+    add("--dtypes", nargs="+", choices=DTYPES, help="types of the operands (default: bf16 on CUDA, bf16 and fp32 on a CPU)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="rows, by the names in METHODS; the bare products always run (default: all)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (default: %(default)s)")
+    add("--reps", type=int, default=30, help="rounds; every time is a median over them (default: %(default)s)")
+    add("--out", type=Path, default=Path("results/kernel"), metavar="DIR", help="folder of bench.json and bench.png (default: %(default)s)")
+    add("--plot", type=Path, metavar="JSON", help="measure nothing: draw the figure of this earlier run beside it")
+    # fmt: on
     args = parser.parse_args()
-    if args.plot:
-        plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
-        sys.exit()
     if args.reps < 2:
         parser.error("--reps must be at least 2")
+    args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
+    args.dtypes = args.dtypes or {"cuda": ["bf16"], "cpu": ["bf16", "fp32"]}[args.device]
+    return args
 
+
+def main():
+    args = parse_args()
+    if args.plot:
+        plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
+        return
     warnings.filterwarnings("ignore", message=".*linear_cross_entropy.*")  # it says which path it takes; the row shows
     torch.backends.cuda.matmul.allow_tf32 = False
-    names = [name for name in METHODS if name in args.methods or name.endswith(("gemm", "gemms"))]
+    methods = [name for name in METHODS if name in args.methods or name.endswith(("gemm", "gemms"))]
     results = {"command": sys.argv[1:], "machine": machine(args.device), "reps": args.reps, "shapes": []}
     print(json.dumps(results["machine"]))
     args.out.mkdir(parents=True, exist_ok=True)
-    for shape in args.shapes or DEFAULT_SHAPES[args.device]:
-        for dtype in args.dtypes or (["bf16"] if args.device == "cuda" else ["bf16", "fp32"]):
-            N, D, V, softcap, frozen = SHAPES[shape]
-            print(
-                f"{shape}, {dtype}: N {N}, D {D}, V {V}{f', softcap {softcap}' * bool(softcap)}{', frozen head' * frozen}"
-            )
-            problem = make_problem(*SHAPES[shape], DTYPES[dtype], args.device)
-            rows = bench(problem, names, args.reps)
-            del problem
+    for name in args.shapes:
+        for dtype in args.dtypes:
+            shape = dict(zip(("N", "D", "V", "softcap", "frozen"), SHAPES[name], strict=True))
+            print(f"{name}, {dtype}: {shape}")
+            rows = bench(make_problem(**shape, dtype=DTYPES[dtype], device=args.device), methods, args.reps)
             print(table(rows), flush=True)
-            about = {"name": shape, "dtype": dtype, "N": N, "D": D, "V": V, "softcap": softcap, "frozen": frozen}
-            results["shapes"].append(about | {"rows": rows})
+            results["shapes"].append({"name": name, "dtype": dtype, **shape, "rows": rows})
             results["machine_after"] = machine(args.device)  # clocks and temperature under load
             (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")  # after each: nothing is lost
     plot(results, args.out / "bench.png")
     print(f"{args.out / 'bench.json'}, {args.out / 'bench.png'}")
+
+
+if __name__ == "__main__":
+    main()
