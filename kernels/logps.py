@@ -519,8 +519,8 @@ def _widen(x):
 
 
 def _live_rows(mask):
-    """Which rows to work on. On the CPU those in mask; on CUDA all, because counting them would stop the host."""
-    return slice(None) if mask.is_cuda or bool(mask.all()) else mask.nonzero().squeeze(-1)
+    """Which rows to work on. In PyTorch those in mask; in Triton all, because counting them would stop a CUDA host."""
+    return slice(None) if _on_triton(mask) or bool(mask.all()) else mask.nonzero().squeeze(-1)
 
 
 def _empty_state(x, labels):
