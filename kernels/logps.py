@@ -47,10 +47,10 @@ Three modes, by whether a gradient is wanted and by a budget of bytes
 What is retained, if rounded logits are no good: their exponentials
     For a row and a block of columns with largest logit m we keep e = exp(z - m) in fp16, and m in fp32:
         p = e exp(m - LSE)                                                                                  (4)
-    e is at most 1 and its error 2^-12 of itself, or 2^-25 if it is below 2^-14: the same error in p, where a rounded
-    logit of 20 makes 2^-4. bf16 would make 2^-9. p[y] - 1, which (4) would spoil for p[y] near 1, comes from the
-    fp32 numbers z[y] and LSE. LSE itself is summed before anything is rounded. dZ overwrites e, and a slab is
-    let go as soon as its products are done: a second backward (retain_graph=True) finds nothing and recomputes.
+    e is at most 1 and off by at most 2^-11 of itself, or by 2^-25 if it is below 2^-14; so is p. A bf16 e would be off
+    by 2^-8, a bf16 logit of 20 makes p off by 2^-4. p[y] - 1, which (4) would spoil for p[y] near 1, comes from the
+    fp32 numbers z[y] and LSE, and LSE is summed before anything is rounded. With softcap z = m + log e. A slab is let
+    go as soon as its products are done: a second backward (retain_graph=True) finds nothing and recomputes.
 
 Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
     sum_v exp(z[v]) overflows, so it is kept as (m, s): the largest logit so far, and s = sum exp(z - m). A new block:
@@ -58,10 +58,10 @@ Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
     A finished LSE is itself such a pair, (LSE, 1): so the next slab simply goes on from the LSE of those before it.
 
 Which code runs is decided by where the tensors are, and by nothing else: on CUDA the Triton kernels; on the CPU
-chunked PyTorch; on the CPU with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter (slow, for tests; it
-rounds bf16 stores toward zero). Triton is imported at the first call that needs it, and its absence is then an error.
-LSE and z[y] always come from fp32 logits (fp64 from fp64 operands, CPU only). Nothing here sums with atomics: same
-inputs, same machine, same threads, same bits. torch.compile breaks its graph at both functions and runs them as is.
+PyTorch; on the CPU with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter (slow, for tests; it rounds bf16
+stores toward zero). Triton is imported at the first call that needs it, and its absence is then an error. LSE and
+z[y] always come from fp32 logits (fp64 from fp64 operands, CPU only). Nothing sums with atomics: same inputs, machine
+and threads, same bits. torch.compile breaks its graph at both functions and runs them as they are.
 """
 
 from __future__ import annotations  # the kernels name tl.constexpr before Triton is imported
@@ -204,8 +204,8 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, keep=False
 
 
 def _memory_for_e(z):
-    """fp16, on Linux in pages of its own: malloc would keep what is let go slab by slab, while dW grows beside it (at
-    D = 576 and 1,024 tokens about as fast), and huge pages spare three quarters of the time of touching it first."""
+    """fp16 (fp64 for fp64), on Linux in pages of its own, for malloc would keep the pages of what is let go slab by
+    slab while dW grows beside it. Huge ones, because 512 times as many small ones would each be a page fault."""
     if z.dtype == torch.float64 or not hasattr(mmap, "MADV_HUGEPAGE") or z.numel() == 0:
         return torch.empty_like(z, dtype=torch.float64 if z.dtype == torch.float64 else torch.float16)
     pages = mmap.mmap(-1, 2 * z.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -326,18 +326,10 @@ def _row_chunks(logits):
 
 @_run_as_is
 def linear_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
-    chunk_bytes: int | None = None,
-    retain_bytes: int | None = None,
-) -> torch.Tensor:
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None = None, *,
+    bias: torch.Tensor | None = None, logit_scale: float = 1.0, softcap: float = 0.0, ignore_index: int = -100,
+    chunk_bytes: int | None = None, retain_bytes: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Log-probabilities, in nats, of labels under softmax(z), z = cap(logit_scale (hidden weight^T + bias)).
 
     hidden (N, D), weight (V, D), bias (V,) or None: one floating type (bf16, fp16, fp32; on the CPU also fp64).
@@ -401,9 +393,9 @@ class _LinearLogps(torch.autograd.Function):
             rows = _live_rows(labels >= 0)
             h, labels_, lse_, target_ = _widen(hidden[rows]), labels[rows], lse[rows], target[rows]
             columns = _slab_columns(h, hidden.dtype, chunk_bytes)
-            tile = _tile(h, columns, weight)
-            for slab in _slabs(weight, columns):
-                z = _logits(h, _widen(weight[slab]), None if bias is None else bias[slab], tile)
+            slabs, tile = _slabs(h, weight, columns)
+            for slab in slabs:
+                z = _logits(h, _widen(weight[slab]), bias, slab, tile)
                 size = z.numel() * (8 if z.dtype == torch.float64 else 2)
                 keep = size <= retain_bytes
                 pair = _fold(z, labels_, slab.start, lse_, target_, logit_scale, softcap, keep)
@@ -447,29 +439,24 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, logit_scal
     dhidden = lse.new_zeros(h.shape) if want_hidden else None  # fp32: it is a sum over slabs
     dweight = torch.empty_like(weight) if want_weight else None  # each slab of it is written once
     dbias = torch.empty_like(bias) if want_bias else None
-    tile = _tile(h, columns, weight)
-    for slab in _slabs(weight, columns):
+    slabs, tile = _slabs(h, weight, columns)
+    for slab in slabs:
         w = _widen(weight[slab])
         if slab.start in kept:
             x, peak = (part[picked] for part in kept.pop(slab.start))
         else:
-            x, peak = _logits(h, w, None if bias is None else bias[slab], tile), None
-        if not _on_triton(x):
-            dz = _part(tile, x.shape)
-        else:
-            dz = torch.empty_like(x, dtype=ch.dtype) if x.dtype != ch.dtype else x
+            x, peak = _logits(h, w, bias, slab, tile), None
+        dz = x if x.dtype == ch.dtype else torch.empty_like(x, dtype=ch.dtype) if tile is None else tile[:, : len(w)]
         _dz(x, peak, labels, slab.start, lse, dz_label, live, dz, logit_scale, softcap)
         del x, peak
         if want_bias:
             dbias[slab] = coef @ dz.to(coef.dtype)
-        if want_hidden and half:
-            dhidden += _mm(dz, w.half())
-        elif want_hidden:
-            dhidden.addmm_(dz, w)
+        if want_hidden:
+            _add_mm_(dhidden, dz, w.half() if half else w)
         if want_weight and dweight.dtype == ch.dtype and not half:
-            torch.mm(dz.t(), ch, out=dweight[slab])
+            torch.mm(dz.t(), ch, out=dweight[slab])  # a sum over all tokens, inside one product
         elif want_weight:
-            dweight[slab] = _mm(dz.t(), ch).mul_(unit)  # a sum over all tokens, inside one product, rounded once
+            torch.mul(_mm(dz.t(), ch), unit, out=dweight[slab])  # the same, rounded once
         del dz, w  # before the next ones are made
     if want_hidden:
         full = torch.zeros_like(hidden)
@@ -480,28 +467,20 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, logit_scal
 
 def _slab_columns(h, dtype, chunk_bytes):
     """Columns of a slab. Half operands need, beside 4 bytes a logit, dZ (2) and W and dW in another type (6 D)."""
-    N, D = h.shape
     half = dtype in (torch.bfloat16, torch.float16)
-    return max(1, chunk_bytes // max(1, 6 * (N + D) if half else 4 * N) // ALIGN) * ALIGN
+    return max(1, chunk_bytes // max(1, 6 * sum(h.shape) if half else 4 * len(h)) // ALIGN) * ALIGN
 
 
-def _slabs(weight, columns):
-    return [slice(i, min(i + columns, len(weight))) for i in range(0, len(weight), columns)]
+def _slabs(h, weight, columns):
+    """Slices of the vocabulary; and on the CPU one memory for the logits of each, because page faults cost."""
+    slabs = [slice(i, min(i + columns, len(weight))) for i in range(0, len(weight), columns)]
+    return slabs, None if _on_triton(h) else h.new_empty(len(h), min(columns, len(weight)))
 
 
-def _tile(h, columns, weight):
-    """On the CPU one memory for the logits of every slab, because page faults cost; CUDA's allocator does that."""
-    return None if _on_triton(h) else h.new_empty(len(h) * min(columns, len(weight)))
-
-
-def _part(tile, shape):
-    return tile[: shape[0] * shape[1]].view(shape)
-
-
-def _logits(h, w, bias, tile):
+def _logits(h, w, bias, slab, tile):
     """Raw logits (N, columns), fp32 or fp64."""
-    z = _mm(h, w.t()) if tile is None else torch.mm(h, w.t(), out=_part(tile, (len(h), len(w))))
-    return z if bias is None else z.add_(bias)
+    z = _mm(h, w.t()) if tile is None else torch.mm(h, w.t(), out=tile[:, : len(w)])
+    return z if bias is None else z.add_(bias[slab])
 
 
 def _mm(a, b):
@@ -511,6 +490,14 @@ def _mm(a, b):
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()  # beside the interpreter
+
+
+def _add_mm_(total, a, b):
+    """total += a b, inside the product: at D = 4,096 a pass over fp32 dH for every slab would be seen."""
+    if a.is_cuda and a.dtype == torch.float16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _widen(x):

@@ -6,6 +6,7 @@ set before Triton is first imported, so test_the_triton_tests_pass_under_the_int
 
 import functools
 import importlib.util
+import mmap
 import os
 import re
 import subprocess
@@ -341,24 +342,27 @@ def test_recompute_keeps_two_numbers_a_token_and_forward_only_nothing(monkeypatc
     assert sorted(map(tuple, kept)) == [(8,)] * 3 + [(8, 16), (100, 16)]  # labels, LSE, z[y]; operands, kept anyway
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="elsewhere the memory of e is malloc's own business")
 def test_what_is_retained_is_two_bytes_a_logit_and_is_let_go_slab_by_slab(monkeypatch):
     N, slabs = 6, 4
     hidden, weight, labels = head(N, 16, 128 * slabs)
-    out = linear_logps(*leaves(hidden, weight), labels, chunk_bytes=1, retain_bytes=RETAIN)
-    pairs = out.grad_fn.kept.values()
-    assert sum(e.numel() * e.element_size() for e, _ in pairs) == 2 * N * 128 * slabs
-    alive = [weakref.ref(e) for e, _ in pairs]
-    seen, dz = [], L._dz
+    alive, seen, make, dz = [], [], mmap.mmap, L._dz
+
+    def remember(*args, **kw):
+        pages = make(*args, **kw)
+        alive.append((weakref.ref(pages), len(pages)))
+        return pages
 
     def count(*args):
-        seen.append(sum(e() is not None for e in alive))
+        seen.append(sum(size for pages, size in alive if pages() is not None))
         return dz(*args)
 
+    monkeypatch.setattr(mmap, "mmap", remember)
     monkeypatch.setattr(L, "_dz", count)
-    del pairs
+    out = linear_logps(*leaves(hidden, weight), labels, chunk_bytes=1, retain_bytes=RETAIN)
     out.sum().backward()
-    assert seen == [4, 3, 2, 1]
-    assert out.grad_fn.kept == {}
+    assert seen == [2 * N * 128 * left for left in (4, 3, 2, 1)]
+    assert all(pages() is None for pages, _ in alive)
 
 
 def test_a_second_backward_through_a_kept_graph_recomputes():
@@ -522,7 +526,7 @@ def test_triton_linear_equals_fp64_over_several_slabs(dtype, settings):
     labels[4] = -100
     bias = torch.randn(517, device=DEVICE).to(dtype)
     cu = torch.tensor([0, 4, 4, 9], device=DEVICE)
-    grad_tol = 1e-5 if dtype == torch.float32 else 5e-4  # fp16 dZ and c H: 2^-12 of each element
+    grad_tol = 1e-5 if dtype == torch.float32 else 5e-4  # fp16 dZ and c H: 2^-11 of each element at most
     compare_with_fp64(hidden, weight, labels, cu, bias=bias, chunk_bytes=1, tol=2e-4, grad_tol=grad_tol, **settings)
 
 
