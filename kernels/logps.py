@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, without the logits ever being in memory.
 
     gather_logps(logits, labels)                        logits already there: one pass over them, in Triton
-    linear_logps(hidden, weight, labels, cu_seqlens)    hidden states and the output layer: no (N, V) array at all
-    reference_logps(hidden, weight, labels, cu_seqlens) the same in six lines of PyTorch, to be compared with
+    linear_logps(hidden, weight, labels, cu_seqlens)    hidden states and the output layer: no (N, V) array of logits
+    reference_logps(hidden, weight, labels, cu_seqlens) the same in a few lines of PyTorch, to be compared with
 
 The problem
     A preference loss needs, for every completion token t with label y, its log-probability
@@ -14,65 +14,84 @@ The problem
 
 The derivative
     From (1), d z[y] / dz[v] = 1[v = y], and d LSE / dz[v] = exp(z[v] - LSE) = p[v], the softmax. So
-        d logp / dz[v] = 1[v = y] - p[v]                                                                    (2)
-    and with c = d loss / d logp coming from above, dZ = c (onehot(y) - p), dH = dZ W, dW = dZ^T H. p needs the logits
-    and LSE only: we keep LSE, one number a token, and make the logits again when the gradient is asked for.
+        dz[v] := d (-logp) / dz[v] = p[v] - 1[v = y]                                                        (2)
+    and with c = -(d loss / d logp), a number that comes from above for each token:
+        dH = c (dZ W)   (its rows times c),      dW = dZ^T (c H)   (the rows of H times c)                  (3)
 
 Why c deserves a thought
-    Cross-entropy has c = -1/N for every token: it is known beforehand, so the gradient can be made in the forward
-    pass while the logits are there. A preference loss has one c per *sequence*, a function of the sums of both
-    sequences of a pair: known only when every token has been seen. Rows of dH may still be multiplied by a late c;
-    dW = sum_t c_t dz_t h_t^T may not, for its sum over tokens is already taken. Hence: recompute. To this file c is
-    just autograd's grad_output, one number a token or a sequence, so it knows nothing of any loss.
+    Cross-entropy has c = 1/N for every token: it is known beforehand, so the gradient can be made in the forward pass
+    while the logits are there. A preference loss has one c per *sequence*, a function of the sums of both sequences
+    of a pair: known only when every token has been seen. Rows of dZ W may still be multiplied by a late c; dZ^T H may
+    not, for its sum over tokens is already taken. So dZ must be had *after* the loss: either something of size
+    N x V is kept until then, or the logits are made a second time. To this file c is just autograd's grad_output,
+    one number a token or a sequence, so it knows nothing of any loss. By (3) it never touches the large array.
 
-Bytes and FLOPs
-    The vocabulary is walked in slabs of a few thousand columns, sized by a byte budget; only one slab of logits exists:
+Three modes, by whether a gradient is wanted and by a budget of bytes
+                      products                    FLOPs   kept between the passes
+        forward only  z                            2NDV   nothing
+        retain        z; dZ W, dZ^T H              6NDV   2 bytes a logit
+        recompute     z; z again, dZ W, dZ^T H     8NDV   2 numbers a token
+    A frozen head or frozen hidden states save one product, 2NDV, in the last two.
+    The vocabulary is walked in slabs of a few thousand columns; only one slab of logits exists:
 
-                D             slab 0   slab 1   slab 2 ...          forward, per slab:  z = H W_slab^T
-            +-------+        +--------+........+........+                   fold z into (LSE, z[y])
-          N |   H   |   ->   |   z    |        :        :         backward, per slab: z again, z -> dZ in place
-            +-------+        +--------+........+........+                   dH += dZ W_slab, dW_slab = dZ^T H
+                D             slab 0   slab 1   slab 2 ...        forward, per slab:  z = H W_slab^T
+            +-------+        +--------+........+........+                 fold z into (LSE, z[y]); keep e?
+          N |   H   |   ->   |   z    |        :        :       backward, per slab:  dZ from e, or from z again
+            +-------+        +--------+........+........+                 dH += dZ W_slab, dW_slab = dZ^T (c H)
                                     V columns
 
     Slabs rather than blocks of tokens, because then all N tokens meet inside one matrix product and each dW_slab is
-    written once, summed in that product's own fp32 accumulators. Forward: one product, 2NDV FLOPs. Backward: three,
-    6NDV; two if the head or the hidden states are frozen. All 8NDV against 6NDV when logits are kept: a third more
-    FLOPs for memory that does not grow with N x V. Kept between the passes: N numbers.
+    written once, summed in that product's own fp32 accumulators. The first slabs are retained for as long as the
+    budget lasts, the others are recomputed: with room for half of them the price is 7NDV, and there is no cliff.
+
+What is retained, if rounded logits are no good: their exponentials
+    For a row and a block of columns with largest logit m we keep e = exp(z - m) in fp16, and m in fp32:
+        p = e exp(m - LSE)                                                                                  (4)
+    e is at most 1 and off by at most 2^-11 of itself, or by 2^-25 if it is below 2^-14; so is p. A bf16 e would be off
+    by 2^-8, a bf16 logit of 20 makes p off by 2^-4. p[y] - 1, which (4) would spoil for p[y] near 1, comes from the
+    fp32 numbers z[y] and LSE, and LSE is summed before anything is rounded. With softcap z = m + log e. A slab is let
+    go as soon as its products are done: a second backward (retain_graph=True) finds nothing and recomputes.
 
 Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
     sum_v exp(z[v]) overflows, so it is kept as (m, s): the largest logit so far, and s = sum exp(z - m). A new block:
-        m' = max(m, block),  s' = s exp(m - m') + sum exp(block - m'),  at the end LSE = m + log s                (3)
+        m' = max(m, block),  s' = s exp(m - m') + sum exp(block - m'),  at the end LSE = m + log s                (5)
     A finished LSE is itself such a pair, (LSE, 1): so the next slab simply goes on from the LSE of those before it.
 
 Which code runs is decided by where the tensors are, and by nothing else: on CUDA the Triton kernels; on the CPU
-chunked PyTorch; on the CPU with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter (slow, for tests; it
-rounds bf16 stores toward zero). Triton is imported at the first call that needs it, and its absence is then an error.
-LSE and z[y] always come from fp32 logits (fp64 from fp64 operands, CPU only). Nothing here sums with atomics: same
-inputs, same machine, same threads, same bits.
+PyTorch; on the CPU with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter (slow, for tests; it rounds bf16
+stores toward zero). Triton is imported at the first call that needs it, and its absence is then an error. LSE and
+z[y] always come from fp32 logits (fp64 from fp64 operands, CPU only). Nothing sums with atomics: same inputs, machine
+and threads, same bits. torch.compile breaks its graph at both functions and runs them as they are.
 """
 
 from __future__ import annotations  # the kernels name tl.constexpr before Triton is imported
 
 import functools
 import math
+import mmap
 import os
 from types import SimpleNamespace
 
 import torch
 
+_run_as_is = torch._disable_dynamo  # torch.compiler.disable, without its 1.4 s of imports before the first call
 tl = None  # triton.language, put here by _kernels() at the first call that needs it
 BLOCK_V, NUM_WARPS = 4096, 8  # 16 logits a thread: two 16-byte loads in bf16, four in fp32
-CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 512 << 20  # stay in the cache; keep the matrix products large
-MIN_SLAB = 128  # columns: below this the products starve, and 512 N bytes are less than most hidden states
+CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 352 << 20  # stay in the cache; keep the matrix products large
+CPU_RETAIN_BYTES, CUDA_RETAIN_BYTES = 512 << 20, 4 << 30  # 5,461 tokens at V = 49,152; 16,743 at V = 128,256
+ALIGN = 128  # slabs have a multiple of this many columns: rows of them start on 16 bytes, products do not starve
 
 # --- 1. Two Triton kernels. One program a row; "row" is int64, for row * stride passes 2**31. ---------------------
 
 
 def _fold_kernel(
-    logits_ptr, logits_row_stride, labels_ptr, lse_ptr, target_ptr, V, first_column, logit_scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, logits_row_stride, labels_ptr, lse_ptr, target_ptr, e_ptr, e_row_stride, peak_ptr, peak_row_stride,
+    V, first_column, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Fold one slab, columns [first_column, first_column + V), into lse (N,) and target (N,), both fp32: eq. 3."""
+    """Fold one slab, columns [first_column, first_column + V), into lse (N,) and target (N,), both fp32: eq. 5.
+
+    With KEEP it leaves e (N, V) and, for each block of BLOCK_V columns, its largest logit in peak: eq. 4.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_row_stride
     columns = tl.arange(0, BLOCK_V)
@@ -82,12 +101,18 @@ def _fold_kernel(
     m = tl.maximum(lse, -1e38)
     s = tl.where(columns == 0, tl.exp(lse - m), 0.0)  # one partial sum a lane: a reduction less in each turn
     for start in range(0, V, BLOCK_V):
-        z = tl.load(logits_ptr + start + columns, mask=start + columns < V, other=0.0).to(tl.float32) * logit_scale
+        inside = start + columns < V
+        z = tl.load(logits_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) * logit_scale
         if HAS_SOFTCAP:
             z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))  # softcap * tanh(z / softcap)
-        z = tl.where(start + columns < V, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        s = s * tl.exp(m - m_new) + tl.exp(z - m_new)
+        z = tl.where(inside, z, float("-inf"))
+        peak = tl.maximum(tl.max(z, axis=0), -1e38)
+        e = tl.exp(z - peak)
+        if KEEP:
+            tl.store(e_ptr + row * e_row_stride + start + columns, e.to(tl.float16), mask=inside)
+            tl.store(peak_ptr + row * peak_row_stride + start // BLOCK_V, peak)
+        m_new = tl.maximum(m, peak)
+        s = s * tl.exp(m - m_new) + e * tl.exp(peak - m_new)
         m = m_new
     total = tl.sum(s, axis=0)
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), m + tl.log(total)))
@@ -101,31 +126,37 @@ def _fold_kernel(
 
 
 def _dz_kernel(
-    logits_ptr, logits_row_stride, labels_ptr, lse_ptr, coef_ptr, dz_ptr, dz_row_stride, V, first_column,
-    logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    x_ptr, x_row_stride, peak_ptr, peak_row_stride, labels_ptr, lse_ptr, dz_label_ptr, coef_ptr, dz_ptr, dz_row_stride,
+    V, first_column, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write dZ of one slab (eq. 2) times the derivatives of scale and softcap. dz_ptr may be logits_ptr."""
+    """Write coef dZ of one slab (eq. 2), with the derivative of softcap; x is e if KEPT, else raw logits.
+
+    dz_ptr may be x_ptr: a lane reads an element before it writes the same one.
+    """
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_row_stride
+    x_ptr += row * x_row_stride
     dz_ptr += row * dz_row_stride
     coef = tl.load(coef_ptr + row)
-    # A dead row is not read: z = lse = 0 there, so dz is 0 whatever the row holds (NaN) and its lse is (-inf).
+    # A dead row is not read: x = lse = 0 there, so dz is 0 whatever the row holds (NaN) and its lse is (-inf).
     lse = tl.where(coef != 0.0, tl.load(lse_ptr + row), 0.0)
     readable = tl.where(coef != 0.0, V, 0)
+    dz_label = tl.load(dz_label_ptr + row)
     column = tl.load(labels_ptr + row) - first_column
     columns = tl.arange(0, BLOCK_V)
     for start in range(0, V, BLOCK_V):
-        z = (
-            tl.load(logits_ptr + start + columns, mask=start + columns < readable, other=0.0).to(tl.float32)
-            * logit_scale
-        )
-        slope = coef * logit_scale
+        x = tl.load(x_ptr + start + columns, mask=start + columns < readable, other=0.0).to(tl.float32)
+        if KEPT:
+            peak = tl.load(peak_ptr + row * peak_row_stride + start // BLOCK_V)
+            p = x * tl.where(coef != 0.0, tl.exp(peak - lse), 0.0)
+            z = peak + tl.log(tl.maximum(x, 1e-37))  # x = 0 has p = 0, and here a finite z
+        else:
+            z = x * logit_scale
+            if HAS_SOFTCAP:
+                z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
+            p = tl.exp(z - lse)
         if HAS_SOFTCAP:
-            tanh = 1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0)
-            z = softcap * tanh
-            slope *= 1.0 - tanh * tanh
-        # 1 - p at the label is taken in fp32 and only then rounded to the type of dz
-        dz = (tl.where(start + columns == column, 1.0, 0.0) - tl.exp(z - lse)) * slope
+            p *= 1.0 - (z / softcap) * (z / softcap)  # d softcap tanh(u / softcap) / du = 1 - tanh^2
+        dz = tl.where(start + columns == column, dz_label, p) * coef
         tl.store(dz_ptr + start + columns, dz.to(dz_ptr.dtype.element_ty), mask=start + columns < V)
 
 
@@ -143,47 +174,77 @@ def _on_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# --- 2. The same two steps for one slab, in Triton or in PyTorch. z is (N, columns), raw: before scale and softcap. --
+# --- 2. The same two steps for one slab, in Triton or in PyTorch. Logits are raw: before scale and softcap. --------
 
 
-def _fold(z, labels, first_column, lse, target, logit_scale, softcap):
-    """Fold the slab z into lse and target, in place. The PyTorch branch overwrites z, the Triton one does not."""
+def _fold(z, labels, first_column, lse, target, logit_scale, softcap, keep=False):
+    """Fold the slab z (N, columns) into lse and target, in place; with keep return (e, peak), else None.
+
+    The PyTorch branch overwrites z, the Triton one does not. Its blocks are BLOCK_V columns, PyTorch's the slab.
+    """
     if _on_triton(z):
+        e, peak = z, lse[:, None]  # not touched without KEEP
+        if keep:
+            e = torch.empty_like(z, dtype=torch.float16)
+            peak = lse.new_empty(len(z), -(-z.shape[1] // BLOCK_V))
         with torch.cuda.device_of(z):  # Triton launches on the current device, which need not be z's
             _kernels().fold[(len(z),)](
-                z, z.stride(0), labels, lse, target, z.shape[1], first_column, logit_scale, softcap,
-                HAS_SOFTCAP=softcap != 0, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=True,
+                z, z.stride(0), labels, lse, target, e, e.stride(0), peak, peak.stride(0), z.shape[1], first_column,
+                logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEEP=keep, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )  # fmt: skip
-        return
+        return (e, peak) if keep else None
     _scale_and_cap_(z, logit_scale, softcap)
     rows, columns = _hits(z, labels, first_column)
     target[rows] = z[rows, columns]
-    m = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # finite, for the reason in _fold_kernel
-    slab_lse = z.sub_(m).exp_().sum(-1, keepdim=True).log_().add_(m).squeeze(-1)
-    torch.logaddexp(lse, slab_lse, out=lse)
+    peak = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # finite, for the reason in _fold_kernel
+    z.sub_(peak).exp_()
+    torch.logaddexp(lse, z.sum(-1).log_().add_(peak.squeeze(-1)), out=lse)
+    return (_memory_for_e(z).copy_(z), peak) if keep else None
 
 
-def _dz(z, labels, first_column, lse, coef, out, logit_scale, softcap):
-    """Write dZ of the slab z to out; out may be z itself. The PyTorch branch overwrites z as well."""
-    if _on_triton(z):
-        with torch.cuda.device_of(z):
-            _kernels().dz[(len(z),)](
-                z, z.stride(0), labels, lse, coef, out, out.stride(0), z.shape[1], first_column, logit_scale, softcap,
-                HAS_SOFTCAP=softcap != 0, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=True,
+def _memory_for_e(z):
+    """fp16 (fp64 for fp64), on Linux in pages of its own, for malloc would keep the pages of what is let go slab by
+    slab while dW grows beside it. Huge ones, because 512 times as many small ones would each be a page fault."""
+    if z.dtype == torch.float64 or not hasattr(mmap, "MADV_HUGEPAGE") or z.numel() == 0:
+        return torch.empty_like(z, dtype=torch.float64 if z.dtype == torch.float64 else torch.float16)
+    pages = mmap.mmap(-1, 2 * z.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.float16).view(z.shape)
+
+
+def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, softcap):
+    """Write coef dZ (eq. 2) to out. x is raw logits if peak is None, else e: eq. 4. out may be x itself.
+
+    dz_label (N,) is p[y] - 1, from fp32 numbers and 0 in dead rows (coef = 0). PyTorch overwrites raw logits.
+    """
+    if _on_triton(x):
+        kept, peak = peak is not None, lse[:, None] if peak is None else peak
+        with torch.cuda.device_of(x):
+            _kernels().dz[(len(x),)](
+                x, x.stride(0), peak, peak.stride(0), labels, lse, dz_label, coef, out, out.stride(0), x.shape[1],
+                first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEPT=kept, BLOCK_V=BLOCK_V,
+                num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         return
-    _scale_and_cap_(z, logit_scale, softcap)
-    slope = 1 - (z / softcap).square_() if softcap else None  # d softcap tanh(u / softcap) / du = 1 - tanh^2
-    coef = coef * logit_scale
-    z.sub_(lse[:, None]).exp_().mul_(-coef[:, None])
-    rows, columns = _hits(z, labels, first_column)
-    z[rows, columns] += coef[rows]
-    if bool((coef == 0).any()):
-        z[coef == 0] = 0  # 0 * NaN is NaN: a row that nobody asked for must not speak
+    if peak is None:
+        _scale_and_cap_(x, logit_scale, softcap)
+        slope = 1 - (x / softcap).square_() if softcap else None
+        dz = x.sub_(lse[:, None]).exp_().mul_(coef[:, None])
+    else:
+        slope = None
+        if softcap:
+            z = x.to(lse.dtype, copy=True).clamp_(min=1e-37).log_().add_(peak)
+            slope = 1 - z.div_(softcap).square_()
+        dz = out.copy_(x).mul_((coef * (peak.squeeze(-1) - lse).exp())[:, None])
     if slope is not None:
-        z.mul_(slope)
-    if out is not z:
-        out.copy_(z)
+        dz.mul_(slope)
+    rows, columns = _hits(dz, labels, first_column)
+    dz[rows, columns] = (dz_label * coef)[rows].to(dz.dtype)
+    if bool((coef == 0).any()):
+        dz[coef == 0] = 0  # 0 * NaN is NaN: a row that nobody asked for must not speak
+    if out is not dz:
+        out.copy_(dz)
 
 
 def _scale_and_cap_(z, logit_scale, softcap):
@@ -200,9 +261,18 @@ def _hits(z, labels, first_column):
     return rows, columns[rows]
 
 
+def _dz_of_labels(lse, target, coef, softcap):
+    """p[y] - 1 times the slope of softcap there, by expm1: exact where p[y] is nearly 1. 0 in dead rows."""
+    dz = torch.expm1(target - lse)
+    if softcap:
+        dz = dz * (1 - (target / softcap) ** 2)
+    return torch.where(coef != 0, dz, 0)
+
+
 # --- 3. Logits given ---------------------------------------------------------------------------------------------
 
 
+@_run_as_is
 def gather_logps(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """Log-probabilities, in nats, of labels under softmax(logits): eq. 1 of this file, with its gradient.
 
@@ -229,18 +299,19 @@ class _GatherLogps(torch.autograd.Function):
         for rows in _row_chunks(logits):
             z = logits[rows] if _on_triton(logits) else logits[rows].to(lse.dtype, copy=True)
             _fold(z, labels[rows], 0, lse[rows], target[rows], 1.0, 0.0)
-        ctx.save_for_backward(logits, labels, lse)
+        ctx.save_for_backward(logits, labels, lse, target)
         return torch.where(labels >= 0, target - lse, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps):
-        logits, labels, lse = ctx.saved_tensors
-        coef = torch.where(labels >= 0, grad_logps, 0).to(lse.dtype)
+        logits, labels, lse, target = ctx.saved_tensors
+        coef = torch.where(labels >= 0, -grad_logps, 0).to(lse.dtype)
+        dz_label = _dz_of_labels(lse, target, coef, 0.0)
         grad = torch.empty_like(logits)
         for rows in _row_chunks(logits):
             z = logits[rows] if _on_triton(logits) else logits[rows].to(lse.dtype, copy=True)
-            _dz(z, labels[rows], 0, lse[rows], coef[rows], grad[rows], 1.0, 0.0)
+            _dz(z, None, labels[rows], 0, lse[rows], dz_label[rows], coef[rows], grad[rows], 1.0, 0.0)
         return grad, None
 
 
@@ -253,18 +324,12 @@ def _row_chunks(logits):
 # --- 4. Hidden states and output layer given ---------------------------------------------------------------------
 
 
+@_run_as_is
 def linear_logps(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    bias: torch.Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float = 0.0,
-    ignore_index: int = -100,
-    chunk_bytes: int | None = None,
-) -> torch.Tensor:
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None = None, *,
+    bias: torch.Tensor | None = None, logit_scale: float = 1.0, softcap: float = 0.0, ignore_index: int = -100,
+    chunk_bytes: int | None = None, retain_bytes: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Log-probabilities, in nats, of labels under softmax(z), z = cap(logit_scale (hidden weight^T + bias)).
 
     hidden (N, D), weight (V, D), bias (V,) or None: one floating type (bf16, fp16, fp32; on the CPU also fp64).
@@ -274,15 +339,19 @@ def linear_logps(
         be empty (its sum is 0).
     logit_scale: Cohere's logit_scale, Granite's 1 / logits_scaling. softcap: cap(u) = softcap tanh(u / softcap), as
         in Gemma 2 (arXiv 2408.00118, section 2); 0 is none.
-    chunk_bytes: budget of one slab of fp32 logits; None is 16 MiB on the CPU and 512 MiB on CUDA. A slab has at least
-        128 columns, whatever the budget.
+    chunk_bytes: budget of what exists for one slab only: fp32 logits, dZ, and copies of its part of weight and dW
+        in another type. None is 16 MiB on the CPU and 352 MiB on CUDA. A slab has at least 128 columns anyhow.
+    retain_bytes: how much may be kept until backward, at 2 bytes a logit (8 for fp64 operands), if a gradient is
+        wanted at all; slabs that do not fit are recomputed. None is 512 MiB on the CPU and 4 GiB on CUDA, never a
+        share of what is free: the bits of a gradient must not depend on the neighbours. 0 recomputes everything.
     returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,), one sum a sequence.
 
     Gradients flow to hidden, weight and bias, each only if it asks (a frozen one costs nothing), in its own type and
-    for any upstream gradient. On the CPU every product runs in fp32 and skips ignored tokens and those whose upstream
-    gradient is 0. On CUDA half operands enter the products as they are, logits leave them in fp32, and dZ is rounded
-    to the operands' type; fp32 operands follow torch.backends.cuda.matmul (TF32 if you allowed it). Autocast is off
-    in here. Raises as gather_logps does, and for a cu_seqlens that is not as above.
+    for any upstream gradient, once: a second backward through a kept graph works, by recomputing. On the CPU every
+    product runs in fp32 and skips ignored tokens and those whose upstream gradient is 0. On CUDA half operands enter
+    the products as halves and fp32 comes out; dZ, between -1 and 1, is fp16 for bf16 operands too (see _gradients).
+    fp32 operands follow torch.backends.cuda.matmul (TF32 if you allowed it). Autocast is off in here. Raises as
+    gather_logps does, and for a cu_seqlens that is not as above.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden (N, D), weight (V, D) needed, got {list(hidden.shape)}, {list(weight.shape)}")
@@ -297,13 +366,17 @@ def linear_logps(
         raise ValueError(f"logit_scale must be finite and softcap finite and >= 0, got {logit_scale}, {softcap}")
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
-    if chunk_bytes <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    if retain_bytes is None:
+        retain_bytes = CUDA_RETAIN_BYTES if hidden.is_cuda else CPU_RETAIN_BYTES
+    if chunk_bytes <= 0 or retain_bytes < 0:
+        raise ValueError(f"chunk_bytes must be positive, retain_bytes not negative, got {chunk_bytes}, {retain_bytes}")
     labels = _check(hidden, labels, len(weight), ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = _check_cu_seqlens(cu_seqlens, hidden)
 
-    logps = _LinearLogps.apply(hidden, weight, bias, labels, float(logit_scale), float(softcap), chunk_bytes)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    settings = float(logit_scale), float(softcap), chunk_bytes, retain_bytes if wanted else 0
+    logps = _LinearLogps.apply(hidden, weight, bias, labels, settings)
     if cu_seqlens is None:
         return logps
     # Summed in fp64, rounded once. segment_reduce and its gradient walk each sequence in order: no atomics.
@@ -312,79 +385,129 @@ def linear_logps(
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, logit_scale, softcap, chunk_bytes):
-        ctx.settings = logit_scale, softcap, chunk_bytes
+    def forward(ctx, hidden, weight, bias, labels, settings):
+        logit_scale, softcap, chunk_bytes, retain_bytes = settings
         lse, target = _empty_state(hidden, labels)
+        kept = {}  # first column of a slab -> (e, peak)
         with torch.autocast(hidden.device.type, enabled=False):  # it would turn our fp32 products into bf16 ones
             rows = _live_rows(labels >= 0)
             h, labels_, lse_, target_ = _widen(hidden[rows]), labels[rows], lse[rows], target[rows]
-            for slab, z, w in _slabs(h, weight, bias, chunk_bytes):
-                _fold(z, labels_, slab.start, lse_, target_, logit_scale, softcap)
-                del z, w  # before the next ones are made
+            columns = _slab_columns(h, hidden.dtype, chunk_bytes)
+            slabs, tile = _slabs(h, weight, columns)
+            for slab in slabs:
+                z = _logits(h, _widen(weight[slab]), bias, slab, tile)
+                size = z.numel() * (8 if z.dtype == torch.float64 else 2)
+                keep = size <= retain_bytes
+                pair = _fold(z, labels_, slab.start, lse_, target_, logit_scale, softcap, keep)
+                if keep:
+                    kept[slab.start], retain_bytes = pair, retain_bytes - size
+                del z, pair  # before the next one is made
             lse[rows], target[rows] = lse_, target_
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)  # which keeps nothing if no gradient is wanted
+        ctx.settings, ctx.kept = (logit_scale, softcap, columns), kept
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, target)  # nothing if no gradient is wanted
         return torch.where(labels >= 0, target - lse, 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps):
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
-        logit_scale, softcap, chunk_bytes = ctx.settings
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        coef = torch.where(labels >= 0, grad_logps, 0).to(lse.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = _live_rows(coef != 0)
-            h, labels, lse, coef = _widen(hidden[rows]), labels[rows], lse[rows], coef[rows]
-            dhidden = lse.new_zeros(h.shape) if want_hidden else None  # fp32: it is a sum over slabs
-            dweight = torch.empty_like(weight) if want_weight else None  # each slab of it is written once
-            dbias = torch.empty_like(bias) if want_bias else None
-            for slab, z, w in _slabs(h, weight, bias, chunk_bytes):
-                dz = z if z.dtype == h.dtype else torch.empty_like(z, dtype=h.dtype)  # half only on CUDA
-                _dz(z, labels, slab.start, lse, coef, dz, logit_scale, softcap)
-                if want_bias:
-                    dbias[slab] = dz.sum(0, dtype=lse.dtype)
-                if want_hidden:
-                    if dz.dtype == dhidden.dtype:
-                        dhidden.addmm_(dz, w)
-                    else:
-                        dhidden += torch.mm(dz, w, out_dtype=dhidden.dtype)
-                if want_weight:
-                    dweight[slab] = dz.t() @ h  # a sum over all tokens, inside one product, in fp32 accumulators
-                del z, dz, w  # before the next ones are made
-            if want_hidden:
-                full = torch.zeros_like(hidden)
-                full[rows] = dhidden.to(hidden.dtype)
-                dhidden = full
-        return dhidden, dweight, dbias, None, None, None, None
+        labels = ctx.saved_tensors[3]
+        coef = torch.where(labels >= 0, -grad_logps, 0)  # minus: dZ is the derivative of -logp
+        with torch.autocast(grad_logps.device.type, enabled=False):
+            return *_gradients(*ctx.saved_tensors, coef, ctx.kept, *ctx.settings, ctx.needs_input_grad), None, None
 
 
-def _slabs(h, weight, bias, chunk_bytes):
-    """Yield (columns, raw logits (N, columns) in fp32 or fp64, rows of weight as the products take them)."""
-    columns = max(MIN_SLAB, chunk_bytes // (4 * max(1, len(h))))  # N = 0 too: dweight is still written, with zeros
-    tile = None if h.is_cuda else h.new_empty(len(h) * min(columns, len(weight)))  # one, reused: page faults cost
-    for start in range(0, len(weight), columns):
-        slab = slice(start, min(start + columns, len(weight)))
+def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, logit_scale, softcap, columns, wanted):
+    """Eq. 3, slab by slab, using up what was kept: (dhidden, dweight, dbias), None for those not wanted.
+
+    Half operands under Triton: dZ and c H are rounded to fp16, whose 11 bits fit numbers that are at most 1; W goes
+    from bf16 to fp16 for it, exactly between 6e-5 and 65504. dZ in bf16 would cost 1.5e-3 of the norm of dH, as
+    much again as rounding dH itself (SmolLM2-135M, 512 tokens); in fp16 the difference is lost in that rounding.
+    """
+    want_hidden, want_weight, want_bias = wanted[:3]
+    coef = coef.to(lse.dtype)
+    rows, picked = _live_rows(coef != 0), _live_rows(coef[_live_rows(labels >= 0)] != 0)  # of all; of those kept
+    h, labels, lse, target, coef = _widen(hidden[rows]), labels[rows], lse[rows], target[rows], coef[rows]
+    live = (coef != 0).to(lse.dtype)
+    dz_label = _dz_of_labels(lse, target, coef, softcap)
+    coef = coef * logit_scale
+    half = h.dtype in (torch.bfloat16, torch.float16)  # not on the CPU: _widen
+    ch = torch.where(live[:, None] != 0, coef[:, None] * h, 0)  # c H
+    unit = 1.0
+    if half:
+        unit = ch.abs().amax().clamp(min=1e-30) if len(h) else 1.0  # a tensor: the host does not wait for it
+        ch = (ch / unit).half()
+    dhidden = lse.new_zeros(h.shape) if want_hidden else None  # fp32: it is a sum over slabs
+    dweight = torch.empty_like(weight) if want_weight else None  # each slab of it is written once
+    dbias = torch.empty_like(bias) if want_bias else None
+    slabs, tile = _slabs(h, weight, columns)
+    for slab in slabs:
         w = _widen(weight[slab])
-        if not h.is_cuda:
-            z = torch.mm(h, w.t(), out=tile[: len(h) * len(w)].view(len(h), len(w)))
-        elif h.dtype == torch.float32:
-            z = h @ w.t()
+        if slab.start in kept:
+            x, peak = (part[picked] for part in kept.pop(slab.start))
         else:
-            z = torch.mm(h, w.t(), out_dtype=torch.float32)  # the accumulators as they are: never rounded to half
-        if bias is not None:
-            z += bias[slab]
-        yield slab, z, w
-        del z, w
+            x, peak = _logits(h, w, bias, slab, tile), None
+        dz = x if x.dtype == ch.dtype else torch.empty_like(x, dtype=ch.dtype) if tile is None else tile[:, : len(w)]
+        _dz(x, peak, labels, slab.start, lse, dz_label, live, dz, logit_scale, softcap)
+        del x, peak
+        if want_bias:
+            dbias[slab] = coef @ dz.to(coef.dtype)
+        if want_hidden:
+            _add_mm_(dhidden, dz, w.half() if half else w)
+        if want_weight and dweight.dtype == ch.dtype and not half:
+            torch.mm(dz.t(), ch, out=dweight[slab])  # a sum over all tokens, inside one product
+        elif want_weight:
+            torch.mul(_mm(dz.t(), ch), unit, out=dweight[slab])  # the same, rounded once
+        del dz, w  # before the next ones are made
+    if want_hidden:
+        full = torch.zeros_like(hidden)
+        full[rows] = dhidden.mul_(coef[:, None]).to(hidden.dtype)
+        dhidden = full
+    return dhidden, dweight, dbias
+
+
+def _slab_columns(h, dtype, chunk_bytes):
+    """Columns of a slab. Half operands need, beside 4 bytes a logit, dZ (2) and W and dW in another type (6 D)."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return max(1, chunk_bytes // max(1, 6 * sum(h.shape) if half else 4 * len(h)) // ALIGN) * ALIGN
+
+
+def _slabs(h, weight, columns):
+    """Slices of the vocabulary; and on the CPU one memory for the logits of each, because page faults cost."""
+    slabs = [slice(i, min(i + columns, len(weight))) for i in range(0, len(weight), columns)]
+    return slabs, None if _on_triton(h) else h.new_empty(len(h), min(columns, len(weight)))
+
+
+def _logits(h, w, bias, slab, tile):
+    """Raw logits (N, columns), fp32 or fp64."""
+    z = _mm(h, w.t()) if tile is None else torch.mm(h, w.t(), out=tile[:, : len(w)])
+    return z if bias is None else z.add_(bias[slab])
+
+
+def _mm(a, b):
+    """The product as it leaves the fp32 accumulators: never rounded to half."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()  # beside the interpreter
+
+
+def _add_mm_(total, a, b):
+    """total += a b, inside the product: at D = 4,096 a pass over fp32 dH for every slab would be seen."""
+    if a.is_cuda and a.dtype == torch.float16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _widen(x):
-    """Operands of the products: on the CPU fp32, for a CPU product of bf16 rounds its result to bf16."""
-    return x if x.is_cuda or x.dtype == torch.float64 else x.float()
+    """Operands of the products: in PyTorch's path fp32, for a CPU product of bf16 rounds its result to bf16."""
+    return x if _on_triton(x) or x.dtype == torch.float64 else x.float()
 
 
 def _live_rows(mask):
-    """Which rows to work on. On the CPU those in mask; on CUDA all, because counting them would stop the host."""
-    return slice(None) if mask.is_cuda or bool(mask.all()) else mask.nonzero().squeeze(-1)
+    """Which rows to work on. In PyTorch those in mask; in Triton all, because counting them would stop a CUDA host."""
+    return slice(None) if _on_triton(mask) or bool(mask.all()) else mask.nonzero().squeeze(-1)
 
 
 def _empty_state(x, labels):
