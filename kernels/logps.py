@@ -343,7 +343,8 @@ def linear_logps(
         in another type. None is 16 MiB on the CPU and 352 MiB on CUDA. A slab has at least 128 columns anyhow.
     retain_bytes: how much may be kept until backward, at 2 bytes a logit (8 for fp64 operands), if a gradient is
         wanted at all; slabs that do not fit are recomputed. None is 512 MiB on the CPU and 4 GiB on CUDA, never a
-        share of what is free: the bits of a gradient must not depend on the neighbours. 0 recomputes everything.
+        share of what is free: the bits of a gradient must not depend on the neighbours. 0 recomputes everything, and
+        is what None means for fp32 and fp64 operands: they ask for gradients to 1e-6, retaining gives 6e-5.
     returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,), one sum a sequence.
 
     Gradients flow to hidden, weight and bias, each only if it asks (a frozen one costs nothing), in its own type and
@@ -367,7 +368,8 @@ def linear_logps(
     if chunk_bytes is None:
         chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
     if retain_bytes is None:
-        retain_bytes = CUDA_RETAIN_BYTES if hidden.is_cuda else CPU_RETAIN_BYTES
+        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        retain_bytes = 0 if not half else CUDA_RETAIN_BYTES if hidden.is_cuda else CPU_RETAIN_BYTES
     if chunk_bytes <= 0 or retain_bytes < 0:
         raise ValueError(f"chunk_bytes must be positive, retain_bytes not negative, got {chunk_bytes}, {retain_bytes}")
     labels = _check(hidden, labels, len(weight), ignore_index)

@@ -218,7 +218,7 @@ def test_gradcheck_passes_in_fp64(settings, monkeypatch):
     def loss(function, *x, **kw):
         return coef @ function(*x[:2], labels, cu, bias=x[2], **settings, **kw)
 
-    for retain_bytes in (0, 8 * 4 * 5, None):  # nothing, the first of the three slabs, all
+    for retain_bytes in (0, 8 * 4 * 5, RETAIN):  # nothing, the first of the three slabs, all
         ours = functools.partial(loss, linear_logps, chunk_bytes=1, retain_bytes=retain_bytes)
         assert torch.autograd.gradcheck(ours, leaves(hidden, weight, bias), nondet_tol=1e-12)
     assert torch.autograd.gradcheck(functools.partial(loss, reference_logps), leaves(hidden, weight, bias))
