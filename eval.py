@@ -173,10 +173,6 @@ def summarise(names, rows, metric, accuracy):
     return table
 
 
-def number(value, percent):
-    return f"{100 * value:.0f} %" if percent else f"{value:.3f}"
-
-
 def interval(triple, percent, signed=False):
     """'0.41 [0.30, 0.52]', in per cent where the metric is a share."""
     if triple is None:

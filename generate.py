@@ -213,7 +213,7 @@ def read_instructions(path, task):
     for number, given in enumerate(raw, 1):
         prompt = given.get(field)
         if isinstance(prompt, str) and prompt.strip():
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = messages_of(prompt)
         if not is_conversation(prompt):
             fail(f"{path}: row {number}: '{field}' must be text or a list of messages with role and content")
         if None in given:
