@@ -74,12 +74,13 @@ def measure(metric, row, answer):
     return float(matches(answer, patterns) == (metric["want"] == "any"))
 
 
-def per_group(metric, rows):
-    """{(group, sample): value} of a model's rows: their mean, or for `spread` the largest less the smallest."""
+def per_group(kind, rows, value=lambda row: row["metric"]):
+    """{(group, sample): number} of a model's rows: the mean of value(row), or for the metric kind `spread` the largest
+    less the smallest."""
     groups = {}
     for row in rows:
-        groups.setdefault((row["group"], row["sample"]), []).append(row["metric"])
-    reduce = (lambda v: max(v) - min(v)) if metric["kind"] == "spread" else (lambda v: sum(v) / len(v))
+        groups.setdefault((row["group"], row["sample"]), []).append(value(row))
+    reduce = (lambda v: max(v) - min(v)) if kind == "spread" else (lambda v: sum(v) / len(v))
     return {key: reduce(values) for key, values in groups.items()}
 
 
@@ -150,17 +151,14 @@ def summarise(names, rows, metric, accuracy):
             continue
         real = [row for row in mine if not row.get("control")]
         control = [row for row in mine if row.get("control")]
+        scored = [row for row in mine if row["score"] is not None]
         measures = {
-            "metric": group_means(per_group(metric, real)),
-            "reward": group_means(
-                per_group({"kind": "mean"}, [{**r, "metric": r["score"]} for r in mine if r["score"] is not None])
-            ),
-            "words": group_means(
-                per_group({"kind": "mean"}, [{**r, "metric": len(r["answer"].split())} for r in mine])
-            ),
+            "metric": group_means(per_group(metric["kind"], real)),
+            "reward": group_means(per_group("mean", scored, lambda row: row["score"])),
+            "words": group_means(per_group("mean", mine, lambda row: len(row["answer"].split()))),
         }
         if control:
-            measures["control"] = group_means(per_group(metric, control))
+            measures["control"] = group_means(per_group(metric["kind"], control))
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line["cut"] = float(np.mean([row["finish"] == "length" for row in mine]))
         for key, values in measures.items():

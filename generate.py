@@ -100,15 +100,14 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
         return [], path.open("w", encoding="utf-8")
     mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
     text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
+    *lines, torn = text.split(b"\n")
     done = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
             fail(f"{path}:{number}: not JSON; mend that line, or start again with --overwrite")
         if "error" in row:
-            done.append(row)
             continue
         made_with = settings_of(row)
         for key in settings:
@@ -122,10 +121,9 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
             if changed:
                 fail(f"{path}:{number}: row {row['id']} was made of another {changed[0]} than it has now; {mend}")
         done.append(row)
-    good = [row for row in done if "error" not in row]
-    if len(good) < len(done) or len(whole) < len(text):
-        rewrite(path, good)
-    return good, path.open("a", encoding="utf-8")
+    if len(done) < len(lines) or torn:
+        rewrite(path, done)
+    return done, path.open("a", encoding="utf-8")
 
 
 def rewrite(path, rows):

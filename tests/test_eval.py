@@ -56,8 +56,8 @@ def test_refusals_are_recognised(answer, refused):
 def test_spread_is_the_largest_less_the_smallest_within_a_group_and_sample():
     rows = [{"group": "g", "sample": 0, "metric": m} for m in (0.1, 0.9, 0.5)]
     rows += [{"group": "g", "sample": 1, "metric": m} for m in (0.2, 0.4)]
-    assert group_means(per_group({"kind": "spread"}, rows)) == {"g": pytest.approx(0.5)}
-    assert group_means(per_group({"kind": "match"}, rows)) == {"g": pytest.approx(0.4)}
+    assert group_means(per_group("spread", rows)) == {"g": pytest.approx(0.5)}
+    assert group_means(per_group("match", rows)) == {"g": pytest.approx(0.4)}
 
 
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
