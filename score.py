@@ -51,11 +51,12 @@ from kernels.logps import linear_logps
 # ---- ALGORITHM: log-probability of an answer ------------------------------------------------------------------
 
 
-def collate(sequences):
+def collate(sequences, share_prompt=True):
     """One stream of tokens without padding from a list of (prompt ids, completion ids).
 
     Neighbours with the same prompt share it: it stands in the stream once, and each completion behind it sees the
-    prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing).
+    prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing). Without
+    share_prompt every completion has a prompt of its own.
 
     Returns input_ids (1, T), position_ids (1, T), mask (1, 1, T, T) bool, True where row may look at column, rows
     (N,), labels (N,), cu_seqlens (S + 1,). `rows` are the places in the stream whose hidden states predict
@@ -73,7 +74,7 @@ def collate(sequences):
     rows, labels, cu_seqlens = [], [], [0]
     last_prompt, group, branch = None, 0, 0
     for prompt, completion in sequences:
-        if prompt != last_prompt:
+        if prompt != last_prompt or not share_prompt:
             last_prompt, group, branch, end = prompt, group + 1, 0, len(ids) + len(prompt) - 1
             ids += prompt
             positions += range(len(prompt))
@@ -93,7 +94,7 @@ def collate(sequences):
     return torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (rows, labels, cu_seqlens))
 
 
-def completion_logps(model, sequences):
+def completion_logps(model, sequences, share_prompt=True):
     """log pi(completion | prompt) of each (prompt ids, completion ids): (S,) fp32, in nats, differentiable.
 
     The vocabulary is met by the completion tokens alone, and their logits are never held all at once.
@@ -101,7 +102,8 @@ def completion_logps(model, sequences):
     if not getattr(model, "packs", True) and len(sequences) > 1:
         return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
     device = next(model.parameters()).device
-    input_ids, position_ids, mask, rows, labels, cu_seqlens = (part.to(device) for part in collate(sequences))
+    stream = (part.to(device) for part in collate(sequences, share_prompt))
+    input_ids, position_ids, mask, rows, labels, cu_seqlens = stream
     if len(sequences) == 1:
         mask = None  # plain causal attention, which every kind of model has
     hidden = model.base_model(
@@ -156,8 +158,8 @@ def head_options(config):
 
 
 @torch.no_grad()
-def check_model(model, name):
-    """Stops where completion_logps would misread the model's head; sets model.packs where streams are exact for it.
+def check_model(model, name, logps=completion_logps):
+    """Stops where logps(model, sequences) would misread the model's head; sets model.packs where streams are exact for it.
 
     The known answer is the model's own logits, one sequence at a time. Streams are not exact for recurrent layers or
     for positions that come from the mask; such models, and those with a sliding window, run sequence by sequence.
@@ -173,7 +175,7 @@ def check_model(model, name):
     tolerance = own.abs() * (1e-3 if model.dtype == torch.float32 else 2e-2) + 1e-2
 
     def exact():
-        return bool(((completion_logps(model, sequences).cpu() - own).abs() <= tolerance).all())
+        return bool(((logps(model, sequences).cpu() - own).abs() <= tolerance).all())
 
     model.packs = False
     if not exact():
