@@ -369,7 +369,10 @@ def save_checkpoint(out, step, skipped, model, optimizer, keep):
         shutil.rmtree(part, ignore_errors=True)
     wait()
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-    dcp.save(optimizer_state(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
+    try:
+        dcp.save(optimizer_state(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
+    except (OSError, CheckpointException) as error:
+        fail(f"{part}: could not be written ({error}); make room, and repeat the command to continue")
     if RANK == 0:
         (part / "state.json").write_text(json.dumps({"step": step, "skipped": skipped}))
         part.rename(out / f"checkpoint-{step}")
