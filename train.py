@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ from generate import (
 )
 from score import check_model, completion_logps, cut, is_scored, text_of
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 SCORE_AWARE = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORE_AWARE, "dpo", "cdpo", "robust", "ipo", "sft")
@@ -75,7 +77,7 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     """Losses (B,) and z (B,) of B pairs, from four (B,) fp32 tensors of per-sequence sums of log-probs, in nats.
 
     settings: beta; delta (B,) = score_chosen - score_rejected; tau, in the units of delta; mean_weight, the mean of
-    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B,), lengths of chosen.
+    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B, 2), lengths of the two.
 
     With z as above and p = sigmoid(delta / tau):
     rdpo         -p log s(z) - (1 - p) log s(-z)       optimum z = delta / tau; tau -> 0: dpo on the reward's sign
@@ -84,8 +86,11 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     dpo          -log s(z)                                                     arXiv 2305.18290, eq. 7
     cdpo         -(1 - e) log s(z) - e log s(-z)                               Mitchell, note on noisy preferences
     robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)                  arXiv 2403.00409, eq. 12
-    ipo          (z / beta - 1 / (2 beta))^2                                   arXiv 2310.12036, eq. 17
+    ipo          (h - 1 / (2 beta))^2, h = z / beta with each log-ratio a mean over tokens   arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
+
+    The mean in ipo is not in the paper's text, but in its experiments, as its authors told those of TRL, who do the same
+    (trl/trainer/dpo_trainer.py); sums would make the squared loss a matter of length.
     """
     beta, epsilon = settings["beta"], settings["epsilon"]
     z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
@@ -105,9 +110,11 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     elif kind == "robust":
         losses = (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon)
     elif kind == "ipo":
-        losses = (z / beta - 1 / (2 * beta)) ** 2
+        per_chosen, per_rejected = settings["tokens"].unbind(1)
+        h = (policy_chosen - reference_chosen) / per_chosen - (policy_rejected - reference_rejected) / per_rejected
+        losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "sft":
-        losses = -policy_chosen / settings["tokens"]
+        losses = -policy_chosen / settings["tokens"][:, 0]
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     return losses, z
@@ -126,7 +133,8 @@ def loss_at_reference(kind, delta, beta, epsilon, tau, mean_weight):
 def pair_losses(kind, policy, reference, pairs, settings):
     """preference_loss for pairs whose log-probs are the rows of policy and reference, (B, 2): chosen, rejected."""
     delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
-    tokens = torch.tensor([len(pair["chosen"][1]) for pair in pairs], device=policy.device)
+    tokens = torch.tensor([[len(pair[side][1]) for side in ("chosen", "rejected")] for pair in pairs])
+    tokens = tokens.to(policy.device)
     return preference_loss(kind, *policy.unbind(1), *reference.unbind(1), delta=delta, tokens=tokens, **settings)
 
 
@@ -460,7 +468,7 @@ def draw_curves(path, log, pairs):
     axis.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8, linestyle=":")
     axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.set_xlabel("p: the reward prefers chosen", fontsize=9)
-    axis.set_title("sigmoid(z): the student prefers chosen (held-out pairs)", fontsize=10)
+    axis.set_title("sigmoid(z): the student does (held-out pairs)", fontsize=10)
     axis.grid(alpha=0.3)
     figure.suptitle("line: batch of each step; dots: held-out pairs", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -41,7 +41,7 @@ def losses_at(kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.
     zero = torch.zeros(1, dtype=torch.float64)
     delta = torch.tensor([delta], dtype=torch.float64)
     settings = {"beta": beta, "delta": delta, "tau": tau, "epsilon": epsilon, "mean_weight": mean_weight}
-    losses, got_z = preference_loss(kind, chosen, zero, zero, zero, tokens=torch.tensor([tokens]), **settings)
+    losses, got_z = preference_loss(kind, chosen, zero, zero, zero, tokens=torch.tensor([[tokens, tokens]]), **settings)
     assert got_z.item() == pytest.approx(z, abs=1e-6)
     losses.sum().backward()
     return losses.item(), chosen.grad.item() / beta
