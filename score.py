@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
@@ -58,19 +59,21 @@ def collate(sequences, share_prompt=True):
     prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing). Without
     share_prompt every completion has a prompt of its own.
 
-    Returns input_ids (1, T), position_ids (1, T), mask (1, 1, T, T) bool, True where row may look at column, rows
-    (N,), labels (N,), cu_seqlens (S + 1,). `rows` are the places in the stream whose hidden states predict
-    `labels`: the token before each label, which for every completion's first token is the end of the prompt.
+    Returns input_ids (1, T), position_ids (1, T), groups (T,), branches (T,), rows (N,), labels (N,), cu_seqlens
+    (S + 1,). A group is a prompt with its completions; in it, branch 0 is the prompt and 1, 2, ... are the completions.
+    `rows` are the places in the stream whose hidden states predict `labels`: the token before each label, which for
+    every completion's first token is the end of the prompt.
 
-    >>> ids, positions, mask, rows, labels, cu = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
+    >>> ids, positions, groups, branches, rows, labels, cu = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
     >>> ids.tolist(), positions.tolist()
     ([[5, 6, 7, 2, 8, 2]], [[0, 1, 2, 3, 2, 3]])
-    >>> mask[0, 0, 4].int().tolist()  # the 8 sees the prompt and itself, not 7 and 2
-    [1, 1, 0, 0, 1, 0]
     >>> rows.tolist(), labels.tolist(), cu.tolist()
     ([1, 2, 1, 4], [7, 2, 8, 2], [0, 2, 4])
+    >>> place = torch.arange(6)
+    >>> sees(groups, branches)(0, 0, place[:, None], place)[4].int().tolist()  # the 8 sees the prompt and itself
+    [1, 1, 0, 0, 1, 0]
     """
-    ids, positions, groups, branches = [], [], [], []  # branch 0 is a group's prompt, 1, 2, ... its completions
+    ids, positions, groups, branches = [], [], [], []
     rows, labels, cu_seqlens = [], [], [0]
     last_prompt, group, branch = None, 0, 0
     for prompt, completion in sequences:
@@ -88,10 +91,27 @@ def collate(sequences, share_prompt=True):
         branches += [branch] * len(completion)
         labels += completion
         cu_seqlens.append(len(labels))
-    group, branch = torch.tensor(groups), torch.tensor(branches)
-    mask = (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch))
-    mask = mask.tril()[None, None]
-    return torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (rows, labels, cu_seqlens))
+    return tuple(map(torch.tensor, ([ids], [positions], groups, branches, rows, labels, cu_seqlens)))
+
+
+def sees(groups, branches):
+    """Which token of a stream sees which, as FlexAttention asks for it: (batch, head, query, key) -> bool."""
+
+    def rule(batch, head, query, key):
+        prompt_or_own = (branches[key] == 0) | (branches[query] == branches[key])
+        return (query >= key) & (groups[query] == groups[key]) & prompt_or_own
+
+    return rule
+
+
+def attention_mask(model, groups, branches):
+    """The mask of a stream of T tokens: FlexAttention's blocks where the model was loaded with it, which skips what is
+    masked and holds no (T, T); else (1, 1, T, T) bool for SDPA."""
+    size, rule = len(groups), sees(groups, branches)
+    if model.config._attn_implementation == "flex_attention":
+        return create_block_mask(rule, None, None, size, size, device=groups.device)
+    place = torch.arange(size, device=groups.device)
+    return rule(0, 0, place[:, None], place)[None, None]
 
 
 def completion_logps(model, sequences, share_prompt=True):
@@ -103,9 +123,9 @@ def completion_logps(model, sequences, share_prompt=True):
         return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
     device = next(model.parameters()).device
     stream = (part.to(device) for part in collate(sequences, share_prompt))
-    input_ids, position_ids, mask, rows, labels, cu_seqlens = stream
-    if len(sequences) == 1:
-        mask = None  # plain causal attention, which every kind of model has
+    input_ids, position_ids, groups, branches, rows, labels, cu_seqlens = stream
+    # one sequence needs plain causal attention only, which every kind of model has
+    mask = attention_mask(model, groups, branches) if len(sequences) > 1 else None
     hidden = model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state[0]  # (T, D)

@@ -228,7 +228,7 @@ def make_pairs(rows, path, tokenizer, args):
 # ---- the student, on one process or cut over many ---------------------------------------------------------------
 
 
-def load_student(name, device, dtype, share_prompt=True, checkpoint_activations=False):
+def load_student(name, device, dtype, attention="sdpa", share_prompt=True, checkpoint_activations=False):
     """(model with fp32 weights, tokenizer). The model gets a method `logps`: completion_logps of sequences.
 
     Under torchrun FSDP2 cuts the weights, and with them gradients and moments, over all processes, layer by layer; a
@@ -236,13 +236,14 @@ def load_student(name, device, dtype, share_prompt=True, checkpoint_activations=
     its own slices of the safetensors, so that none ever holds the whole.
     """
     if WORLD == 1:
-        model, tokenizer = load_model(name, device, torch.float32)
+        model, tokenizer = load_model(name, device, torch.float32, attn_implementation=attention)
     else:
         tokenizer, path = load_tokenizer(name), find_model(name)
         if not Path(path).is_dir():
             path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
         with init_empty_weights(include_buffers=False):  # buffers, such as rotary tables, are in no file
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if (Path(path) / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
         model.tie_weights()
@@ -500,6 +501,7 @@ def parse_args():
     add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type=positive, default=1024, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--attention", default="sdpa", choices=["sdpa", "flex_attention"], help="sdpa runs everywhere with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: %(default)s)")
     add("--no-share-prompt", dest="share_prompt", action="store_false", help="compute the prompt of a pair twice, once for each answer; for comparison")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type=positive, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
@@ -539,7 +541,7 @@ def check_folder(out, run, overwrite):
 
 
 # settings that a continued run may change, since they do not change the result beyond rounding
-FREE = ("out", "overwrite", "device", "pack_tokens", "share_prompt", "checkpoint_activations")
+FREE = ("out", "overwrite", "device", "pack_tokens", "attention", "share_prompt", "checkpoint_activations")
 FREE += ("save_every", "eval_every", "keep", "tensorboard")
 
 
@@ -616,7 +618,9 @@ def main():
     if check_folder(out, run, args.overwrite):
         say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
         return
-    model, tokenizer = load_student(args.model, device, dtype, args.share_prompt, args.checkpoint_activations)
+    model, tokenizer = load_student(
+        args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
+    )
     if RANK == 0:
         if args.overwrite and out.exists():
             shutil.rmtree(f"{out}.old", ignore_errors=True)

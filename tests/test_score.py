@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import make_model, pair_row, read_rows, write_jsonl
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
 
 import score
+from generate import load_model
 from score import audit, check_model, completion_logps
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
@@ -239,3 +241,14 @@ def test_log_probs_under_autocast_differ_by_rounding_only(model):
             rounded = completion_logps(model, SEQUENCES[:2])
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles C++ on a CPU")
+def test_flex_attention_gives_the_log_probs_of_sdpa(tiny):
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    logps = []
+    for kind in ("sdpa", "flex_attention"):
+        model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation=kind)
+        with torch.no_grad():
+            logps.append(completion_logps(model, SEQUENCES))
+    assert torch.allclose(*logps, atol=1e-4)
