@@ -338,15 +338,23 @@ def find_model(name):
     return name
 
 
+def load_tokenizer(name):
+    """Tokenizer of a folder, a hub id or 'smollm2'."""
+    path = find_model(name)
+    try:
+        AutoConfig.from_pretrained(path)  # first, since its errors name the cause
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"--model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}")
+
+
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM, **options):
     """(model in eval mode on `device`, tokenizer) of a folder, a hub id or 'smollm2'. Reads safetensors only.
 
     A folder that lacks weights of the model is refused: transformers would fill them in at random.
     """
-    path = find_model(name)
+    tokenizer, path = load_tokenizer(name), find_model(name)
     try:
-        AutoConfig.from_pretrained(path)  # first, since its errors name the cause
-        tokenizer = AutoTokenizer.from_pretrained(path)
         model, loading = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )

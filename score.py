@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
@@ -51,29 +52,32 @@ from kernels.logps import linear_logps
 # ---- ALGORITHM: log-probability of an answer ------------------------------------------------------------------
 
 
-def collate(sequences):
+def collate(sequences, share_prompt=True):
     """One stream of tokens without padding from a list of (prompt ids, completion ids).
 
     Neighbours with the same prompt share it: it stands in the stream once, and each completion behind it sees the
-    prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing).
+    prompt and itself, never its neighbour (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing). Without
+    share_prompt every completion has a prompt of its own.
 
-    Returns input_ids (1, T), position_ids (1, T), mask (1, 1, T, T) bool, True where row may look at column, rows
-    (N,), labels (N,), cu_seqlens (S + 1,). `rows` are the places in the stream whose hidden states predict
-    `labels`: the token before each label, which for every completion's first token is the end of the prompt.
+    Returns input_ids (1, T), position_ids (1, T), groups (T,), branches (T,), rows (N,), labels (N,), cu_seqlens
+    (S + 1,). A group is a prompt with its completions; in it, branch 0 is the prompt and 1, 2, ... are the completions.
+    `rows` are the places in the stream whose hidden states predict `labels`: the token before each label, which for
+    every completion's first token is the end of the prompt.
 
-    >>> ids, positions, mask, rows, labels, cu = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
+    >>> ids, positions, groups, branches, rows, labels, cu = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
     >>> ids.tolist(), positions.tolist()
     ([[5, 6, 7, 2, 8, 2]], [[0, 1, 2, 3, 2, 3]])
-    >>> mask[0, 0, 4].int().tolist()  # the 8 sees the prompt and itself, not 7 and 2
-    [1, 1, 0, 0, 1, 0]
     >>> rows.tolist(), labels.tolist(), cu.tolist()
     ([1, 2, 1, 4], [7, 2, 8, 2], [0, 2, 4])
+    >>> place = torch.arange(6)
+    >>> sees(groups, branches)(0, 0, place[:, None], place)[4].int().tolist()  # the 8 sees the prompt and itself
+    [1, 1, 0, 0, 1, 0]
     """
-    ids, positions, groups, branches = [], [], [], []  # branch 0 is a group's prompt, 1, 2, ... its completions
+    ids, positions, groups, branches = [], [], [], []
     rows, labels, cu_seqlens = [], [], [0]
     last_prompt, group, branch = None, 0, 0
     for prompt, completion in sequences:
-        if prompt != last_prompt:
+        if prompt != last_prompt or not share_prompt:
             last_prompt, group, branch, end = prompt, group + 1, 0, len(ids) + len(prompt) - 1
             ids += prompt
             positions += range(len(prompt))
@@ -87,13 +91,30 @@ def collate(sequences):
         branches += [branch] * len(completion)
         labels += completion
         cu_seqlens.append(len(labels))
-    group, branch = torch.tensor(groups), torch.tensor(branches)
-    mask = (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch))
-    mask = mask.tril()[None, None]
-    return torch.tensor([ids]), torch.tensor([positions]), mask, *map(torch.tensor, (rows, labels, cu_seqlens))
+    return tuple(map(torch.tensor, ([ids], [positions], groups, branches, rows, labels, cu_seqlens)))
 
 
-def completion_logps(model, sequences):
+def sees(groups, branches):
+    """Which token of a stream sees which, as FlexAttention asks for it: (batch, head, query, key) -> bool."""
+
+    def rule(batch, head, query, key):
+        prompt_or_own = (branches[key] == 0) | (branches[query] == branches[key])
+        return (query >= key) & (groups[query] == groups[key]) & prompt_or_own
+
+    return rule
+
+
+def attention_mask(model, groups, branches):
+    """The mask of a stream of T tokens: FlexAttention's blocks where the model was loaded with it, which skips what is
+    masked and holds no (T, T); else (1, 1, T, T) bool for SDPA."""
+    size, rule = len(groups), sees(groups, branches)
+    if model.config._attn_implementation == "flex_attention":
+        return create_block_mask(rule, None, None, size, size, device=groups.device)
+    place = torch.arange(size, device=groups.device)
+    return rule(0, 0, place[:, None], place)[None, None]
+
+
+def completion_logps(model, sequences, share_prompt=True):
     """log pi(completion | prompt) of each (prompt ids, completion ids): (S,) fp32, in nats, differentiable.
 
     The vocabulary is met by the completion tokens alone, and their logits are never held all at once.
@@ -101,9 +122,10 @@ def completion_logps(model, sequences):
     if not getattr(model, "packs", True) and len(sequences) > 1:
         return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
     device = next(model.parameters()).device
-    input_ids, position_ids, mask, rows, labels, cu_seqlens = (part.to(device) for part in collate(sequences))
-    if len(sequences) == 1:
-        mask = None  # plain causal attention, which every kind of model has
+    stream = (part.to(device) for part in collate(sequences, share_prompt))
+    input_ids, position_ids, groups, branches, rows, labels, cu_seqlens = stream
+    # one sequence needs plain causal attention only, which every kind of model has
+    mask = attention_mask(model, groups, branches) if len(sequences) > 1 else None
     hidden = model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state[0]  # (T, D)
@@ -156,8 +178,8 @@ def head_options(config):
 
 
 @torch.no_grad()
-def check_model(model, name):
-    """Stops where completion_logps would misread the model's head; sets model.packs where streams are exact for it.
+def check_model(model, name, logps=completion_logps):
+    """Stops where logps(model, sequences) would misread the model's head; sets model.packs where streams are exact for it.
 
     The known answer is the model's own logits, one sequence at a time. Streams are not exact for recurrent layers or
     for positions that come from the mask; such models, and those with a sliding window, run sequence by sequence.
@@ -173,7 +195,7 @@ def check_model(model, name):
     tolerance = own.abs() * (1e-3 if model.dtype == torch.float32 else 2e-2) + 1e-2
 
     def exact():
-        return bool(((completion_logps(model, sequences).cpu() - own).abs() <= tolerance).all())
+        return bool(((logps(model, sequences).cpu() - own).abs() <= tolerance).all())
 
     model.packs = False
     if not exact():

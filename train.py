@@ -17,6 +17,7 @@ generalise DPO, take an external reward in and bear noise; three readings of tha
 which failed revisions turn round, ties teach nothing and every pair counts by how much the reward believes in it.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -25,14 +26,25 @@ import random
 import shutil
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from generate import (
     append,
@@ -42,6 +54,7 @@ from generate import (
     is_conversation,
     latest_task,
     load_model,
+    load_tokenizer,
     parser_of,
     pick_device,
     pick_dtype,
@@ -50,8 +63,10 @@ from generate import (
     read_jsonl,
     run_stage,
 )
-from score import all_logps, check_model, completion_logps, cut, is_scored, text_of
+from score import check_model, completion_logps, cut, is_scored, text_of
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 SCORE_AWARE = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORE_AWARE, "dpo", "cdpo", "robust", "ipo", "sft")
 
@@ -62,7 +77,7 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     """Losses (B,) and z (B,) of B pairs, from four (B,) fp32 tensors of per-sequence sums of log-probs, in nats.
 
     settings: beta; delta (B,) = score_chosen - score_rejected; tau, in the units of delta; mean_weight, the mean of
-    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B,), lengths of chosen.
+    max(0, 2p - 1) over the training pairs; epsilon, the share of wrong labels; tokens (B, 2), lengths of the two.
 
     With z as above and p = sigmoid(delta / tau):
     rdpo         -p log s(z) - (1 - p) log s(-z)       optimum z = delta / tau; tau -> 0: dpo on the reward's sign
@@ -71,8 +86,11 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     dpo          -log s(z)                                                     arXiv 2305.18290, eq. 7
     cdpo         -(1 - e) log s(z) - e log s(-z)                               Mitchell, note on noisy preferences
     robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)                  arXiv 2403.00409, eq. 12
-    ipo          (z / beta - 1 / (2 beta))^2                                   arXiv 2310.12036, eq. 17
+    ipo          (h - 1 / (2 beta))^2, h = z / beta with each log-ratio a mean over tokens   arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
+
+    The mean in ipo is not in the paper's text, but in its experiments, as its authors told those of TRL, who do the same
+    (trl/trainer/dpo_trainer.py); sums would make the squared loss a matter of length.
     """
     beta, epsilon = settings["beta"], settings["epsilon"]
     z = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
@@ -92,9 +110,11 @@ def preference_loss(kind, policy_chosen, policy_rejected, reference_chosen, refe
     elif kind == "robust":
         losses = (-(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)) / (1 - 2 * epsilon)
     elif kind == "ipo":
-        losses = (z / beta - 1 / (2 * beta)) ** 2
+        per_chosen, per_rejected = settings["tokens"].unbind(1)
+        h = (policy_chosen - reference_chosen) / per_chosen - (policy_rejected - reference_rejected) / per_rejected
+        losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "sft":
-        losses = -policy_chosen / settings["tokens"]
+        losses = -policy_chosen / settings["tokens"][:, 0]
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     return losses, z
@@ -113,18 +133,18 @@ def loss_at_reference(kind, delta, beta, epsilon, tau, mean_weight):
 def pair_losses(kind, policy, reference, pairs, settings):
     """preference_loss for pairs whose log-probs are the rows of policy and reference, (B, 2): chosen, rejected."""
     delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
-    tokens = torch.tensor([len(pair["chosen"][1]) for pair in pairs], device=policy.device)
+    tokens = torch.tensor([[len(pair[side][1]) for side in ("chosen", "rejected")] for pair in pairs])
+    tokens = tokens.to(policy.device)
     return preference_loss(kind, *policy.unbind(1), *reference.unbind(1), delta=delta, tokens=tokens, **settings)
 
 
-def pair_logps(model, pairs):
-    """log pi of chosen and rejected: (B, 2) fp32."""
-    return completion_logps(model, [pair[side] for pair in pairs for side in ("chosen", "rejected")]).view(-1, 2)
-
-
-def pair_cost(pair):
-    """Tokens of a pair in a stream: the prompt stands there once."""
-    return len(pair["chosen"][0]) + len(pair["chosen"][1]) + len(pair["rejected"][1])
+def diagnose(kind, policy, reference, pairs, settings):
+    """Means over pairs for people to look at, and (p, sigmoid(z)) of each: the reward's belief and the student's."""
+    losses, z = pair_losses(kind, policy, reference, pairs, settings)
+    belief = torch.sigmoid(torch.tensor([pair["delta"] for pair in pairs], device=z.device) / settings["tau"])
+    means = {"loss": losses, "margin": z, "accuracy": (z > 0).float(), "belief": belief, "student": z.sigmoid()}
+    means |= {"chosen_logps": policy[:, 0], "rejected_logps": policy[:, 1]}
+    return {name: value.double().mean().item() for name, value in means.items()}, torch.stack([belief, z.sigmoid()], 1)
 
 
 def schedule(step, steps, warmup):
@@ -205,16 +225,116 @@ def make_pairs(rows, path, tokenizer, args):
     return train, held_out, counts
 
 
+# ---- the student, on one process or cut over many ---------------------------------------------------------------
+
+
+def load_student(name, device, dtype, attention="sdpa", share_prompt=True, checkpoint_activations=False):
+    """(model with fp32 weights, tokenizer). The model gets a method `logps`: completion_logps of sequences.
+
+    Under torchrun FSDP2 cuts the weights, and with them gradients and moments, over all processes, layer by layer; a
+    layer is put together, in `dtype`, while it is computed. The model is built without memory and each process reads
+    its own slices of the safetensors, so that none ever holds the whole.
+    """
+    if WORLD == 1:
+        model, tokenizer = load_model(name, device, torch.float32, attn_implementation=attention)
+    else:
+        tokenizer, path = load_tokenizer(name), find_model(name)
+        if not Path(path).is_dir():
+            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+        with init_empty_weights(include_buffers=False):  # buffers, such as rotary tables, are in no file
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        if (Path(path) / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        model.tie_weights()
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if checkpoint_activations:  # a layer keeps its input only, and is computed once more in the backward pass
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    model.logps = types.MethodType(functools.partial(completion_logps, share_prompt=share_prompt), model)
+    if WORLD > 1:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (WORLD,))
+        for module in (*layers, model):  # cut again behind every forward pass: outside of one, weights are in pieces
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        register_fsdp_forward_method(model, "logps")
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        model.to_empty(device=device)
+        for buffer, values in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(values)
+        model.tie_weights()
+        try:
+            dcp.load(dict(model.named_parameters()), storage_reader=HuggingFaceStorageReader(str(path)))
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            fail(f"--model {name}: its safetensors cannot be read in slices: {str(cause).splitlines()[0]}")
+        model.eval()
+    check_model(model, name, lambda model, sequences: model.logps(sequences))
+    return model, tokenizer
+
+
+def pair_logps(model, pairs):
+    """log pi of chosen and rejected: (B, 2) fp32."""
+    return model.logps([pair[side] for pair in pairs for side in ("chosen", "rejected")]).view(-1, 2)
+
+
+def pair_cost(pair):
+    """Tokens of a pair in a stream: the prompt stands there once."""
+    return len(pair["chosen"][0]) + len(pair["chosen"][1]) + len(pair["rejected"][1])
+
+
+def shares(pairs, budget):
+    """This process's part of the pairs, as streams of at most `budget` tokens: [(places in pairs, weight)].
+
+    FSDP puts a layer together on all processes at once, so all must run equally many streams: where this process has
+    fewer than another, the first pair is run again, with weight 0.
+    """
+    cuts = [list(cut(range(r, len(pairs), WORLD), lambda i: pair_cost(pairs[i]), budget)) for r in range(WORLD)]
+    surplus = max(map(len, cuts)) - len(cuts[RANK])
+    return [(places, 1.0) for places in cuts[RANK]] + [([0], 0.0)] * surplus
+
+
+def summed(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    """Until all processes are here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def all_pair_logps(model, pairs, budget, what=None):
+    """pair_logps of any number of pairs, the work shared by all processes, the result on each: (len(pairs), 2) fp32."""
+    logps = torch.zeros(len(pairs), 2, device=model.device)
+    with tqdm(total=len(pairs), desc=what, unit="pair", disable=RANK > 0 or what is None) as bar:
+        for places, weight in shares(pairs, budget):
+            values = pair_logps(model, [pairs[i] for i in places])
+            if weight:
+                logps[places] = values
+                bar.update(len(places) * WORLD)
+    return summed(logps)
+
+
+def whole(tensor):
+    """A weight in one piece. Where it is cut, all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def weights_digest(model):
     """SHA-256 of all weights, in hexadecimal: two models that differ in one number differ in it."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def reference_logps(model, pairs, path, args, rank, world):
+def reference_logps(model, pairs, path, args):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
@@ -223,45 +343,137 @@ def reference_logps(model, pairs, path, args, rank, world):
     key = hashlib.sha256(f"{args.dtype} {torch.__version__} {weights_digest(model)}".encode())
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
-    if not cache.exists():  # the processes share the work: each fills in its rows, the sum is the whole
-        logps = torch.zeros(len(pairs), 2, device=model.device)
-        sequences = [pair[side] for pair in pairs[rank::world] for side in ("chosen", "rejected")]
-        with tqdm(total=len(sequences), desc="reference log-probs", unit="answer", disable=rank > 0) as bar:
-            logps[rank::world] = all_logps(model, sequences, args.pack_tokens, bar.update).view(-1, 2).to(model.device)
-        if world > 1:
-            dist.all_reduce(logps)
-        if rank == 0:
+    if not cache.exists():
+        logps = all_pair_logps(model, pairs, args.pack_tokens, "reference log-probs")
+        if RANK == 0:
             save_file({"logps": logps.cpu()}, f"{cache}.part")
             os.replace(f"{cache}.part", cache)
-    if world > 1:
-        dist.barrier()
-    return load_file(cache)["logps"]
+    wait()
+    return load_file(cache)["logps"].to(model.device)
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------
+# ---- checkpoints and the finished model -------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, step, model, optimizer):
-    """Everything that a later process needs to go on after `step` steps; written aside, then put in place."""
-    part, old = folder.with_name("checkpoint.part"), folder.with_name("checkpoint.old")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, part / "weights.safetensors")
-    torch.save(optimizer.state_dict(), part / "optimizer.pt")
-    (part / "step").write_text(str(step))
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def optimizer_state(model, optimizer):
+    """{name: tensor} of weights and of AdamW's moments, which are made where there was no step yet."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0, device=parameter.device if parameter.is_cuda else None)
+            state |= {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"weight.{name}": parameter.detach()}
+        tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return tensors
 
 
-def load_checkpoint(folder, model, optimizer, device):
-    """The number of steps done; 0 where there is no checkpoint."""
-    if not folder.exists():
-        return 0
-    model.load_state_dict(load_file(folder / "weights.safetensors", device=str(device)), strict=False)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-    return int((folder / "step").read_text())
+def save_checkpoint(out, step, skipped, model, optimizer, keep):
+    """Everything that a later run needs to go on after `step` steps, each process writing its share as safetensors.
+
+    Written aside and renamed when whole, so a kill or a full disk costs the new checkpoint and never the one before.
+    """
+    part = out / "checkpoint.part"
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    wait()
+    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+    try:
+        dcp.save(optimizer_state(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
+    except (OSError, CheckpointException) as error:
+        fail(f"{part}: could not be written ({error}); make room, and repeat the command to continue")
+    if RANK == 0:
+        (part / "state.json").write_text(json.dumps({"step": step, "skipped": skipped}))
+        part.rename(out / f"checkpoint-{step}")
+        for old in checkpoints(out)[: -max(1, keep)]:
+            shutil.rmtree(old)
+    wait()
+
+
+def checkpoints(out):
+    """Folders of the whole checkpoints, oldest first."""
+    return sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+def load_checkpoint(out, model, optimizer):
+    """(steps done, steps skipped) of the newest checkpoint, with its weights and moments; (0, 0) where there is none.
+
+    Any number of processes may read what any other number has written.
+    """
+    if not checkpoints(out):
+        return 0, 0
+    folder = checkpoints(out)[-1]
+    tensors = optimizer_state(model, optimizer)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=WORLD == 1)
+    done = json.loads((folder / "state.json").read_text())
+    for state in optimizer.state.values():
+        state["step"].fill_(done["step"] - done["skipped"])
+    return done["step"], done["skipped"]
+
+
+def save_student(model, tokenizer, out, dtype):
+    """The student as a folder that transformers loads as it is, put together on the first process."""
+    part, state = out / "model.part", None
+    if WORLD > 1:
+        tensors = dict(model.named_parameters())
+        tied = dict(model.named_parameters(remove_duplicate=False)).keys()
+        tensors |= {name: tensor for name, tensor in model.state_dict().items() if name not in tied}  # buffers
+        state = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
+            if RANK == 0:
+                state[name] = tensor.cpu()
+        config, generation_config = model.config, model.generation_config
+        with init_empty_weights():  # a model that is not cut, for its way of saving
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.generation_config = generation_config
+    if RANK == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        model.to(dtype).save_pretrained(part, state_dict=state)
+        tokenizer.save_pretrained(part)
+        # the weights last, and last of them what finished() looks for
+        for file in sorted(part.iterdir(), key=lambda file: (file.name.startswith("model"), file.name)):
+            os.replace(file, out / file.name)
+        part.rmdir()
+
+
+def finished(out):
+    """Whether the folder holds a trained model."""
+    return (out / "model.safetensors").exists() or (out / "model.safetensors.index.json").exists()
+
+
+def draw_curves(path, log, pairs):
+    """train.png: what to look at after a run. log: the rows of log.jsonl; pairs (B, 2): p and sigmoid(z), held out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row for row in log if "loss" in row]
+    looks = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    panels = [("loss",), ("margin",), ("accuracy",), ("chosen_logps", "rejected_logps"), ("grad_norm",)]
+    for axis, names in zip(axes.flat, panels, strict=False):
+        for name, colour in zip(names, ("tab:blue", "tab:red"), strict=False):
+            axis.plot([row["step"] for row in steps], [row[name] for row in steps], colour, lw=1, label=name)
+            if looks and name in looks[0]:
+                axis.plot([row["step"] for row in looks], [row[name] for row in looks], f"{colour[4]}o--", lw=1, ms=4)
+        axis.set_title(" and ".join(names).replace("_", " "), fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    axis = axes.flat[-1]
+    if len(pairs):
+        axis.scatter(*pairs.T.tolist(), s=14)
+    axis.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8, linestyle=":")
+    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.set_xlabel("p: the reward prefers chosen", fontsize=9)
+    axis.set_title("sigmoid(z): the student does (held-out pairs)", fontsize=10)
+    axis.grid(alpha=0.3)
+    figure.suptitle("line: batch of each step; dots: held-out pairs", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -288,15 +500,22 @@ def parse_args():
     add("--epochs", type=positive, default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type=positive, default=1024, help="tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type=positive, default=1024, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--attention", default="sdpa", choices=["sdpa", "flex_attention"], help="sdpa runs everywhere with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: %(default)s)")
+    add("--no-share-prompt", dest="share_prompt", action="store_false", help="compute the prompt of a pair twice, once for each answer; for comparison")
+    add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type=positive, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
     add("--eval-every", type=positive, default=20, help="steps between looks at the held-out pairs (default: %(default)s)")
     add("--save-every", type=positive, default=10, help="steps between checkpoints to continue from (default: %(default)s)")
+    add("--keep", type=int, default=0, help="newest checkpoints that stay when the model is saved; until then one at least (default: %(default)s)")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into --out")
     # fmt: on
     args = parser.parse_args()
     for name in ("beta", "tau", "lr", "clip"):
         if not getattr(args, name) > 0:
             fail(f"--{name}: must be above 0")
+    if args.keep < 0:
+        fail("--keep: must be at least 0")
     if not 0 <= args.epsilon < 0.5:
         fail("--epsilon: must be at least 0 and below 0.5")
     if args.dtype == "float16":
@@ -304,26 +523,73 @@ def parse_args():
     return args
 
 
+def check_folder(out, run, overwrite):
+    """Whether `out` holds the finished model of this very run. Stops where it holds that of another one."""
+    record = out / "run.json"
+    if overwrite and out.exists() and any(out.iterdir()) and not record.exists():
+        fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
+    if overwrite or not record.exists():
+        return False
+    before, now = json.loads(record.read_text()), json.loads(json.dumps(run))
+    changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
+    if changed:
+        was = before.get(changed[0])
+        fail(
+            f"{out}: was trained with {changed[0]} = {was}, not {now[changed[0]]}; choose another --out, or --overwrite"
+        )
+    return finished(out)
+
+
+# settings that a continued run may change, since they do not change the result beyond rounding
+FREE = ("out", "overwrite", "device", "pack_tokens", "attention", "share_prompt", "checkpoint_activations")
+FREE += ("save_every", "eval_every", "keep", "tensorboard")
+
+
+def open_log(path, start):
+    """A file of JSON lines to append to, cut back to the first `start` steps; None on all processes but the first."""
+    if RANK > 0:
+        return None
+    lines = path.read_text().splitlines() if path.exists() and start else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+def model_flops(model, pairs):
+    """Floating-point operations of a training step by the usual count: 6 a weight and token that meet."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        body -= head
+    completions = sum(len(pair[side][1]) for pair in pairs for side in ("chosen", "rejected"))
+    return 6 * (body * sum(map(pair_cost, pairs)) + head * completions)
+
+
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from the makers' data sheets
+
+
+def say(text):
+    """Prints, under torchrun once."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
 def main():
     args = parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_: None
-    wait = dist.barrier if world > 1 else lambda: None
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dtype = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
-    torch.manual_seed(args.seed)
 
     # -- data
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     name = args.loss + ("-accept" if args.accept else "")
     out = Path(args.out or source.parent / name)
     rows = read_jsonl(source, ["chosen", "rejected"])[: args.limit]
-    model, tokenizer = load_model(args.model, device, torch.float32)  # fp32 master weights, dropout off
-    check_model(model, args.model)
-    train, held_out, counts = make_pairs(rows, source, tokenizer, args)
+    train, held_out, counts = make_pairs(rows, source, load_tokenizer(args.model), args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not train:
         fail(f"{source}: no pair left to train on ({left_out})")
@@ -346,104 +612,102 @@ def main():
     warmup = max(1, round(args.warmup * steps))
 
     # -- where to write, and from where to go on
-    run = {**vars(args), "input": str(source), "steps": steps, "tau_absolute": tau, "pairs": len(train)}
-    run |= {"held_out": len(held_out), "left_out": counts}
-    same = [key for key in run if key not in ("out", "overwrite", "device", "pack_tokens", "save_every", "eval_every")]
-    checkpoint, record = out / "checkpoint", out / "run.json"
-    if args.overwrite and out.exists() and any(out.iterdir()) and not record.exists():
-        fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
-    wait()
-    if rank == 0:
+    digest = hashlib.sha256(json.dumps([train, held_out]).encode()).hexdigest()[:12]
+    run = {**vars(args), "input": str(source), "data": digest, "steps": steps, "tau_absolute": tau}
+    run |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
+    if check_folder(out, run, args.overwrite):
+        say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
+        return
+    model, tokenizer = load_student(
+        args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
+    )
+    if RANK == 0:
         if args.overwrite and out.exists():
             shutil.rmtree(f"{out}.old", ignore_errors=True)
             out.rename(f"{out}.old")
         out.mkdir(parents=True, exist_ok=True)
-        if not checkpoint.exists() and (out / "checkpoint.old").exists():
-            (out / "checkpoint.old").rename(checkpoint)  # killed between the two renames of save_checkpoint
+        if not (out / "run.json").exists():
+            text = json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1)
+            (out / "run.json").write_text(text + "\n")
     wait()
-    if record.exists():
-        before = json.loads(record.read_text())
-        changed = [key for key in same if before.get(key) != json.loads(json.dumps(run[key]))]
-        if changed:
-            was, now = before.get(changed[0]), run[changed[0]]
-            fail(f"{out}: was trained with {changed[0]} = {was}, not {now}; choose another --out, or --overwrite")
-        if list(out.glob("model*.safetensors")):
-            say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-            return
-    wait()
-    if rank == 0 and not record.exists():
-        text = json.dumps({**run, **provenance(device), "processes": world}, indent=1)
-        record.write_text(text + "\n")
-
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:  # before the checkpoint: the reference is the model before training
-        reference = reference_logps(model, train + held_out, source, args, rank, world).to(device)
-    for index, pair in enumerate(train + held_out):
+        reference = reference_logps(model, train + held_out, source, args)
+    for index, pair in enumerate(train):
         pair["index"] = index
-    start = load_checkpoint(checkpoint, model, optimizer, device)
-    log_path = out / "log.jsonl"
-    if rank == 0:
-        lines = log_path.read_text().splitlines() if log_path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start] if start else []
-        log_path.write_text("".join(line + "\n" for line in kept))
-    log = log_path.open("a") if rank == 0 else None
+    start, skipped = load_checkpoint(out, model, optimizer)
+    log, speed = open_log(out / "log.jsonl", start), open_log(out / "speed.jsonl", start)
+    board = None
+    if args.tensorboard and RANK == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard: the package tensorboard is missing; pip install tensorboard")
+        board = SummaryWriter(out, purge_step=start + 1)
+    peak = next(
+        (PEAK[gpu] for gpu in PEAK if device.type == "cuda" and gpu in torch.cuda.get_device_name(device)), None
+    )
+
+    def record(step, row, part="train"):
+        """One line of log.jsonl; the same to TensorBoard."""
+        if RANK == 0:
+            append(log, {"step": step, **row})
+            for key, value in row.get("held_out", row).items() if board else ():
+                board.add_scalar(f"{part}/{key}", value, step)
 
     def look_at_held_out(step):
-        """Loss, margin and accuracy on pairs of groups that training never saw."""
-        totals = torch.zeros(3, dtype=torch.float64, device=device)
-        mine = held_out[rank::world]
-        with torch.no_grad(), autocast:
-            for pairs in cut(mine, pair_cost, args.pack_tokens):
-                known = reference[[pair["index"] for pair in pairs]]
-                losses, z = pair_losses(args.loss, pair_logps(model, pairs), known, pairs, settings)
-                totals += torch.stack([losses.sum(), z.sum(), (z > 0).sum()])
-        if world > 1:
-            dist.all_reduce(totals)
-        loss, margin, accuracy = (totals / len(held_out)).tolist()
-        say(f"held out  {step:4d}/{steps} | loss {loss:.4f} | margin {margin:+.3f} | acc {accuracy:.2f}")
-        if rank == 0:
-            append(log, {"step": step, "held_out": {"loss": loss, "margin": margin, "accuracy": accuracy}})
+        """The diagnostics on pairs of groups that training never saw; (p, sigmoid(z)) of each."""
+        with autocast:
+            policy = all_pair_logps(model, held_out, args.pack_tokens)
+        means, beliefs = diagnose(args.loss, policy, reference[len(train) :], held_out, settings)
+        say(
+            f"held out  {step:4d}/{steps} | loss {means['loss']:.4f} | margin {means['margin']:+.3f} | "
+            f"acc {means['accuracy']:.2f} | p {means['belief']:.2f}, student {means['student']:.2f}"
+        )
+        record(step, {"held_out": means}, "held_out")
+        return beliefs
 
     # -- ALGORITHM: the training loop
+    beliefs = torch.zeros(0, 2)
     for step in range(start, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         batch = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
-        mine = batch[rank::world]
+        known = reference[[pair["index"] for pair in batch]]
 
-        # sums over pairs, divided by the whole batch: micro-batches and processes do not change the result
-        totals = torch.zeros(6, dtype=torch.float64, device=device)
-        for pairs in cut(mine, pair_cost, args.pack_tokens):
-            known = reference[[pair["index"] for pair in pairs]]
+        policy = torch.zeros(len(batch), 2, device=device)
+        for places, weight in shares(batch, args.pack_tokens):
+            pairs = [batch[i] for i in places]
             with autocast:
-                policy = pair_logps(model, pairs)
-            losses, z = pair_losses(args.loss, policy, known, pairs, settings)
-            (losses.sum() / len(batch)).backward()
-            with torch.no_grad():  # the rest is just diagnostics
-                sums = [losses.sum(), z.sum(), (z > 0).sum(), *policy.sum(0)]
-                tokens = sum(len(pair[side][1]) for pair in pairs for side in ("chosen", "rejected"))
-                totals += torch.stack([*sums, torch.tensor(float(tokens), device=device)])
-        if world > 1:
-            dist.all_reduce(totals)
-            for parameter in model.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)  # this process had no pair of the last batch
-                dist.all_reduce(parameter.grad)
-        loss, margin, accuracy, chosen, rejected = (totals[:5] / len(batch)).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            fail(f"step {step}: loss {loss}, gradient norm {norm}; pairs {[pair['id'] for pair in batch]}")
+                logps = pair_logps(model, pairs)
+            losses, _ = pair_losses(args.loss, logps, known[places], pairs, settings)
+            # A sum over pairs, divided by the whole batch: streams and processes do not change the result.
+            # WORLD, because FSDP takes the mean over the processes where the sum is meant.
+            (losses.sum() * (weight * WORLD / len(batch))).backward()
+            if weight:
+                policy[places] = logps.detach()
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
+        means, _ = diagnose(args.loss, summed(policy), known, batch, settings)
+        if not math.isfinite(means["loss"]) or not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            skipped += 1
+            said = f"loss {means['loss']}, gradient norm {norm}; pairs {[pair['id'] for pair in batch]}"
+            if skipped > 2:
+                fail(f"step {step + 1}: {said}; the third such step, so training stops")
+            say(f"step {step + 1:4d}/{steps} | skipped: {said}")
+            record(step + 1, {"skipped": skipped})
+            continue
         if step == 0 and args.loss != "sft":  # the policy is the reference still, so the loss is known beforehand
             delta = torch.tensor([pair["delta"] for pair in batch])
             expected = loss_at_reference(args.loss, delta, **settings).mean().item()
             slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z, at most
-            if abs(loss - expected) > (1e-3 if dtype == torch.float32 else 0.05) * slope:
+            if abs(means["loss"] - expected) > (1e-3 if dtype == torch.float32 else 0.05) * slope:
                 fail(
-                    f"step 0: loss {loss:.5f}, but policy = reference gives {expected:.5f}; "
+                    f"step 0: loss {means['loss']:.5f}, but policy = reference gives {expected:.5f}; "
                     f"delete {source.parent}/*.reference-* and see whether the model is what was meant"
                 )
         rate = args.lr * schedule(step, steps, warmup)
@@ -452,35 +716,34 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # -- the rest is just diagnostics and saving
         seconds = time.perf_counter() - began
-        speed = totals[5].item() / seconds
+        tokens = sum(len(pair[side][1]) for pair in batch for side in ("chosen", "rejected"))
+        pace = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        if peak:
+            pace["utilisation"] = model_flops(model, batch) / seconds / WORLD / peak
         say(
-            f"step {step + 1:4d}/{steps} | loss {loss:.4f} | margin {margin:+.3f} | acc {accuracy:.2f} | "
-            f"chosen {chosen:8.2f} | rejected {rejected:8.2f} | norm {norm:6.2f} | lr {rate:.1e} | "
-            f"{1000 * seconds:,.0f} ms | {speed:,.0f} tok/s"
+            f"step {step + 1:4d}/{steps} | loss {means['loss']:.4f} | margin {means['margin']:+.3f} | "
+            f"acc {means['accuracy']:.2f} | chosen {means['chosen_logps']:8.2f} | rejected {means['rejected_logps']:8.2f} | "
+            f"norm {norm:6.2f} | lr {rate:.1e} | {1000 * seconds:,.0f} ms | {tokens / seconds:,.0f} tok/s"
+            + (f" | {pace['utilisation']:.0%} of peak" if peak else "")
         )
-        if rank == 0:
-            fields = {"step": step + 1, "loss": loss, "margin": margin, "accuracy": accuracy}
-            fields |= {"chosen_logps": chosen, "rejected_logps": rejected, "grad_norm": norm, "lr": rate}
-            append(log, {**fields, "seconds": seconds, "tokens_per_second": speed})
+        record(step + 1, {**means, "grad_norm": norm, "lr": rate})
+        if RANK == 0:
+            append(speed, {"step": step + 1, **pace})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            look_at_held_out(step + 1)
-        if rank == 0 and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_checkpoint(checkpoint, step + 1, model, optimizer)
+            beliefs = look_at_held_out(step + 1)
+        if (step + 1) % args.save_every == 0 and (step + 1 < steps or args.keep):
+            save_checkpoint(out, step + 1, skipped, model, optimizer, args.keep)
 
     # -- save in the number format that the student came in
-    if rank == 0:
-        model.to(AutoConfig.from_pretrained(find_model(args.model)).dtype or torch.float32)
-        part = out / "model.part"
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        # the weights last: their presence says that the run is finished
-        for file in sorted(part.iterdir(), key=lambda file: file.name.startswith("model")):
-            os.replace(file, out / file.name)
-        part.rmdir()
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        say(f"{out}: saved")
-    if world > 1:
+    save_student(model, tokenizer, out, AutoConfig.from_pretrained(find_model(args.model)).dtype or torch.float32)
+    if RANK == 0:
+        draw_curves(out / "train.png", read_jsonl(out / "log.jsonl"), beliefs.cpu())
+        for old in checkpoints(out)[: -args.keep or None]:
+            shutil.rmtree(old)
+        say(f"{out}: saved; {out / 'train.png'} shows how it went")
+    if WORLD > 1:
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from conftest import make_model, pair_row, read_rows, write_jsonl
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
 
 import score
+from generate import load_model
 from score import audit, check_model, completion_logps
-from train import pair_logps
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
 
@@ -49,16 +50,17 @@ def test_packed_pair_equals_separate_sequences_in_value_and_gradient(tokenizer):
     pair = [([5, 6, 7, 8], [9, 10, 11, 2]), ([5, 6, 7, 8], [30, 2]), ([40, 41], [9, 10, 2])]
     weights = torch.tensor([1.0, -2.0, 0.5])
     gradients, values = [], []
-    for packs in (True, False):
+    for packs, share_prompt in ((True, True), (True, False), (False, True)):
         model = make_model(len(tokenizer))
         model.packs = packs
-        logps = completion_logps(model, pair)
+        logps = completion_logps(model, pair, share_prompt)
         (weights * logps).sum().backward()
         values.append(logps.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.allclose(*values, atol=1e-4)
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
-    assert gradients[1].norm() > 1
+    for value, gradient in zip(values[:2], gradients[:2], strict=True):
+        assert torch.allclose(value, values[2], atol=1e-4)
+        assert (gradient - gradients[2]).norm() < 1e-4 * gradients[2].norm()
+    assert gradients[2].norm() > 1
 
 
 def test_models_for_which_streams_are_not_exact_run_sequence_by_sequence(tokenizer):
@@ -233,10 +235,20 @@ def test_the_audit_counts_wins_ties_and_length():
 
 
 def test_log_probs_under_autocast_differ_by_rounding_only(model):
-    pairs = [{"chosen": SEQUENCES[0], "rejected": SEQUENCES[1]}]
     with torch.no_grad():
-        exact = pair_logps(model, pairs)
+        exact = completion_logps(model, SEQUENCES[:2])
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = pair_logps(model, pairs)
+            rounded = completion_logps(model, SEQUENCES[:2])
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles C++ on a CPU")
+def test_flex_attention_gives_the_log_probs_of_sdpa(tiny):
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    logps = []
+    for kind in ("sdpa", "flex_attention"):
+        model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation=kind)
+        with torch.no_grad():
+            logps.append(completion_logps(model, SEQUENCES))
+    assert torch.allclose(*logps, atol=1e-4)

@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from score import completion_logps
 from train import LOSSES, preference_loss, schedule
 
 FAST = [
@@ -38,7 +41,7 @@ def losses_at(kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.
     zero = torch.zeros(1, dtype=torch.float64)
     delta = torch.tensor([delta], dtype=torch.float64)
     settings = {"beta": beta, "delta": delta, "tau": tau, "epsilon": epsilon, "mean_weight": mean_weight}
-    losses, got_z = preference_loss(kind, chosen, zero, zero, zero, tokens=torch.tensor([tokens]), **settings)
+    losses, got_z = preference_loss(kind, chosen, zero, zero, zero, tokens=torch.tensor([[tokens, tokens]]), **settings)
     assert got_z.item() == pytest.approx(z, abs=1e-6)
     losses.sum().backward()
     return losses.item(), chosen.grad.item() / beta
@@ -227,28 +230,56 @@ def test_accumulation_and_batch_shape_do_not_change_the_losses(run, tiny, pairs_
     assert_same_weights(workdir / "wide", workdir / "narrow")
 
 
-def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir):
-    alone, _ = trained(run, tiny, workdir / "alone", "--batch-size", "3")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        ROOT / "train.py",
-    ]
-    command += ["--model", tiny, "--out", workdir / "two", *FAST, "--batch-size", "3"]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
+def torchrun(*argv, nodes=1):
+    """train.py in two processes, on one node or as two nodes of one each over loopback; their standard errors."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nnodes", "2", "--nproc-per-node", "1"] if nodes == 2 else ["--standalone", "--nproc-per-node", "2"]
+    port = 20000 + os.getpid() % 20000
+    launched = []
+    for node in range(nodes):
+        where = ["--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port] if nodes == 2 else []
+        launched.append(
+            subprocess.Popen(
+                list(map(str, [*command, *where, ROOT / "train.py", *argv])),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        )
+    for process in launched:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, nodes):
+    """Batches of three, so that a process has one pair or two, and none of the last batch's second half."""
+    more = ["--batch-size", "3", "--checkpoint-activations"]
+    alone, _ = trained(run, tiny, workdir / "alone", *more)
+    torchrun("--model", tiny, "--out", workdir / "two", *FAST, *more, "--save-every", "4", "--keep", "1", nodes=nodes)
     together = [row for row in read_rows(workdir / "two" / "log.jsonl") if "loss" in row]
     assert len(together) == len(alone) == 6
     for a, b in zip(alone, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(workdir / "alone", workdir / "two")
+
+    # no process holds the whole of weights or moments: each has written what it holds
+    shards = [load_file(file) for file in sorted((workdir / "two" / "checkpoint-4").glob("*.safetensors"))]
+    sizes = [
+        {kind: sum(t.numel() for n, t in shard.items() if n.startswith(kind)) for kind in KINDS} for shard in shards
+    ]
+    for kind in KINDS:
+        assert len(sizes) == 2 and abs(sizes[0][kind] - sizes[1][kind]) < 0.02 * sizes[0][kind]
+
+    # what two have begun, one finishes
+    (workdir / "two" / "model.safetensors").unlink()
+    trained(run, tiny, workdir / "two", *more, "--save-every", "4", "--keep", "1")
+    assert_same_weights(workdir / "alone", workdir / "two")
+
+
+KINDS = ("weight.", "exp_avg.", "exp_avg_sq.")
 
 
 def test_a_corrupt_reference_cache_stops_training_at_step_0(run, tiny, pairs_file, workdir):
@@ -281,32 +312,78 @@ def test_dropout_is_off(run, pairs_file, workdir, tokenizer):
 def test_a_first_response_token_that_differs_has_a_gradient(tokenizer):
     model = make_model(len(tokenizer))
     pairs = [{"chosen": ([5, 6, 7], [8, 2]), "rejected": ([5, 6, 7], [9, 2])}]
+    model.logps = partial(completion_logps, model)
     chosen, rejected = train.pair_logps(model, pairs)[0]
     (chosen - rejected).backward()
     assert chosen.item() != rejected.item()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(run, tiny, pairs_file, workdir, monkeypatch):
-    trained(run, tiny, workdir / "whole", "--save-every", "1")
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+def test_a_run_killed_again_and_again_ends_as_an_unbroken_one_bit_for_bit(run, tiny, pairs_file, workdir):
+    command = [sys.executable, ROOT / "train.py", "--model", tiny, *FAST, "--batch-size", "2", "--save-every", "2"]
+    command += ["--eval-every", "3", "--out"]
 
-    def killed_in_the_third_step(*args):
+    def start(out):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*map(str, command), out], env=environment, stdout=subprocess.PIPE, text=True)
+
+    assert start(workdir / "whole").communicate() and (workdir / "whole" / "model.safetensors").exists()
+    for lines in (1, 4, 8):  # lines of the log at which it is killed: before the first checkpoint, and between others
+        process = start(workdir / "cut")
+        for said in process.stdout:
+            log = workdir / "cut" / "log.jsonl"
+            if said.startswith("step") and len(log.read_text().splitlines()) >= lines:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (workdir / "cut" / "model.safetensors").exists()
+    (workdir / "cut" / "checkpoint.part").mkdir(exist_ok=True)  # as a kill amid the writing leaves it
+    start(workdir / "cut").communicate()
+    assert (workdir / "whole" / "log.jsonl").read_bytes() == (workdir / "cut" / "log.jsonl").read_bytes()
+    assert (workdir / "whole" / "model.safetensors").read_bytes() == (
+        workdir / "cut" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_keep_bounds_the_checkpoints_and_leaves_them_after_the_finish(run, tiny, pairs_file, workdir):
+    for keep, names in ((0, []), (2, ["checkpoint-3", "checkpoint-4"])):
+        trained(run, tiny, workdir / f"out{keep}", "--save-every", "1", "--keep", str(keep))
+        assert [folder.name for folder in train.checkpoints(workdir / f"out{keep}")] == names
+
+
+def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(run, tiny, pairs_file, workdir, monkeypatch):
+    save, calls = train.dcp.save, []
+
+    def full(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
-        return clip(*args)
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", killed_in_the_third_step)
-    with pytest.raises(KeyboardInterrupt):
-        run("train", "--model", tiny, "--out", workdir / "cut", *FAST, "--save-every", "1")
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    assert (workdir / "cut" / "checkpoint" / "step").read_text() == "2"
-    trained(run, tiny, workdir / "cut", "--save-every", "1")
-    whole, cut = (load_file(workdir / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    steps = [row["step"] for row in read_rows(workdir / "cut" / "log.jsonl") if "loss" in row]
-    assert steps == [1, 2, 3, 4]
+    monkeypatch.setattr(train.dcp, "save", full)
+    status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--save-every", "1")
+    assert status == 2 and "No space left" in err and "continue" in err
+    assert [folder.name for folder in train.checkpoints(workdir / "out")] == ["checkpoint-2"]
+    trained(run, tiny, workdir / "out", "--save-every", "1")
+    trained(run, tiny, workdir / "whole", "--save-every", "1")
+    assert (workdir / "whole" / "log.jsonl").read_bytes() == (workdir / "out" / "log.jsonl").read_bytes()
+
+
+def test_steps_that_are_not_finite_are_skipped_twice_and_then_stop_with_their_rows(
+    run, tiny, pairs_file, workdir, monkeypatch
+):
+    clip, bad = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *args):
+        bad.append(len(bad) + 1)
+        return clip(parameters, *args) * (float("nan") if bad[-1] in (2, 4, 5) else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    status, said, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--epochs", "3")
+    assert status == 2 and "third such step" in err and "row-" in err
+    rows = read_rows(workdir / "out" / "log.jsonl")
+    assert [row.get("skipped") for row in rows] == [None, 1, None, 2] and all("loss" in rows[i] for i in (0, 2))
+    assert said.count("skipped") == 2
 
 
 def test_a_finished_run_is_left_alone_and_changed_settings_are_refused(run, tiny, pairs_file, workdir):

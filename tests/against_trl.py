@@ -1,0 +1,374 @@
+"""train.py beside TRL's DPOTrainer: are the numbers the same, and which is faster?
+
+    make parity          python tests/against_trl.py parity --out results/parity
+    make bench-train     python tests/against_trl.py bench --out results/bench-train
+
+Both train the same model from the same tokens in the same order with the same schedule; every run is a process of its
+own, and they take turns. TRL is a development dependency (requirements-dev.txt); nothing else here needs it.
+
+parity  float32, for dpo, ipo and robust: loss, margin, log-probs and gradient norm of every step, side by side; it fails
+        where a loss differs by more than --tolerance.
+bench   bfloat16 compute, cached reference: tokens of answers a second and peak memory, on a prompt-heavy and on an
+        answer-heavy set, for TRL, for train.py, and for train.py with one of its features switched off at a time.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
+OFF = ("sharing", "caching", "completion-only head", "kernel")
+LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
+
+
+# ---- the data ---------------------------------------------------------------------------------------------------
+
+
+def make_rows(kind, count):
+    """Preference rows in TRL's conversational form, of the arguments in prompts/sycophancy.jsonl.
+
+    kind: "prompt-heavy", prompts about three times as long as an answer; "answer-heavy"; "short", for parity.
+    """
+    lines = (ROOT / "prompts" / "sycophancy.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["request"] for line in lines[::5]]
+    draw = random.Random(kind)
+    prompt, answer = {"prompt-heavy": (6, 2), "answer-heavy": (1, 3), "short": (1, 1)}[kind]
+
+    def some(number):
+        return [{"role": "user", "content": "\n\n".join(draw.sample(texts, number))}]
+
+    rows = []
+    for i in range(count):
+        row = {"id": str(i), "split": "train", "prompt": some(prompt)}
+        rows.append(row | {side: [some(answer)[0] | {"role": "assistant"}] for side in ("chosen", "rejected")})
+    return rows
+
+
+def tokens_of(rows, tokenizer):
+    """Mean tokens of a prompt and of an answer."""
+    from generate import encode
+
+    pairs = [
+        encode(tokenizer, row["prompt"], row[side][0]["content"]) for row in rows for side in ("chosen", "rejected")
+    ]
+    return tuple(round(statistics.mean(len(pair[part]) for pair in pairs)) for part in (0, 1))
+
+
+# ---- one run, in a process of its own ------------------------------------------------------------------------------
+
+
+def run_ours(job):
+    """train.py's main() with one feature switched off where the job says so."""
+    import torch
+
+    import score
+    import train
+
+    if job["off"] == "caching":  # the reference is computed at every step, by a model of its own
+        frozen, plain = [], train.pair_logps
+
+        def both(model, pairs):
+            if torch.is_grad_enabled():
+                frozen.append(frozen[0] if frozen else copy.deepcopy(model).requires_grad_(False))
+                with torch.no_grad():
+                    score.completion_logps(frozen[0], [pair[side] for pair in pairs for side in ("chosen", "rejected")])
+            return plain(model, pairs)
+
+        train.pair_logps = both
+    if job["off"] == "kernel":  # log_softmax and gather on the logits of the answers, with autograd
+
+        def plain_logps(hidden, weight, labels, cu_seqlens, bias=None, **options):
+            logps = torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)
+            logps = logps.gather(-1, labels[:, None])[:, 0]
+            return torch.stack([part.sum() for part in logps.split(cu_seqlens.diff().tolist())])
+
+        score.linear_logps = plain_logps
+    if job["off"] == "completion-only head":  # the head meets the prompts' tokens as well
+        ours = score.linear_logps
+
+        def all_tokens(hidden, weight, labels, cu_seqlens, **options):
+            prompts = job["prompt_tokens"] * (len(cu_seqlens) - 1) // 2
+            extra = hidden.repeat(1 + prompts // len(hidden), 1)[:prompts]
+            more = torch.cat([cu_seqlens, cu_seqlens[-1:] + prompts])
+            return ours(
+                torch.cat([hidden, extra]), weight, torch.cat([labels, labels.new_zeros(prompts)]), more, **options
+            )[:-1]
+
+        score.linear_logps = all_tokens
+    argv = ["train.py", "--model", job["model"], "--in", job["data"], "--out", job["out"], "--overwrite"]
+    argv += ["--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR), "--beta", str(BETA)]
+    argv += ["--epsilon", str(EPSILON), "--warmup", str(WARMUP), "--epochs", "1", "--batch-size", str(job["batch"])]
+    argv += ["--max-length", "2048", "--seed", str(SEED), "--save-every", "1000000"]
+    sys.argv = argv + (["--no-share-prompt"] if job["off"] == "sharing" else [])
+    train.main()
+    log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
+    speed = [json.loads(line) for line in (Path(job["out"]) / "speed.jsonl").read_text().splitlines()]
+    names = {"loss": "loss", "margin": "margin", "chosen": "chosen_logps", "rejected": "rejected_logps"}
+    names |= {"norm": "grad_norm"}
+    return [{key: row[name] for key, name in names.items()} for row in log], [row["seconds"] for row in speed]
+
+
+def run_trl(job):
+    """TRL's DPOTrainer on the same tokens: the conversations are written out in the chat template beforehand, since
+    TRL would also train on the line break that the template puts behind an answer."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from generate import find_model
+    from train import schedule
+
+    path = find_model(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
+    order = random.Random(f"{SEED} 0").sample(range(len(rows)), len(rows))  # train.py's
+    plain = []
+    for row in (rows[i] for i in order):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        plain.append({"prompt": prompt, **{side: row[side][0]["content"] for side in ("chosen", "rejected")}})
+    seconds, steps = [], len(rows) // job["batch"]
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            warmup = max(1, round(WARMUP * steps))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda step: schedule(step, steps, warmup)
+            )
+            return self.lr_scheduler
+
+        def training_step(self, *args, **kwargs):
+            began = time.perf_counter()
+            result = super().training_step(*args, **kwargs)
+            seconds.append(time.perf_counter() - began)
+            return result
+
+    bf16 = job["dtype"] == "bfloat16"
+    trainer = InOrder(
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=job["out"],
+            per_device_train_batch_size=job["batch"],
+            num_train_epochs=1,
+            learning_rate=LR,
+            beta=BETA,
+            loss_type=[LOSSES[job["loss"]]],
+            label_smoothing=EPSILON if job["loss"] == "robust" else 0.0,
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=bf16,
+            max_length=2048,
+            logging_steps=1,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=job["off"] == "activations",
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list(plain),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    names = {"loss": "loss", "margin": "rewards/margins", "chosen": "logps/chosen", "rejected": "logps/rejected"}
+    names |= {"norm": "grad_norm"}
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return [{key: float(row[name]) for key, name in names.items()} for row in log], seconds
+
+
+def work(job):
+    """The run that `job` describes; its curves, seconds a step and peak memory as one line of JSON."""
+    curves, seconds = (run_ours if job["who"] == "ours" else run_trl)(job)
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    Path(job["result"]).write_text(json.dumps({"curves": curves, "seconds": seconds, "peak_bytes": peak}))
+
+
+def start(job, folder):
+    """work(job) in a process of its own; its result. The log stays in `folder` where it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(str(job[key]).replace(" ", "-") for key in ("who", "loss", "off", "set"))
+    job = {**job, "out": str(folder / name), "result": str(folder / f"{name}.json")}
+    Path(job["result"]).unlink(missing_ok=True)
+    with open(folder / f"{name}.log", "w") as log:
+        command = [sys.executable, __file__, "work", json.dumps(job)]
+        code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+    if code:
+        sys.exit(f"{name}: status {code}; see {folder / name}.log")
+    return json.loads(Path(job["result"]).read_text())
+
+
+# ---- the two commands ----------------------------------------------------------------------------------------------
+
+
+def write_report(args, kind, result):
+    """result.json with everything that was measured and what it hangs on."""
+    import torch
+    import transformers
+    import trl
+
+    from generate import provenance
+
+    facts = provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts |= {"trl": trl.__version__, "transformers": transformers.__version__}
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {**facts, "kind": kind, "settings": {k: str(v) for k, v in vars(args).items()}, **result}, indent=1
+    )
+    (args.out / "result.json").write_text(text + "\n")
+    return facts
+
+
+def parity(args):
+    rows = make_rows("short", args.steps * args.batch)
+    data = args.work / "short.jsonl"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ("loss", "margin", "chosen", "rejected", "norm")
+    result, worst, lines = {}, {}, []
+    for loss in args.losses:
+        job = {"model": args.model, "data": str(data), "loss": loss, "dtype": "float32", "batch": args.batch}
+        job |= {"off": "", "set": "short"}
+        got = {who: start({**job, "who": who}, args.work)["curves"] for who in ("ours", "trl")}
+        result[loss] = got
+        worst[loss] = {key: max(abs(a[key] - b[key]) for a, b in zip(*got.values(), strict=True)) for key in keys}
+        lines += [f"\n{loss}: train.py | TRL", " step" + "".join(f" {key:>21}" for key in keys)]
+        for step, (a, b) in enumerate(zip(*got.values(), strict=True), 1):
+            lines.append(f"{step:5d}" + "".join(f" {a[key]:10.4f}|{b[key]:10.4f}" for key in keys))
+        lines.append("worst" + "".join(f" {worst[loss][key]:21.1e}" for key in keys))
+        print("\n".join(lines[-args.steps - 3 :]), flush=True)
+    facts = write_report(args, "parity", {"curves": result, "worst": worst})
+    head = f"Made by `{facts['command']}` at commit {facts['commit']}, {facts['date']}, on {facts['hardware']}, "
+    head += f"torch {facts['torch']}, transformers {facts['transformers']}, trl {facts['trl']}.\n"
+    (args.out / "curves.txt").write_text(head + "\n".join(lines) + "\n")
+    off = [loss for loss in worst if not worst[loss]["loss"] <= args.tolerance]
+    if off:
+        sys.exit(f"{', '.join(off)}: a loss differs by more than {args.tolerance}")
+    print(f"\nall losses agree to {args.tolerance} over {args.steps} steps")
+
+
+def bench(args):
+    from generate import load_tokenizer
+
+    tokenizer = load_tokenizer(args.model)
+    measured, table = [], []
+    for kind in args.sets:
+        rows = make_rows(kind, args.steps * args.batch)
+        prompt, answer = tokens_of(rows, tokenizer)
+        data = args.work / f"{kind}.jsonl"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        job = {"model": args.model, "data": str(data), "loss": "dpo", "dtype": "bfloat16", "batch": args.batch}
+        job |= {"set": kind, "prompt_tokens": prompt}
+        who = [("trl", ""), ("trl", "activations"), ("ours", ""), *(("ours", off) for off in OFF)]
+        runs = {one: [] for one in who}
+        for _ in range(args.rounds):  # in turns, so that a busy minute hits all
+            for one in who:
+                got = start({**job, "who": one[0], "off": one[1]}, args.work)
+                runs[one].append(got)
+                pace = 2 * answer * args.batch / statistics.median(got["seconds"][1:])
+                print(f"{kind} {one}: {pace:.0f} tok/s, {got['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+        for one in who:
+            seconds = [s for run in runs[one] for s in run["seconds"][1:]]  # the first step warms up
+            line = {"set": kind, "who": one[0], "off": one[1], "prompt_tokens": prompt, "answer_tokens": answer}
+            line["tokens_per_second"] = 2 * answer * args.batch / statistics.median(seconds)
+            line["peak_bytes"] = max(run["peak_bytes"] for run in runs[one])
+            measured.append(line | {"seconds": seconds})
+        best = max(
+            (m for m in measured if m["set"] == kind and m["who"] == "trl"), key=lambda m: m["tokens_per_second"]
+        )
+        for line in (m for m in measured if m["set"] == kind):
+            name = {"trl": "TRL DPOTrainer", "ours": "train.py"}[line["who"]]
+            name += {"": "", "activations": ", gradient checkpointing"}.get(line["off"], f" without {line['off']}")
+            speed, memory = line["tokens_per_second"], line["peak_bytes"]
+            row = [
+                f"{kind} ({prompt} + 2 x {answer})",
+                name,
+                f"{speed:.0f}",
+                f"{speed / best['tokens_per_second']:.2f}",
+            ]
+            table.append([*row, f"{memory / 2**30:.2f}", f"{memory / best['peak_bytes']:.2f}"])
+    head = ["set (tokens of prompt + answers)", "trainer", "answer tokens a second", "ratio to TRL's best"]
+    head += ["peak memory, GiB", "ratio"]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *table])
+    facts = write_report(args, "bench", {"measured": measured})
+    made = f"Made by `{facts['command']}` at commit {facts['commit']}, {facts['date']}, on {facts['hardware']}, "
+    made += f"torch {facts['torch']}, transformers {facts['transformers']}, trl {facts['trl']}. Median of "
+    made += (
+        f"{args.rounds} x {args.steps - 1} steps of {args.batch} pairs; memory is the process's largest resident set."
+    )
+    (args.out / "report.md").write_text(f"{text}\n\n{made}\n")
+    draw(args.out / "bench.png", measured)
+    print(text)
+
+
+def draw(path, measured):
+    """Bars of speed and of memory, one panel a set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sets = list(dict.fromkeys(line["set"] for line in measured))
+    figure, axes = plt.subplots(
+        2, len(sets), figsize=(5.5 * len(sets), 5), sharey=True, layout="constrained", squeeze=False
+    )
+    for column, kind in enumerate(sets):
+        mine = [line for line in measured if line["set"] == kind]
+        names = [
+            f"{'TRL' if m['who'] == 'trl' else 'train.py'}{' without ' + m['off'] if m['off'] else ''}" for m in mine
+        ]
+        names = [name.replace("TRL without activations", "TRL, gradient checkpointing") for name in names]
+        colours = ["tab:gray" if m["who"] == "trl" else "tab:blue" if not m["off"] else "tab:cyan" for m in mine]
+        for axis, key, unit in ((axes[0][column], "tokens_per_second", 1), (axes[1][column], "peak_bytes", 2**30)):
+            axis.barh(names, [m[key] / unit for m in mine], color=colours)
+            axis.invert_yaxis()
+            axis.set_xlabel("answer tokens a second" if unit == 1 else "peak memory, GiB", fontsize=9)
+        axes[0][column].set_title(kind, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    if sys.argv[1:2] == ["work"]:
+        return work(json.loads(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["parity", "bench"])
+    parser.add_argument("--model", default="smollm2", help="model to train (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/against_trl"), help="folder of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="bench: runs of each kind (default: %(default)s)")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="parity: which")
+    parser.add_argument(
+        "--sets", nargs="+", choices=["prompt-heavy", "answer-heavy"], default=["prompt-heavy", "answer-heavy"]
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="parity: largest difference of a loss (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    (parity if args.what == "parity" else bench)(args)
+
+
+if __name__ == "__main__":
+    main()
