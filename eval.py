@@ -325,7 +325,7 @@ def main():
     if not args.models:
         found = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.suffix != ".old")
         found = [path for path in found if (path / "run.json").exists()]
-        bases = {json.loads((path / "run.json").read_text())["model"] for path in found} or {"smollm2"}
+        bases = set(map(base_of, found)) or {"smollm2"}
         if len(bases) > 1:
             fail(f"{folder}: its students have different bases ({', '.join(sorted(bases))}); name some with --models")
         args.models = [*bases, *[SELF_REFINE][: len(refined)], *map(str, found)]
@@ -411,6 +411,12 @@ def main():
     draw(folder / "report.png", table, metric)
     print(f"\n{make_table(table, metric)}\n\n{make_samples(rows, names, 3)}\n")
     print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
+
+
+def base_of(folder):
+    """The model that a student was trained from; where that is a student too, the one that it was trained from."""
+    name = json.loads((folder / "run.json").read_text())["model"]
+    return base_of(Path(name)) if (Path(name) / "run.json").exists() else name
 
 
 def held_out_pairs(rows, source, tokenizer):

@@ -3,7 +3,8 @@
     python train.py --task sycophancy                                  # rDPO on the embedded model, CPU is enough
     torchrun --nproc-per-node 8 train.py --task sycophancy --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-6
     python train.py --task sycophancy --loss dpo                       # the same pairs, scores ignored
-    python train.py --task sycophancy --loss sft --accept              # dSC: SFT on the revisions that won
+    python train.py --task sycophancy --loss sft --accept              # dSC: SFT on the revisions that won,
+    python train.py --task sycophancy --model runs/sycophancy/sft-accept --lr 5e-6    # and rDPO from there
 
 runs/TASK/scored.jsonl -> runs/TASK/LOSS/: a model folder that transformers loads as it is, log.jsonl (one line a
 step) and run.json (settings, versions, counts). Any preference data of TRL's format trains as well, with --in.
@@ -493,7 +494,7 @@ def parse_args():
     add("--beta", type=float, default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models, and makes the embedded one repeat itself (default: %(default)s)")
     add("--tau", type=float, default=0.25, help="softness of the belief in the reward, in standard deviations of the score gap over the training pairs: a gap of TAU of them is believed to 73 %%, and z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume (default: %(default)s)")
-    add("--lr", type=float, default=2e-5, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default: %(default)s)")
+    add("--lr", type=float, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 1e-5, with sft 2e-5)")
     add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -511,6 +512,8 @@ def parse_args():
     add("--tensorboard", action="store_true", help="write the log for TensorBoard too, into --out")
     # fmt: on
     args = parser.parse_args()
+    if args.lr is None:
+        args.lr = 2e-5 if args.loss == "sft" else 1e-5
     for name in ("beta", "tau", "lr", "clip"):
         if not getattr(args, name) > 0:
             fail(f"--{name}: must be above 0")

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, read_rows
 
 from eval import (
+    base_of,
     bootstrap,
     difference,
     draw,
@@ -127,3 +128,10 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert refused.returncode == 2 and "rdpo came from other weights" in refused.stderr
     assert (folder / "eval.jsonl").read_bytes() == before
+
+
+def test_the_base_of_a_student_of_a_student_is_the_model_that_both_come_from(workdir):
+    for name, model in (("sft", "smollm2"), ("rdpo", str(workdir / "sft"))):
+        (workdir / name).mkdir()
+        (workdir / name / "run.json").write_text(json.dumps({"model": model}))
+        assert base_of(workdir / name) == "smollm2"
