@@ -192,7 +192,7 @@ def check_model(model, name, logps=completion_logps):
         labels = torch.tensor(completion, device=device)[:, None]
         own.append(logits.double().log_softmax(-1).gather(-1, labels).sum().cpu())
     own = torch.stack(own)
-    tolerance = own.abs() * (1e-3 if model.dtype == torch.float32 else 2e-2) + 1e-2
+    tolerance = own.abs() * (1e-3 if logits.dtype == torch.float32 else 2e-2) + 1e-2
 
     def exact():
         return bool(((logps(model, sequences).cpu() - own).abs() <= tolerance).all())
