@@ -6,11 +6,11 @@
 PYTHON ?= python3
 RUN = . .venv/bin/activate &&
 
-# 72 of the task's 120 instructions, so that two cores need no more than ten minutes. Status 1 says that some rows
+# 64 of the task's 120 instructions, so that two cores need no more than ten minutes. Status 1 says that some rows
 # failed: they are counted, and the others go on. Training is in two steps, as in DPO's paper: first imitation of the
 # revisions that won (dSC), then the preference, with the result of the first as reference.
 demo: .venv/ready
-	$(RUN) python generate.py --task sentiment --limit 72 --out runs/demo/pairs.jsonl || test $$? -eq 1
+	$(RUN) python generate.py --task sentiment --limit 64 --out runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python score.py --task sentiment --in runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --loss sft --accept
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --model runs/demo/sft-accept --lr 5e-6
