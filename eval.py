@@ -27,6 +27,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from generate import (
     append,
     check_sampling,
+    check_server,
     check_task,
     fail,
     find_model,
@@ -307,6 +308,7 @@ def main():
     # fmt: on
     args = parser.parse_args()
     check_sampling(args)
+    check_server(args)
 
     task = load_task(args.task)
     metric = task["metric"]
@@ -399,6 +401,7 @@ def main():
                 done.append(result)
     bar.close()
     file.close()
+    Path(f"{out}.calls").unlink(missing_ok=True)  # every score of a judge is in its row now
 
     for row in done:  # the task file's metric as it is now
         row["metric"] = measure(metric, by_id[row["id"]], row["answer"])

@@ -133,6 +133,8 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
 
 def open_alone(path):
     """The file opened to append, locked for as long as it is open: a second process on the same output is refused."""
+    if Path(path).is_dir():
+        fail(f"--out {path}: is a folder; name a file in it")
     file = Path(path).open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,7 +329,10 @@ EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448
 def pick_device(name):
     """torch.device for --device: 'auto' takes a CUDA GPU when there is one (under torchrun, the rank's own)."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            fail(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -878,6 +883,14 @@ def check_sampling(args):
         fail("--temperature must be at least 0, --top-p above 0 and at most 1")
 
 
+def check_server(args):
+    if args.api_base and not args.api_base.startswith(("http://", "https://")):
+        fail(f"--api-base {args.api_base}: must begin with http:// or https://")
+    for name in ("price_in", "price_out", "max_cost"):
+        if not (getattr(args, name) or 0.0) >= 0:
+            fail(f"--{name.replace('_', '-')}: must be at least 0")
+
+
 def run_stage(main):
     """Runs a stage's main(); Ctrl-C ends it with one line and status 130."""
     try:
@@ -921,6 +934,7 @@ def main():
     add_server_flags(add)
     args = parser.parse_args()
     check_sampling(args)
+    check_server(args)
 
     task = load_task(args.task)
     rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)

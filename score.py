@@ -33,12 +33,14 @@ from generate import (
     Server,
     add_server_flags,
     append,
+    check_server,
     check_task,
     commit,
     encode,
     fail,
     fill,
     in_order,
+    is_conversation,
     latest_task,
     load_model,
     load_task,
@@ -471,12 +473,20 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge's sampling (default: %(default)s)")
     args = parser.parse_args()
+    check_server(args)
 
     task = load_task(args.task)
     source = Path(args.input or f"runs/{args.task}/pairs.jsonl")
     rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])
     check_task(args.task, rows, source)
-    by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
+    by_id = {}
+    for number, row in enumerate(rows, 1):
+        if by_id.setdefault(row["id"], row) is not row:
+            fail(f"{source}:{number}: the id '{row['id']}' is there twice; ids must differ")
+        for side in SIDES:
+            if "error" not in row and not isinstance(row[side], str) and not is_conversation(row[side]):
+                fail(f"{source}:{number}: '{side}' must be text or a list of messages with role and content")
+    rows = rows[: args.limit]
     if all("error" in row for row in rows):
         fail(f"{source}: every row has an error; nothing to score")
     out = Path(args.out or source.parent / "scored.jsonl")
