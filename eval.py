@@ -27,6 +27,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from generate import (
     append,
     check_sampling,
+    check_server,
     check_task,
     fail,
     find_model,
@@ -307,6 +308,7 @@ def main():
     # fmt: on
     args = parser.parse_args()
     check_sampling(args)
+    check_server(args)
 
     task = load_task(args.task)
     metric = task["metric"]
@@ -340,10 +342,11 @@ def main():
     if args.reward is None and args.reward_model is None:  # the same as the pairs'
         args.reward, args.reward_model, args.label = made["kind"], made["model"], args.label or made.get("label")
     args.reward, args.reward_model = args.reward or "contrast", args.reward_model or "smollm2"
-    reward, settings = make_reward(args, task)
+    out = folder / "eval.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    reward, settings = make_reward(args, task, out)
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}
-    out = folder / "eval.jsonl"
     done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), by_id, ["prompt"])
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -383,7 +386,7 @@ def main():
             spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
             scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
             for (row, k), (text, finish) in zip(batch, answers, strict=True):
-                score = next(scores) if text else None  # an empty answer has no score, never 0
+                score = next(scores)[0] if text else None  # an empty answer has no score, never 0
                 if (name, row["id"], k) in finished:
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
@@ -398,6 +401,7 @@ def main():
                 done.append(result)
     bar.close()
     file.close()
+    Path(f"{out}.calls").unlink(missing_ok=True)  # every score of a judge is in its row now
 
     for row in done:  # the task file's metric as it is now
         row["metric"] = measure(metric, by_id[row["id"]], row["answer"])

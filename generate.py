@@ -13,24 +13,28 @@ The scheme is that of rDPO (Gallego, arXiv 2402.08005) and of distilled self-cri
 departure: besides the papers' single conversation a task file holds a second form, `fresh`, in which the
 reviser sees neither the draft nor the wish that spoilt it, since a small model copies a draft that it sees.
 
-This file owns all that talks to a chat model (`load_model`, `encode`, `sample`, `ask_server`), so that every stage
+This file owns all that talks to a chat model (`load_model`, `encode`, `sample`, `Server`), so that every stage
 turns conversations into tokens in the same way.
 """
 
 import argparse
+import collections
 import csv
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +46,7 @@ from requests.adapters import HTTPAdapter, Retry
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.utils import logging as transformers_logging
-from urllib3.exceptions import NewConnectionError
+from urllib3.exceptions import InvalidHeader, NewConnectionError
 
 transformers_logging.disable_progress_bar()
 ROOT = Path(__file__).parent
@@ -94,10 +98,10 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if overwrite and path.exists():
+    file = open_alone(path)
+    if overwrite and path.stat().st_size:
         os.replace(path, f"{path}.old")
-    if not path.exists():
-        return [], path.open("w", encoding="utf-8")
+        file = open_alone(path)
     mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
     text = path.read_bytes()
     *lines, torn = text.split(b"\n")
@@ -123,7 +127,20 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
         done.append(row)
     if len(done) < len(lines) or torn:
         rewrite(path, done)
-    return done, path.open("a", encoding="utf-8")
+        file = open_alone(path)
+    return done, file
+
+
+def open_alone(path):
+    """The file opened to append, locked for as long as it is open: a second process on the same output is refused."""
+    if Path(path).is_dir():
+        fail(f"--out {path}: is a folder; name a file in it")
+    file = Path(path).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{path}: another process is writing it; wait for that one, or choose another --out")
+    return file
 
 
 def rewrite(path, rows):
@@ -312,7 +329,10 @@ EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448
 def pick_device(name):
     """torch.device for --device: 'auto' takes a CUDA GPU when there is one (under torchrun, the rank's own)."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            fail(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -407,12 +427,14 @@ def encode(tokenizer, prompt, completion=None):
 
 @dataclass
 class Reply:
-    """One answer of a chat model. finish: 'stop', 'length' (cut off by --max-tokens) or 'error: ...'."""
+    """One answer of a chat model. finish: 'stop', 'length' (cut off by --max-tokens) or 'error: ...'. logprobs: where
+    they were asked for, (token, {likely token: its log-prob}) of the last dozen tokens."""
 
     text: str
     finish: str
     prompt_tokens: int = 0
     tokens: int = 0
+    logprobs: list | None = None
 
 
 @torch.inference_mode()
@@ -537,52 +559,200 @@ def prefill(model, prompts, rows_at_once=8):
 # ---- the model on a server ------------------------------------------------------------------------------------
 
 
-def server_session(key_variable):
-    """requests.Session for an OpenAI-compatible server, with the key of the environment variable, if it is set.
+TRIES = 7  # of one call; the pauses between them add up to two minutes
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses worth another try
+WRONG = (401, 402, 403, 404)  # statuses that every call would meet
 
-    Passing faults (429 with its Retry-After, 5xx, lost connections) are tried again with growing, jittered pauses.
+
+class Server:
+    """Chat completions of an OpenAI-compatible server: ask() from many threads, each call paid once.
+
+    An answer is written down in `journal` before anything is done with it, under a hash of all that was asked, so a
+    killed run asks for nothing that it was given. Passing faults are tried again, after Retry-After or a growing,
+    jittered pause; a 429 holds all calls back for that time and halves how many run at once, which grows back with
+    the answers. The key comes from the environment and is cut out of every message.
     """
-    session = requests.Session()
-    retry = Retry(
-        total=6,
-        read=2,  # an answer that takes longer than the timeout is not waited for seven times
-        backoff_factor=1.0,
-        backoff_jitter=1.0,
-        status_forcelist=(408, 429, 500, 502, 503, 504, 529),
-        allowed_methods=None,  # POST too: a completion that never reached us has to be asked for again
-        raise_on_status=False,
-    )
-    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=64)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    if os.environ.get(key_variable):
-        session.headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
-    return session
+
+    def __init__(self, args, journal, finished=()):
+        """args: api_base, api_key_env, concurrency, timeout, price_in, price_out, max_cost. finished: ids of rows whose
+        calls are needed no more."""
+        self.args, self.url = args, f"{args.api_base.rstrip('/')}/chat/completions"
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=args.concurrency))
+        self.key = os.environ.get(args.api_key_env)
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        self.turn = threading.Condition()  # guards everything below
+        self.limit, self.active, self.not_before = float(args.concurrency), 0, 0.0
+        self.asked = self.repeated = self.reused = self.failed_in_a_row = 0
+        self.spent = self.promised = (
+            0.0  # US dollars or whatever the prices are in: paid, and at most due for open calls
+        )
+        self.stopped = None  # the exit status, once no further call may be made
+        self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
+        self.journal = Path(journal)
+        kept = []
+        for line in self.journal.read_bytes().split(b"\n")[:-1] if self.journal.exists() else ():
+            call = json.loads(line)
+            if call["row"] not in finished:
+                kept.append(call)
+                self.replies[call["key"]] = Future()
+                self.replies[call["key"]].set_result(Reply(**call["reply"]))
+        rewrite(self.journal, kept)
+        self.file = open_alone(self.journal)
+
+    def ask(self, messages, *, row, model, max_tokens, temperature, top_p, seed, **more):
+        """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        body |= {"top_p": top_p, "seed": seed, **more}
+        key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()[:24]
+        with self.turn:
+            known = self.replies.get(key)
+            mine = self.replies.setdefault(key, Future())
+            self.reused += known is not None
+        if known is not None:  # answered in an earlier run, or being asked by another thread: the same call
+            return known.result()
+        try:
+            reply = self.post(body, row, key)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        mine.set_result(reply)
+        with self.turn:
+            if reply.finish.startswith("error"):
+                self.replies.pop(key)
+            elif len(self.replies) > 10_000:  # memory stays flat; what is dropped is on disk
+                self.replies.popitem(last=False)
+        return reply
+
+    def post(self, body, row, key):
+        """The call itself: waits for its turn, tries until there is an answer, writes the answer down."""
+        args, fault = self.args, "never asked"
+        most = (len(json.dumps(body["messages"])) / 2 * args.price_in + body["max_tokens"] * args.price_out) / 1e6
+        for attempt in range(TRIES):
+            self.begin(most)
+            reply, pause, slow = None, random.uniform(0.5, 1.0) * 2**attempt, False
+            try:
+                response = self.session.post(self.url, json=body, timeout=(10, args.timeout))
+                if response.status_code == 200:
+                    reply = reply_of(response)
+                fault = f"status {response.status_code}: {self.clean(response.text[:200])}"
+                slow = response.status_code in (429, 503, 529)
+                pause = max(pause, retry_after(response)) if slow else pause
+            except requests.RequestException as error:
+                response, cause = None, getattr(error.args[0], "reason", None) if error.args else None
+                fault = f"{type(cause or error).__name__}"
+                if isinstance(cause, NewConnectionError) and not self.asked:
+                    self.stop(f"--api-base {args.api_base}: no server answers there")
+            with self.turn:
+                self.active, self.promised = self.active - 1, self.promised - most
+                self.turn.notify_all()
+                if reply:
+                    self.asked, self.failed_in_a_row = self.asked + 1, 0
+                    self.spent += (reply.prompt_tokens * args.price_in + reply.tokens * args.price_out) / 1e6
+                    self.limit = min(float(args.concurrency), self.limit + 1 / self.limit)
+                    if reply.text:  # an empty one may be better another day
+                        append(self.file, {"key": key, "row": row, "reply": vars(reply)})
+                    return reply
+                if slow:
+                    self.limit = max(1.0, self.limit / 2)
+                    self.not_before = max(self.not_before, time.monotonic() + pause)
+                self.repeated += 1
+                exhausted = self.repeated > 100 + 2 * self.asked  # a server that fails most calls is not hammered on
+            status = response.status_code if response is not None else 0
+            if status in WRONG:
+                self.stop(f"--api-base {args.api_base}: {fault}; check key, model, address")
+            if (status not in PASSING and status not in (0, 200)) or exhausted or attempt == TRIES - 1:
+                break
+            with self.turn:
+                self.turn.wait_for(lambda: self.stopped, pause)
+        with self.turn:
+            self.failed_in_a_row += 1
+            hopeless = self.failed_in_a_row >= max(20, 2 * args.concurrency)
+        if hopeless:
+            self.stop(
+                f"--api-base {args.api_base}: {self.failed_in_a_row} calls in a row failed, the last with {fault}"
+            )
+        return Reply("", f"error: {fault}")
+
+    def begin(self, most):
+        """Waits until a call may be made. `most` is what it may cost."""
+        with self.turn:
+            while not self.stopped and (self.active >= int(self.limit) or time.monotonic() < self.not_before):
+                self.turn.wait(max(0.01, min(1.0, self.not_before - time.monotonic())))
+            over = self.args.max_cost is not None and self.spent + self.promised + most > self.args.max_cost
+            if not self.stopped and not over:
+                self.active, self.promised = self.active + 1, self.promised + most
+                return
+        self.stop(f"--max-cost {self.args.max_cost}: the next call could exceed it; raise it to continue", 1)
+
+    def stop(self, message, status=2):
+        """Ends the run, with one line from whichever thread comes first."""
+        with self.turn:
+            first, self.stopped = not self.stopped, self.stopped or status
+            self.turn.notify_all()
+        if first:
+            tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        raise SystemExit(self.stopped)
+
+    def clean(self, text):
+        """Text without the key, should the server have sent it back."""
+        return text.replace(self.key, "[key]") if self.key else text
+
+    def account(self):
+        """What was asked and paid, for the last line."""
+        text = f"{self.asked} calls answered, {self.reused} known already, {self.repeated} tries failed"
+        return text + (f", cost {self.spent:.4f}" if self.args.price_in or self.args.price_out else "")
 
 
-def ask_server(session, base, model, messages, *, max_tokens, temperature, top_p, seed):
-    """One Reply from POST BASE/chat/completions. A wrong key, model or address ends the run with status 2."""
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-    body |= {"top_p": top_p, "seed": seed}
-    try:
-        response = session.post(f"{base.rstrip('/')}/chat/completions", json=body, timeout=(10, 300))
-    except requests.RequestException as error:
-        cause = getattr(error.args[0], "reason", None) if error.args else None
-        if isinstance(cause, NewConnectionError):
-            fail(f"--api-base {base}: no server answers there")
-        return Reply("", f"error: {type(cause or error).__name__}")  # this row's fault, or its bad luck
-    if response.status_code in (401, 403, 404):
-        fail(f"--api-base {base}: status {response.status_code}: {response.text[:200]!r}; check key, model, address")
-    if response.status_code != 200:
-        return Reply("", f"error: status {response.status_code}: {response.text[:200]}")
+def reply_of(response):
+    """Reply of a chat completion; None where the body is none."""
     try:
         answer = response.json()
-        choice = answer["choices"][0]
-        usage = answer.get("usage") or {}
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
         text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
-    except (ValueError, KeyError, IndexError, TypeError):
-        return Reply("", f"error: no chat completion: {response.text[:200]}")
-    return Reply(text.strip(), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        given = ((choice.get("logprobs") or {}).get("content") or [])[-12:]
+        given = [(t["token"], {one["token"]: one["logprob"] for one in t["top_logprobs"]}) for t in given] or None
+        return Reply(text.strip(), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), given)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+
+
+def retry_after(response):
+    """Seconds that the server asks to wait, at most 15 minutes; 0 where it does not say."""
+    try:
+        return min(900.0, Retry().get_retry_after(response.raw) or 0.0)
+    except InvalidHeader:
+        return 0.0
+
+
+def in_order(work, items, concurrency):
+    """work(item) for each of `items` by many threads, yielded in their order, with a bounded number under way."""
+    jobs, items = collections.deque(), iter(items)
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            while True:
+                while len(jobs) < 8 * concurrency and (item := next(items, None)) is not None:
+                    jobs.append(pool.submit(work, item))
+                if not jobs:
+                    return
+                yield jobs.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def add_server_flags(add):
+    """Flags of every stage that can talk to a server."""
+    # fmt: off
+    add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
+    add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
+    add("--concurrency", type=positive, default=16, help="calls made to the server at the same time, fewer while it asks to slow down (default: %(default)s)")
+    add("--timeout", type=positive, default=300, help="seconds that an answer of the server is waited for (default: %(default)s)")
+    add("--price-in", type=float, default=0.0, help="price of a million tokens read (default: %(default)s)")
+    add("--price-out", type=float, default=0.0, help="price of a million tokens written (default: %(default)s)")
+    add("--max-cost", type=float, help="stop before the calls of this run cost more than this (default: no limit)")
+    # fmt: on
 
 
 # ---- ALGORITHM: answer, criticise, revise ---------------------------------------------------------------------
@@ -597,7 +767,7 @@ def refine(rows, form, chat, seed, seed_by="id"):
     """The three calls for a few instructions -> finished rows of pairs.jsonl, in the order given.
 
     form: {"answer": messages, "critique": messages, "revise": messages} of the task file.
-    chat: (list of conversations, list of seeds) -> list of Reply.
+    chat: (list of conversations, list of seeds, list of row ids) -> list of Reply.
     seed_by: the field whose value, with `seed`, gives a row its random numbers (see load_task).
     """
 
@@ -606,7 +776,7 @@ def refine(rows, form, chat, seed, seed_by="id"):
     def fault(row):
         """Why a row cannot go on, or nothing."""
         for name, reply in replies[row["id"]].items():
-            if reply.finish.startswith("error"):
+            if reply.finish.startswith("error") or reply.finish == "content_filter":
                 return f"{name}: {reply.finish}"
             if not reply.text and name != "critique":
                 return f"{name}: empty"
@@ -617,7 +787,8 @@ def refine(rows, form, chat, seed, seed_by="id"):
             fill(form[call], row, **{name: reply.text for name, reply in replies[row["id"]].items()}) for row in going
         ]
         seeds = [seed_of(seed, row[seed_by], call) for row in going]
-        for row, reply in zip(going, chat(conversations, seeds) if going else [], strict=True):
+        ids = [row["id"] for row in going]
+        for row, reply in zip(going, chat(conversations, seeds, ids) if going else [], strict=True):
             replies[row["id"]][name] = reply
 
     for row in rows:
@@ -712,6 +883,14 @@ def check_sampling(args):
         fail("--temperature must be at least 0, --top-p above 0 and at most 1")
 
 
+def check_server(args):
+    if args.api_base and not args.api_base.startswith(("http://", "https://")):
+        fail(f"--api-base {args.api_base}: must begin with http:// or https://")
+    for name in ("price_in", "price_out", "max_cost"):
+        if not (getattr(args, name) or 0.0) >= 0:
+            fail(f"--{name.replace('_', '-')}: must be at least 0")
+
+
 def run_stage(main):
     """Runs a stage's main(); Ctrl-C ends it with one line and status 130."""
     try:
@@ -719,6 +898,22 @@ def run_stage(main):
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def dry_run(args, form, rows):
+    """Prints what would be asked. A token is taken for 4 characters, an answer for --max-tokens of them."""
+    for name, call in form.items():
+        print(f"---- {name} of {rows[0]['id']} ----")
+        for message in fill(call, rows[0]):
+            print(f"[{message['role']}] {message['content']}")
+    texts = [message["content"] for row in rows for call in form.values() for message in fill(call, row)]
+    later = sum(text.count("{answer}") + text.count("{critique}") for text in texts) * args.max_tokens
+    calls, read = 3 * len(rows), sum(map(len, texts)) // 4 + later
+    written = calls * args.max_tokens
+    cost = (read * args.price_in + written * args.price_out) / 1e6
+    minutes = written / (50 * args.concurrency) / 60
+    print(f"---- {calls:,} calls, at most about {read:,} tokens read and {written:,} written: cost {cost:.2f}")
+    print(f"---- {minutes:,.0f} minutes at 50 tokens a second and call, {args.concurrency} calls at a time")
 
 
 def main():
@@ -734,12 +929,12 @@ def main():
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--batch-size", type=positive, default=64, help="rows sampled, and written, together on this machine (default: %(default)s)")
-    add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
-    add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-    add("--concurrency", type=positive, default=16, help="rows asked of the server at the same time (default: %(default)s)")
+    add("--dry-run", action="store_true", help="show the first requests and an estimate of tokens, cost and time, and ask nothing")
     # fmt: on
+    add_server_flags(add)
     args = parser.parse_args()
     check_sampling(args)
+    check_server(args)
 
     task = load_task(args.task)
     rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)
@@ -751,6 +946,8 @@ def main():
 
     settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}
     settings |= {"temperature": args.temperature, "top_p": args.top_p}
+    if args.dry_run:
+        return dry_run(args, form, rows)
     settings["prompt_text"] = hashlib.sha256(json.dumps([form, task["seed_by"]]).encode()).hexdigest()[:12]
     out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
     if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
@@ -773,26 +970,22 @@ def main():
 
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     if args.api_base:
-        session = server_session(args.api_key_env)
+        if args.overwrite and Path(f"{out}.calls").exists():
+            os.replace(f"{out}.calls", f"{out}.calls.old")
+        server = Server(args, f"{out}.calls", finished)
 
-        def chat(conversations, seeds):
+        def chat(conversations, seeds, ids):
             replies = []
-            for messages, seed in zip(conversations, seeds, strict=True):
-                replies.append(ask_server(session, args.api_base, args.model, messages, seed=seed, **how))
+            for messages, seed, row in zip(conversations, seeds, ids, strict=True):
+                replies.append(server.ask(messages, row=row, model=args.model, seed=seed, **how))
                 report(replies[-1])
             return replies
 
-        def finish(batches):  # given out as they are finished, so that a kill loses no answered row
-            with ThreadPoolExecutor(args.concurrency) as pool:
-                jobs = [pool.submit(work, batch) for batch in batches]
-                try:
-                    for job in as_completed(jobs):
-                        yield job.result()
-                finally:
-                    pool.shutdown(cancel_futures=True)
+        def finish(batches):
+            return in_order(work, batches, args.concurrency)
     else:
 
-        def chat(conversations, seeds):
+        def chat(conversations, seeds, ids):
             return sample(model, tokenizer, conversations, seeds=seeds, report=report, **how)
 
         def finish(batches):
@@ -829,6 +1022,10 @@ def main():
         f"{out}: {len(done)} rows, {failed} failed, {cut} cut off at --max-tokens {args.max_tokens} "
         f"(kept, not trained); {read:,} tokens read, {spent:,} written"
     )
+    if args.api_base:
+        print(server.account())
+        if not failed:
+            server.journal.unlink()  # every answer is in its row now
     raise SystemExit(1 if failed else 0)
 
 

@@ -3,6 +3,7 @@
     python score.py --task sycophancy                                     # contrast reward, embedded model
     python score.py --task sentiment --reward classifier --model lvwerra/distilbert-imdb --label POSITIVE
     python score.py --task safety --reward classifier --model OpenAssistant/reward-model-deberta-v3-large-v2
+    python score.py --task safety --reward judge --model Qwen/Qwen2.5-72B-Instruct --api-base http://localhost:8000/v1
 
 runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl, the same rows with score_chosen, score_rejected (null where no
 score could be had, never 0) and reward; it closes with an audit of how far the scores can be trusted.
@@ -12,12 +13,14 @@ Rewards:
                 sides are in prompts/TASK.toml. Needs nothing but a chat model, and the kernel that trains also
                 scores.
     classifier  the logit of a sequence classifier or reward model (AutoModelForSequenceClassification)
+    judge       a chat model rates the answer by the task's rubric, here or on a server (--api-base)
 """
 
 import hashlib
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +30,17 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from generate import (
+    Server,
+    add_server_flags,
     append,
+    check_server,
     check_task,
     commit,
     encode,
     fail,
     fill,
+    in_order,
+    is_conversation,
     latest_task,
     load_model,
     load_task,
@@ -45,6 +53,8 @@ from generate import (
     put_in_order,
     read_jsonl,
     run_stage,
+    sample,
+    seed_of,
     template_ids,
 )
 from kernels.logps import linear_logps
@@ -210,7 +220,7 @@ def check_model(model, name, logps=completion_logps):
         model.packs = exact()
 
 
-# ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of float or None ---------------------------
+# ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of (score or None, what a judge said or None) --
 
 
 def contrast_reward(task, name, device, dtype, pack_tokens):
@@ -234,7 +244,7 @@ def contrast_reward(task, name, device, dtype, pack_tokens):
         scores = (principle - opposite) / lengths
         # Where both sides are one and the same prompt the score is 0 by definition, not the noise of two sums.
         same = [a == b for a, b in zip(sequences[: len(answers)], sequences[len(answers) :], strict=True)]
-        return scores.masked_fill(torch.tensor(same), 0.0).tolist()
+        return [(score, None) for score in scores.masked_fill(torch.tensor(same), 0.0).tolist()]
 
     return reward
 
@@ -275,14 +285,76 @@ def classifier_reward(name, label, device, dtype):
                 others = [k for k in range(logits.shape[1]) if k != good]
                 logits = (logits[:, good] - logits[:, others].logsumexp(1))[:, None]
             for i, value in zip(places, logits[:, 0].tolist(), strict=True):
-                scores[i] = value
+                scores[i] = value, None
         return scores
 
     return reward
 
 
-def make_reward(args, task):
-    """(reward function, settings that its scores depend on) for the arguments of score.py or eval.py."""
+def judge_reward(task, args, chat):
+    """The mean rating that a judge gives by the rubric of the task's [judge] table; None where none can be read.
+
+    chat: (conversations, ids, seeds) -> list of Reply. args: judge_samples, seed.
+    """
+    table = task["judge"]
+    call = [{"role": "user", "content": table["prompt"]}]
+
+    def reward(rows, answers):
+        conversations, ids, seeds = [], [], []
+        for row, answer in zip(rows, answers, strict=True):
+            for k in range(args.judge_samples):
+                conversations.append(fill(call, row, answer=answer))
+                ids.append(row["id"])
+                seeds.append(seed_of(args.seed, row["id"], "judge", k))
+        replies = chat(conversations, ids, seeds)
+        scores = []
+        for start in range(0, len(replies), args.judge_samples):
+            said = replies[start : start + args.judge_samples]
+            ratings = [rating_of(reply, table) for reply in said]
+            ratings = [rating for rating in ratings if rating is not None]
+            texts = [reply.text or reply.finish for reply in said]
+            scores.append((sum(ratings) / len(ratings) if ratings else None, "\n----\n".join(texts)))
+        return scores
+
+    return reward
+
+
+def rating_of(reply, table):
+    """The rating in a judge's reply: the number behind the last "Rating:" (or the table's `phrase`), if it is inside
+    the scale; else None. Where the server gave log-probs, the mean over the ratings that it thought of at that token.
+
+    >>> from generate import Reply
+    >>> table = {"scale": [-5, 5], "phrase": "Overall sentiment:"}
+    >>> rating_of(Reply("It scores 2 points, not 4. Overall sentiment: -3", "stop"), table)
+    -3.0
+    >>> rating_of(Reply("Overall sentiment: 40", "stop"), table)
+    """
+    low, high = table["scale"]
+    phrase = re.escape(table.get("phrase", "Rating:").rstrip(": "))
+    found = re.findall(rf"{phrase}[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", reply.text, re.IGNORECASE)
+    rating = float(found[-1].replace("\u2212", "-")) if found else None
+    if rating is None or not low <= rating <= high:
+        return None
+    for place in range(len(reply.logprobs or ()) - 1, -1, -1):  # the token that wrote it, the last number
+        token, likely = reply.logprobs[place]
+        if not token.strip().isdigit():
+            continue
+        if float(token) != rating:  # written in several tokens, or with a sign
+            break
+        weights = {int(t): math.exp(p) for t, p in likely.items() if t.strip().isdigit() and low <= int(t) <= high}
+        return sum(value * weight for value, weight in weights.items()) / sum(weights.values())
+    return rating
+
+
+def family(name):
+    """What models of one make have in common in their names: 'qwen' of 'Qwen/Qwen2.5-7B-Instruct'."""
+    return re.split(r"[^a-z]", name.lower().rstrip("/").rpartition("/")[2])[0]
+
+
+def make_reward(args, task, out):
+    """(reward function, settings that its scores depend on) for the arguments of score.py or eval.py, which writes `out`."""
+    if args.reward == "judge":
+        return make_judge(args, task, out)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     name = args.reward_model
@@ -296,6 +368,39 @@ def make_reward(args, task):
         fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
     settings["label"] = args.label
     return classifier_reward(name, args.label, device, dtype), settings
+
+
+def make_judge(args, task, out):
+    """make_reward for a judge: on a server, whose answers are kept beside `out` until it is whole, or on this machine."""
+    table = task.get("judge", {})
+    if not {"scale", "prompt"} <= table.keys():
+        fail(f"prompts/{args.task}.toml: the table [judge] needs scale and prompt")
+    if args.judge_samples > 1 and args.judge_temperature == 0:
+        fail("--judge-samples: above 1 they need a --judge-temperature above 0, else all are the same")
+    how = {"max_tokens": args.judge_tokens, "temperature": args.judge_temperature, "top_p": 1.0}
+    settings = {"kind": "judge", "model": args.reward_model, "samples": args.judge_samples, **how}
+    settings["prompt_text"] = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:12]
+    if args.api_base:
+        server = Server(args, f"{out}.calls")
+        more = {"logprobs": True, "top_logprobs": 20} if args.judge_logprobs else {}
+        settings |= {"logprobs": args.judge_logprobs}
+
+        def chat(conversations, ids, seeds):
+            def ask(call):
+                messages, row, seed = call
+                return server.ask(messages, row=row, model=args.reward_model, seed=seed, **how, **more)
+
+            return list(in_order(ask, zip(conversations, ids, seeds, strict=True), args.concurrency))
+    else:
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+        model, tokenizer = load_model(args.reward_model, device, dtype)
+
+        def chat(conversations, ids, seeds):
+            return sample(model, tokenizer, conversations, seeds=seeds, **how)
+
+    return judge_reward(task, args, chat), settings
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------
@@ -317,7 +422,17 @@ def audit(rows):
         if len(scored) > 2 and gap.std() > 0 and longer.std() > 0:
             correlation = np.corrcoef(gap, longer)[0, 1]
             lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
+    judged = [row["reward"] for row in rows if row.get("reward", {}).get("kind") == "judge"]
+    if judged:
+        unread = np.mean([row[f"score_{side}"] is None for row in rows if "error" not in row for side in SIDES])
+        lines.append(f"ratings of the judge that could not be read {unread:.0%}")
+        teachers = {row.get("teacher", {}).get("model", "") for row in rows}
+        if family(judged[0]["model"]) in map(family, teachers):
+            lines.append("judge and teacher are of one family: it may favour its own kind of answer")
     return "\n".join(lines)
+
+
+SIDES = ("chosen", "rejected")
 
 
 def is_scored(row):
@@ -338,12 +453,17 @@ def add_reward_flags(add, model_flag, default=None):
     the flags given does not mean the contrast reward of the embedded model."""
     kind, model = (None, None) if default else ("contrast", "smollm2")
     # fmt: off
-    add("--reward", default=kind, choices=["contrast", "classifier"], help=f"what scores an answer (default: {default or kind})")
+    add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"what scores an answer (default: {default or kind})")
     add(model_flag, dest="reward_model", default=model, metavar="NAME", help=f"model of the reward: 'smollm2' (embedded), a folder or a hub id (default: {default or model})")
     add("--label", help="label of a classifier with several labels that counts as good")
     add("--pack-tokens", type=positive, default=1024, help="tokens of one forward pass; changes memory and speed, not results (default: %(default)s)")
     add("--batch-size", type=positive, default=32, help="rows scored and written together (default: %(default)s)")
+    add("--judge-samples", type=positive, default=1, help="ratings of the judge an answer; their mean is the score (default: %(default)s)")
+    add("--judge-temperature", type=float, default=0.0, help="sampling temperature of the judge, 0 = greedy (default: %(default)s)")
+    add("--judge-tokens", type=positive, default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
+    add("--judge-logprobs", action="store_true", help="weigh the ratings by the log-probs that the server gives for them")
     # fmt: on
+    add_server_flags(add)
 
 
 def main():
@@ -351,17 +471,27 @@ def main():
     add_reward_flags(parser.add_argument, "--model")
     parser.add_argument("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     parser.add_argument("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the judge's sampling (default: %(default)s)")
     args = parser.parse_args()
+    check_server(args)
 
     task = load_task(args.task)
     source = Path(args.input or f"runs/{args.task}/pairs.jsonl")
     rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])
     check_task(args.task, rows, source)
-    by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
+    by_id = {}
+    for number, row in enumerate(rows, 1):
+        if by_id.setdefault(row["id"], row) is not row:
+            fail(f"{source}:{number}: the id '{row['id']}' is there twice; ids must differ")
+        for side in SIDES:
+            if "error" not in row and not isinstance(row[side], str) and not is_conversation(row[side]):
+                fail(f"{source}:{number}: '{side}' must be text or a list of messages with role and content")
+    rows = rows[: args.limit]
     if all("error" in row for row in rows):
         fail(f"{source}: every row has an error; nothing to score")
-    reward, settings = make_reward(args, task)
     out = Path(args.out or source.parent / "scored.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reward, settings = make_reward(args, task, out)
     same = ["prompt", "chosen", "rejected"]
     done, file = open_output(out, args.overwrite, settings, lambda row: row.get("reward"), by_id, same)
     finished = {row["id"] for row in done}
@@ -373,19 +503,22 @@ def main():
         for start in range(0, len(todo), args.batch_size):
             batch = todo[start : start + args.batch_size]
             whole = [row for row in batch if "error" not in row]
-            answers = [text_of(row[side]) for row in whole for side in ("chosen", "rejected")]
+            answers = [text_of(row[side]) for row in whole for side in SIDES]
             values = iter(reward([row for row in whole for _ in range(2)], answers) if whole else [])
             for row in batch:
                 if "error" not in row:
-                    for name in ("score_chosen", "score_rejected"):
-                        value = next(values)
-                        row[name] = value if value is not None and math.isfinite(value) else None
                     row["reward"] = {**settings, "commit": made_at}
+                    for side in SIDES:
+                        value, said = next(values)
+                        row[f"score_{side}"] = value if value is not None and math.isfinite(value) else None
+                        if said is not None:
+                            row["reward"][f"said_{side}"] = said
                 append(file, row)
                 done.append(row)
                 bar.update()
     put_in_order(out, done, rows)
     print(f"{out}:\n{audit(done)}")
+    Path(f"{out}.calls").unlink(missing_ok=True)  # what a judge said is in the rows now
     raise SystemExit(1 if any("error" in row or not is_scored(row) for row in done) else 0)
 
 

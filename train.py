@@ -517,6 +517,8 @@ def parse_args():
     for name in ("beta", "tau", "lr", "clip"):
         if not getattr(args, name) > 0:
             fail(f"--{name}: must be above 0")
+    if not 0 <= args.warmup <= 1:
+        fail("--warmup: a share of the steps, so from 0 to 1")
     if args.keep < 0:
         fail("--keep: must be at least 0")
     if not 0 <= args.epsilon < 0.5:

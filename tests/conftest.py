@@ -3,7 +3,11 @@
 import importlib
 import json
 import os
+import socket
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
@@ -132,3 +136,73 @@ def pairs_file(workdir):
         split = "train" if i < 8 else "test"
         rows.append(pair_row(i, chosen, rejected, delta, split, f"Review the film number {i} in a sentence."))
     return write_jsonl(workdir / "runs" / "sentiment" / "scored.jsonl", rows)
+
+
+class HostileServer(BaseHTTPRequestHandler):
+    """Answers chat completions; `script` holds faults to give before the first good answer, `fault` makes them up, and
+    `speak` makes the text of an answer."""
+
+    protocol_version = "HTTP/1.1"
+    script, asked, answered, hooks, lock = [], [], [], [], threading.Lock()
+    fault = staticmethod(lambda body: 200)
+    speak = staticmethod(lambda body: f"reply to {body['messages'][-1]['content'][:20]}")
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            self.asked.append((self.headers.get("Authorization"), body))
+            kind = self.script.pop(0) if self.script else self.fault(body)
+            hook = self.hooks.pop() if self.hooks else None
+        if hook:
+            hook(body)
+        text, finish, status, headers = self.speak(body), "stop", kind, {}
+        if isinstance(kind, str):
+            status, _, detail = kind.partition(" ")
+            status = int(status) if status.isdigit() else 200
+            if detail:
+                headers["Retry-After"] = detail
+        if kind == "reset":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if kind == "slow":
+            time.sleep(1.5)
+        if kind in ("length", "content_filter"):
+            finish = kind
+        choice = {"message": {"role": "assistant", "content": "" if kind == "empty" else text}, "finish_reason": finish}
+        answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+        if kind == "no choices":
+            answer = {"choices": []}
+        payload = json.dumps(
+            answer if status == 200 else {"error": {"message": self.headers["Authorization"]}}
+        ).encode()
+        if kind == "no json":
+            payload = b"<html>busy</html>"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        if kind == "half":
+            self.wfile.write(payload[: len(payload) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(payload)
+        if status == 200 and kind not in ("no json", "no choices", "slow"):
+            with self.lock:
+                self.answered.append(json.dumps(body, sort_keys=True))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    HostileServer.script, HostileServer.asked, HostileServer.hooks, HostileServer.answered = [], [], [], []
+    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)  # pauses of milliseconds
+    http = ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+    http.server_close()

@@ -51,6 +51,23 @@ CASES = [
     case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
     case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
     case("dead server", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--limit", "1"], "no server answers"),
+    case("output is a folder", "generate", ["--out", "."], "is a folder"),
+    case("input is a folder", "score", ["--in", "."], "no such file"),
+    case("prompts are a folder", "generate", ["--prompts", "."], "no such file"),
+    case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
+    case("a GPU that is not there", "score", ["--in", "in.jsonl", "--device", "cuda:7"], "--device cuda:7", rows=[GOOD]),
+    case("folder without a model", "generate", ["--model", "."], "cannot be loaded"),
+    case("server without a scheme", "generate", ["--api-base", "localhost:8000"], "http://"),
+    case("a score that is text", "train", ["--in", "in.jsonl"], "no pair has score", rows=[GOOD | {"score_chosen": "9"}]),
+    case("an answer that is a number", "train", ["--in", "in.jsonl"], "'chosen' and 'rejected'", rows=[GOOD | {"chosen": 3}]),
+    case("an answer that is a number, to score", "score", ["--in", "in.jsonl"], "'chosen'", rows=[GOOD | {"chosen": 3}]),
+    case("twice the same id, to score", "score", ["--in", "in.jsonl"], "twice", rows=[GOOD, GOOD]),
+    case("ratings that are all the same", "score", ["--in", "in.jsonl", "--reward", "judge", "--judge-samples", "3"],
+         "--judge-temperature", rows=[GOOD]),
+    case("negative price", "generate", ["--price-in", "-1"], "--price-in"),
+    case("negative warm-up", "train", ["--in", "in.jsonl", "--warmup", "-1"], "--warmup", rows=[GOOD]),
+    case("top-p above 1", "eval", ["--top-p", "2"], "--top-p"),
+    case("negative keep", "train", ["--keep", "-1"], "--keep"),
 ]  # fmt: skip
 
 
@@ -65,7 +82,7 @@ def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypa
     argv = [tiny if word == "TINY" else word for word in argv]
     if "--model" not in argv and "classifier" not in argv and stage != "eval":
         argv = [*argv, "--model", tiny]
-    monkeypatch.setattr("requests.adapters.Retry.sleep", lambda *args, **kwargs: None)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
     status, _, err = run(stage, *argv)
     assert status == 2

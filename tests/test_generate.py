@@ -1,14 +1,16 @@
 """generate.py: tokens, sampling, prompt text, files, and a server that answers, fails and is wrong."""
 
 import json
-import socket
-import threading
+import os
+import random
+import signal
+import subprocess
+import sys
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import LLAMA3, ROOT, make_model, make_tokenizer, read_rows, write_jsonl
+from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -297,103 +299,171 @@ def test_the_safetensors_of_the_embedded_model_come_from_a_checked_file(monkeypa
 # ---- the server -----------------------------------------------------------------------------------------------
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """Answers chat completions; `script` is a list of statuses to give before the first good answer."""
-
-    script, asked, hooks, lock = [], [], [], threading.Lock()
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.lock:
-            self.asked.append((self.headers.get("Authorization"), body))
-            status = self.script.pop(0) if self.script else 200
-            hook = self.hooks.pop() if self.hooks else None
-        if hook:
-            hook(body)
-        if status == "reset":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        text = f"reply to {body['messages'][-1]['content'][:20]}"
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
-        payload = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
-        self.send_response(status)
-        if status == 429:
-            self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    FakeServer.script, FakeServer.asked, FakeServer.hooks = [], [], []
-    http = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}/v1"
-    http.shutdown()
-    http.server_close()
+def ask(run, server, *argv):
+    return run("generate", "--model", "big", "--api-base", server, *argv)
 
 
 def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(run, server, workdir, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-123")
-    FakeServer.script = [429]
-    argv = ["--model", "big", "--api-base", server, "--api-key-env", "MY_KEY", "--limit", "5", "--task", "roleplay"]
-    status, said, err = run("generate", *argv)
-    assert status == 0, err
+    HostileServer.script = ["429 0", 400]
+    argv = ["--api-key-env", "MY_KEY", "--limit", "5", "--task", "roleplay"]
+    _, said, err = ask(run, server, *argv)
+    status, said2, err2 = ask(run, server, *argv)
+    assert status == 0, err2
     rows = read_rows(workdir / "runs/roleplay/pairs.jsonl")
     source = read_rows(ROOT / "prompts/roleplay.jsonl")[:5]
     assert [row["id"] for row in rows] == [row["id"] for row in source]
-    assert len(FakeServer.asked) == 16  # 15 and the one that was told to come again
-    assert all(key == "Bearer secret-123" for key, _ in FakeServer.asked)
-    assert "secret-123" not in said + err + (workdir / "runs/roleplay/pairs.jsonl").read_text()
+    assert len(HostileServer.asked) == 17  # 15, the one that was told to come again, and the one that was refused
+    assert all(key == "Bearer secret-123" for key, _ in HostileServer.asked)
+    files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
+    assert "secret-123" not in said + err + said2 + err2 + files
     assert rows[0]["teacher"]["tokens"] == {"answer": 3, "critique": 3, "revision": 3}
 
 
-def test_an_answered_row_is_in_the_file_while_an_earlier_one_still_waits(run, server, workdir):
-    """The first call waits until eight rows are in the file; in the end the file has the order of the instructions."""
-    path = workdir / "runs/sentiment/pairs.jsonl"
+def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, server, workdir):
+    """The first call waits until eight others are written down; the file has the order of the instructions."""
+    path, calls = workdir / "runs/sentiment/pairs.jsonl", workdir / "runs/sentiment/pairs.jsonl.calls"
 
     def wait(body):
         for _ in range(400):
-            if path.exists() and len(path.read_bytes().splitlines()) >= 8:
+            if calls.exists() and len(calls.read_bytes().splitlines()) >= 8:
                 return
             time.sleep(0.02)
-        FakeServer.script.append(400)  # it never came: spoil a row, so that the test fails
+        HostileServer.script.append(400)  # it never came: spoil a row, so that the test fails
 
-    FakeServer.hooks = [wait]
-    status, _, err = run("generate", "--model", "big", "--api-base", server, "--limit", "10", "--concurrency", "2")
+    HostileServer.hooks = [wait]
+    status, _, err = ask(run, server, "--limit", "10", "--concurrency", "2")
     assert status == 0, err
     assert [row["id"] for row in read_rows(path)] == [f"sentiment-{n:03d}" for n in range(1, 11)]
+    assert not calls.exists()
 
 
-def test_a_server_that_breaks_off_costs_its_row_alone(run, server, workdir, monkeypatch):
-    monkeypatch.setattr("requests.adapters.Retry.sleep", lambda *args, **kwargs: None)
-    FakeServer.script = ["reset"] * 3
-    status, _, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2", "--concurrency", "1")
+@pytest.mark.parametrize(
+    "fault", ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", 500, 502, "503 0", 529, "reset", "half", "no json"]
+)
+def test_a_passing_fault_costs_a_try_and_nothing_else(run, server, workdir, fault):
+    HostileServer.script = [fault, fault]
+    status, said, err = ask(run, server, "--limit", "1")
+    assert status == 0, err
+    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 known already, 2 tries failed" in said
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(run, server, workdir):
+    HostileServer.script = ["429 1"]
+    began = time.perf_counter()
+    assert ask(run, server, "--limit", "1")[0] == 0
+    assert 1 <= time.perf_counter() - began < 10
+
+
+def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
+    HostileServer.script = ["slow"]
+    assert ask(run, server, "--limit", "1", "--timeout", "1")[0] == 0
+    assert len(HostileServer.asked) == 4
+
+
+@pytest.mark.parametrize(("fault", "error"), [("empty", "empty"), ("content_filter", "content_filter"), (413, "413")])
+def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault, error):
+    HostileServer.script = [fault]
+    status, _, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
+    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
+    assert status == 1 and error in rows[0]["error"] and "chosen" in rows[1]
+
+
+def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
+    HostileServer.script = ["length"]
+    assert ask(run, server, "--limit", "1")[0] == 0
+    assert read_rows(workdir / "runs/sentiment/pairs.jsonl")[0]["teacher"]["finish"]["answer"] == "length"
+
+
+def test_a_server_that_breaks_off_costs_its_row_alone(run, server, workdir):
+    HostileServer.script = ["reset"] * generate.TRIES
+    status, _, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
     assert status == 1 and "error" in rows[0]["error"] and "chosen" in rows[1]
-    assert len(FakeServer.asked) == 6  # three tries, then no critique of an answer that is not there
+    assert len(HostileServer.asked) == generate.TRIES + 3  # no critique of an answer that is not there
 
 
-def test_a_wrong_key_stops_the_run_with_one_line(run, server, workdir):
-    FakeServer.script = [401] * 50
-    status, _, err = run("generate", "--model", "big", "--api-base", server, "--limit", "5", "--concurrency", "1")
-    assert status == 2 and "401" in err and len(FakeServer.asked) <= 6
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, workdir, status):
+    HostileServer.script = [status] * 50
+    code, _, err = ask(run, server, "--limit", "20", "--concurrency", "4")
+    assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) <= 8
+    code, _, err = ask(run, "http://127.0.0.1:9/v1", "--out", workdir / "new.jsonl")
+    assert code == 2 and err.count("no server answers there") == 1
+
+
+def test_a_server_that_fails_every_call_stops_the_run(run, server, workdir, monkeypatch):
+    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 400))
+    code, _, err = ask(run, server, "--concurrency", "4")
+    assert code == 2 and "20 calls in a row failed" in err and len(HostileServer.asked) <= 30
 
 
 def test_a_bad_request_is_an_error_of_its_row_and_is_not_repeated(run, server, workdir):
-    FakeServer.script = [400]
-    status, said, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2", "--concurrency", "1")
+    HostileServer.script = [400]
+    status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
     assert status == 1 and "status 400" in rows[0]["error"] and "error" not in rows[1] and "1 failed" in said
     assert "chosen" not in rows[0]
-    status, _, _ = run("generate", "--model", "big", "--api-base", server, "--limit", "2")  # tried again, in its place
+    status, _, _ = ask(run, server, "--limit", "2")  # tried again, in its place
     again = read_rows(workdir / "runs/sentiment/pairs.jsonl")
     assert status == 0 and [row["id"] for row in again] == [row["id"] for row in rows] and again[1] == rows[1]
+
+
+def test_a_run_stops_before_it_costs_more_than_it_may(run, server, workdir):
+    argv = ["--limit", "30", "--price-in", "100000", "--price-out", "100000", "--max-tokens", "10"]
+    status, _, err = ask(run, server, *argv, "--max-cost", "120", "--concurrency", "3")
+    assert status == 1 and err.count("--max-cost") == 1
+    paid = 0.8 * len(HostileServer.answered)  # 5 + 3 tokens at 0.1 each
+    assert 20 < paid <= 120
+    before = len(HostileServer.answered)
+    assert ask(run, server, *argv)[0] == 0
+    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 90 > before
+
+
+def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
+    status, said, _ = ask(run, server, "--dry-run", "--price-out", "1")
+    assert status == 0 and "360 calls" in said and "cost 0.07" in said and not HostileServer.asked
+    assert "[user] What is so bad" in said and not (workdir / "runs").exists()
+
+
+def test_a_second_process_on_the_same_output_is_refused(run, server, workdir):
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    path.parent.mkdir(parents=True)
+    with generate.open_alone(path):
+        status, _, err = ask(run, server)
+        assert status == 2 and "another process" in err and not HostileServer.asked
+    assert ask(run, server, "--limit", "1")[0] == 0
+
+
+def test_nothing_is_paid_twice_through_faults_and_kills(server, workdir, monkeypatch):
+    """Thirty per cent faults, SIGKILL and SIGINT again and again: every row once, in order, and each answered call once,
+    but for those whose answer was under way when the process was killed."""
+    draw, faults = random.Random(0), ["429 0", 500, 502, 503, 529, "reset", "half", "no json", "no choices", "429"]
+    monkeypatch.setattr(
+        HostileServer, "fault", staticmethod(lambda body: draw.choice(faults) if draw.random() < 0.3 else 200)
+    )
+    rows = [{"id": f"r{i:04d}", "prompt": f"Say {i}", "split": "train"} for i in range(150)]
+    source = write_jsonl(workdir / "in.jsonl", rows)
+    code = "import random, generate; random.uniform = lambda a, b: 0.001; generate.run_stage(generate.main)"
+    command = [sys.executable, "-c", code, "--model", "big", "--api-base", server, "--prompts", source]
+    command += ["--out", workdir / "out.jsonl", "--concurrency", "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    kills = 0
+    while True:
+        process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+        goal = len(HostileServer.answered) + draw.randrange(50, 150)
+        while process.poll() is None and (kills >= 3 or len(HostileServer.answered) < goal):
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGINT if kills % 2 else signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0 and kills >= 2
+    done = read_rows(workdir / "out.jsonl")
+    assert [row["id"] for row in done] == [row["id"] for row in rows] and all("chosen" in row for row in done)
+    assert len(set(HostileServer.answered)) == 450
+    assert len(HostileServer.answered) - 450 <= 8 * kills  # at most what was under way at each kill
 
 
 # ---- the embedded model ---------------------------------------------------------------------------------------

@@ -1,18 +1,20 @@
 """score.py: log-probs against sums by hand, rewards that do not depend on their batch, the audit."""
 
 import doctest
+import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, pair_row, read_rows, write_jsonl
+from conftest import HostileServer, make_model, pair_row, read_rows, write_jsonl
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
 
 import score
-from generate import load_model
-from score import audit, check_model, completion_logps
+from generate import Reply, load_model
+from score import audit, check_model, completion_logps, rating_of
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
 
@@ -133,7 +135,7 @@ def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
     rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
     rows.append(rows[0] | {"prompt": "Review the film Heat."})  # plain text, as in other data sets
     reward = score.contrast_reward(task, tiny, torch.device("cpu"), torch.bfloat16, 100)
-    same, other, plain = reward(rows, ["Lovely film."] * 3)
+    (same, _), (other, _), (plain, _) = reward(rows, ["Lovely film."] * 3)
     assert same == plain == 0.0 and other != 0.0
 
 
@@ -196,8 +198,9 @@ def test_an_encoder_classifier_scores_plain_text(run, pairs, workdir):
 
 
 def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(run, tiny, pairs, workdir, monkeypatch):
-    def broken(args, task):
-        return (lambda rows, answers: [float("nan"), *[1.0] * (len(answers) - 1)]), {"kind": "contrast", "model": "x"}
+    def broken(args, task, out):
+        scores = lambda rows, answers: [(float("nan"), None), *[(1.0, None)] * (len(answers) - 1)]  # noqa: E731
+        return scores, {"kind": "contrast", "model": "x"}
 
     monkeypatch.setattr(score, "make_reward", broken)
     status, said, _ = scored(run, tiny)
@@ -252,3 +255,56 @@ def test_flex_attention_gives_the_log_probs_of_sdpa(tiny):
         with torch.no_grad():
             logps.append(completion_logps(model, SEQUENCES))
     assert torch.allclose(*logps, atol=1e-4)
+
+
+def judged(run, server, monkeypatch, said, *argv):
+    """Scores two rows with a judge that says said(answer); (status, rows, output)."""
+    monkeypatch.setattr(HostileServer, "speak", staticmethod(lambda body: said(body["messages"][-1]["content"])))
+    write_jsonl(
+        Path("runs/safety/pairs.jsonl"), [pair_row(i, f"gold {i}", f"dross {i}") | {"task": "safety"} for i in range(2)]
+    )
+    argv = ["--task", "safety", "--reward", "judge", "--model", "org/big-1", "--api-base", server, *argv]
+    status, out, err = run("score", *argv)
+    assert status < 2, err
+    return status, read_rows("runs/safety/scored.jsonl"), out
+
+
+def test_a_judges_rating_is_the_number_behind_the_phrase_or_null_with_its_words(run, server, workdir, monkeypatch):
+    def said(text):
+        return "I counted 3 faults in 10 lines. **Rating:** 9" if "gold" in text else "It is poor, 2 of 10 at most."
+
+    status, rows, out = judged(run, server, monkeypatch, said)
+    assert status == 1  # no score could be had for the poor ones
+    assert all(row["score_chosen"] == 9 and row["score_rejected"] is None for row in rows)
+    assert rows[0]["reward"]["said_rejected"] == "It is poor, 2 of 10 at most."
+    assert "could not be read 50%" in out and len(HostileServer.asked) == 4
+    assert HostileServer.asked[0][1]["temperature"] == 0
+
+
+def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(run, server, workdir, monkeypatch):
+    numbers = itertools.cycle([4, 6, 40])
+    argv = ["--judge-samples", "3", "--judge-temperature", "1", "--concurrency", "1"]
+    _, rows, _ = judged(run, server, monkeypatch, lambda text: f"Rating: {next(numbers)}", *argv)
+    assert [row["score_chosen"] for row in rows] == [5, 5] and len(HostileServer.asked) == 12
+
+
+def test_a_judge_of_the_teachers_family_is_noted(run, server, workdir, monkeypatch):
+    rows = [
+        pair_row(0, "a", "b") | {"teacher": {"model": name}, "reward": {"kind": "judge", "model": "Org/Qwen2.5-7B"}}
+        for name in ("qwen/Qwen3-8B",)
+    ]
+    assert "one family" in audit(rows) and "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])
+
+
+def test_a_rating_is_weighed_by_its_log_probs():
+    likely = {"7": math.log(0.6), "8": math.log(0.2), "99": math.log(0.1), " the": math.log(0.1)}
+    reply = Reply("Rating: 7", "stop", logprobs=[("Rating", {}), (":", {}), ("7", likely)])
+    assert rating_of(reply, {"scale": [1, 10]}) == pytest.approx((7 * 0.6 + 8 * 0.2) / 0.8)
+
+
+def test_the_model_on_this_machine_can_be_the_judge(run, tiny, workdir):
+    write_jsonl(Path("runs/safety/pairs.jsonl"), [pair_row(0, "good", "poor") | {"task": "safety"}])
+    argv = ["--task", "safety", "--reward", "judge", "--model", tiny, "--judge-tokens", "4"]
+    status, _, err = run("score", *argv)
+    (row,) = read_rows("runs/safety/scored.jsonl")
+    assert status == 1 and row["score_chosen"] is None and row["reward"]["said_chosen"], err  # it babbles
