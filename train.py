@@ -56,6 +56,7 @@ from generate import (
     latest_task,
     load_model,
     load_tokenizer,
+    open_alone,
     parser_of,
     pick_device,
     pick_dtype,
@@ -533,7 +534,7 @@ def check_folder(out, run, overwrite):
     record = out / "run.json"
     if overwrite and out.exists() and any(out.iterdir()) and not record.exists():
         fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
-    if overwrite or not record.exists():
+    if overwrite or not record.exists() or not record.stat().st_size:
         return False
     before, now = json.loads(record.read_text()), json.loads(json.dumps(run))
     changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
@@ -628,12 +629,14 @@ def main():
     )
     if RANK == 0:
         if args.overwrite and out.exists():
+            open_alone(out / "run.json")  # a folder that another process works in stays where it is
             shutil.rmtree(f"{out}.old", ignore_errors=True)
             out.rename(f"{out}.old")
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "run.json").exists():
-            text = json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1)
-            (out / "run.json").write_text(text + "\n")
+        lock = open_alone(out / "run.json")
+        if not lock.tell():
+            lock.write(json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1) + "\n")
+            lock.flush()
     wait()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, one a core
 
 import pytest
 import torch

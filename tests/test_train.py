@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from generate import open_alone
 from score import completion_logps
 from train import LOSSES, preference_loss, schedule
 
@@ -409,3 +410,15 @@ def test_overwrite_keeps_the_model_that_was_there(run, tiny, pairs_file, workdir
     before = (workdir / "out" / "model.safetensors").read_bytes()
     trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
     assert (workdir / "out.old" / "model.safetensors").read_bytes() == before
+
+
+def test_a_second_process_on_the_same_folder_is_refused(run, tiny, pairs_file, workdir):
+    trained(run, tiny, workdir / "out", "--max-steps", "1")
+    before = {path: path.read_bytes() for path in (workdir / "out").iterdir()}
+    (workdir / "out" / "model.safetensors").rename(workdir / "aside")  # so that it looks unfinished
+    with open_alone(workdir / "out" / "run.json"):
+        for more in ([], ["--overwrite"]):
+            status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--max-steps", "1", *more)
+            assert status == 2 and "another process" in err
+    (workdir / "aside").rename(workdir / "out" / "model.safetensors")
+    assert {path: path.read_bytes() for path in (workdir / "out").iterdir()} == before
