@@ -437,8 +437,21 @@ class Reply:
     logprobs: list | None = None
 
 
+def sample(model, tokenizer, conversations, *, seeds, **how):
+    """sample_batch, in halves where the device has not the memory for all at once."""
+    try:
+        return sample_batch(model, tokenizer, conversations, seeds=seeds, **how)
+    except torch.OutOfMemoryError:
+        if len(conversations) == 1:
+            raise
+    middle = len(conversations) // 2  # outside of the handler, which would keep the failed batch alive
+    tqdm.write(f"out of memory with {len(conversations)} rows at once; going on with halves", file=sys.stderr)
+    halves = (conversations[:middle], seeds[:middle]), (conversations[middle:], seeds[middle:])
+    return [reply for half, own in halves for reply in sample(model, tokenizer, half, seeds=own, **how)]
+
+
 @torch.inference_mode()
-def sample(model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, report=lambda reply: None):
+def sample_batch(model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, report=lambda reply: None):
     """One sampled Reply per conversation, all in one batch on the model's device; report(reply) as each is done.
 
     A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on which rows

@@ -98,6 +98,19 @@ def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model
     assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved(model, tokenizer, monkeypatch):
+    how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
+    whole, fit = sample(model, tokenizer, chats(5), seeds=list(range(5)), **how), generate.sample_batch
+
+    def small(model, tokenizer, conversations, **how):
+        if len(conversations) > 2:
+            raise torch.OutOfMemoryError
+        return fit(model, tokenizer, conversations, **how)
+
+    monkeypatch.setattr(generate, "sample_batch", small)
+    assert [r.text for r in sample(model, tokenizer, chats(5), seeds=list(range(5)), **how)] == [r.text for r in whole]
+
+
 # ---- prompt text and instructions -----------------------------------------------------------------------------
 
 
