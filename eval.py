@@ -46,7 +46,7 @@ from generate import (
     sample,
     seed_of,
 )
-from score import add_reward_flags, all_logps, check_model, make_reward, text_of
+from score import Failed, add_reward_flags, all_logps, check_model, make_reward, text_of
 from train import make_pairs, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
@@ -228,8 +228,9 @@ def make_report(args, task, table, rows, names, settings, trained_on):
     """Text of report.md."""
     metric = task["metric"]
     facts = provenance(pick_device(args.device))
-    alike = trained_on == [settings["kind"], settings["model"]]
-    scored = "the one that the pairs were scored with" if alike else f"the pairs were scored with {trained_on}"
+    alike = all(trained_on.get(key) == value for key, value in settings.items())
+    others = f"{trained_on['kind']} of {trained_on['model']}"
+    scored = "the one that the pairs were scored with" if alike else f"the pairs were scored with {others}"
     control = "- **control**: the same on harmless prompts that only look harmful; lower is better there.\n"
     control = control if "control" in table[0] else ""
     refine = (
@@ -341,6 +342,12 @@ def main():
     made = next((row["reward"] for row in rows if row.get("reward")), {"kind": "contrast", "model": "smollm2"})
     if args.reward is None and args.reward_model is None:  # the same as the pairs'
         args.reward, args.reward_model, args.label = made["kind"], made["model"], args.label or made.get("label")
+        for flag in ("samples", "temperature", "logprobs") if made["kind"] == "judge" else ():
+            setattr(args, f"judge_{flag}", made.get(flag))
+        if "logprobs" in made and not args.api_base:
+            fail(
+                f"{source}: scored by the judge {made['model']} on a server; name it with --api-base, or another --reward"
+            )
     args.reward, args.reward_model = args.reward or "contrast", args.reward_model or "smollm2"
     out = folder / "eval.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
@@ -351,7 +358,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
-    accuracy, base_logps = {}, None
+    accuracy, base_logps, unjudged = {}, None, 0
     finished = {(row["model"], row["id"], row["sample"]) for row in done}
     bar = tqdm(total=len(rows) * sum(1 if name == SELF_REFINE else args.samples for name in names), unit="answer")
     for path, name in zip(args.models, names, strict=True):
@@ -386,8 +393,9 @@ def main():
             spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
             scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
             for (row, k), (text, finish) in zip(batch, answers, strict=True):
-                score = next(scores)[0] if text else None  # an empty answer has no score, never 0
-                if (name, row["id"], k) in finished:
+                score, said = next(scores) if text else (None, None)  # an empty answer has no score, never 0
+                unjudged += isinstance(said, Failed)
+                if (name, row["id"], k) in finished or isinstance(said, Failed):
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
                 result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
@@ -401,7 +409,10 @@ def main():
                 done.append(result)
     bar.close()
     file.close()
-    Path(f"{out}.calls").unlink(missing_ok=True)  # every score of a judge is in its row now
+    if args.reward == "judge" and args.api_base:
+        print(reward.server.account())
+        if not unjudged:
+            reward.server.journal.unlink()  # every score is in its row now
 
     for row in done:  # the task file's metric as it is now
         row["metric"] = measure(metric, by_id[row["id"]], row["answer"])
@@ -409,12 +420,13 @@ def main():
     asked = {row["id"] for row in rows}
     rows = [row for row in done if row["model"] in names and row["id"] in asked]
     table = summarise(names, rows, metric, accuracy)
-    (folder / "report.md").write_text(
-        make_report(args, task, table, rows, names, settings, [made["kind"], made["model"]]), encoding="utf-8"
-    )
+    (folder / "report.md").write_text(make_report(args, task, table, rows, names, settings, made), encoding="utf-8")
     draw(folder / "report.png", table, metric)
     print(f"\n{make_table(table, metric)}\n\n{make_samples(rows, names, 3)}\n")
     print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
+    if unjudged:
+        print(f"{unjudged} answers could not be judged; the same command asks again")
+        raise SystemExit(1)
 
 
 def base_of(folder):

@@ -58,7 +58,7 @@ TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
 
 def fail(message):
     """Bad input ends a stage here: one line that says what, where and how to mend it; exit status 2."""
-    if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once a node: the cause may be there alone
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # beside a progress bar too
     raise SystemExit(2)
 
@@ -135,12 +135,14 @@ def open_alone(path):
     """The file opened to append, locked for as long as it is open: a second process on the same output is refused."""
     if Path(path).is_dir():
         fail(f"--out {path}: is a folder; name a file in it")
-    file = Path(path).open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{path}: another process is writing it; wait for that one, or choose another --out")
-    return file
+    while True:
+        file = Path(path).open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{path}: another process is writing it; wait for that one, or choose another --out")
+        if Path(path).exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file  # and not one that was replaced between the two calls
 
 
 def rewrite(path, rows):
@@ -327,13 +329,15 @@ EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448
 
 
 def pick_device(name):
-    """torch.device for --device: 'auto' takes a CUDA GPU when there is one (under torchrun, the rank's own)."""
-    if name != "auto":
+    """torch.device for --device: 'auto' takes a CUDA GPU when there is one; that and 'cuda', under torchrun, the rank's."""
+    if name not in ("auto", "cuda"):
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             fail(f"--device {name}: cannot be used here: {str(error).splitlines()[0]}")
     if not torch.cuda.is_available():
+        if name == "cuda":
+            fail("--device cuda: there is no CUDA GPU here")
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
@@ -428,7 +432,7 @@ def encode(tokenizer, prompt, completion=None):
 @dataclass
 class Reply:
     """One answer of a chat model. finish: 'stop', 'length' (cut off by --max-tokens) or 'error: ...'. logprobs: where
-    they were asked for, (token, {likely token: its log-prob}) of the last dozen tokens."""
+    they were asked for, (token, [(likely token, its log-prob)]) of the last dozen tokens."""
 
     text: str
     finish: str
@@ -572,6 +576,7 @@ def prefill(model, prompts, rows_at_once=8):
 # ---- the model on a server ------------------------------------------------------------------------------------
 
 
+KNOWN = 100_000  # answered calls held in memory; older ones are on disk, and in their rows
 TRIES = 7  # of one call; the pauses between them add up to two minutes
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses worth another try
 WRONG = (401, 402, 403, 404)  # statuses that every call would meet
@@ -586,9 +591,8 @@ class Server:
     the answers. The key comes from the environment and is cut out of every message.
     """
 
-    def __init__(self, args, journal, finished=()):
-        """args: api_base, api_key_env, concurrency, timeout, price_in, price_out, max_cost. finished: ids of rows whose
-        calls are needed no more."""
+    def __init__(self, args, journal):
+        """args: api_base, api_key_env, concurrency, timeout, price_in, price_out, max_cost."""
         self.args, self.url = args, f"{args.api_base.rstrip('/')}/chat/completions"
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
@@ -605,15 +609,13 @@ class Server:
         self.stopped = None  # the exit status, once no further call may be made
         self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
         self.journal = Path(journal)
-        kept = []
-        for line in self.journal.read_bytes().split(b"\n")[:-1] if self.journal.exists() else ():
-            call = json.loads(line)
-            if call["row"] not in finished:
-                kept.append(call)
-                self.replies[call["key"]] = Future()
-                self.replies[call["key"]].set_result(Reply(**call["reply"]))
-        rewrite(self.journal, kept)
         self.file = open_alone(self.journal)
+        *lines, torn = self.journal.read_bytes().split(b"\n")
+        self.file.truncate(self.journal.stat().st_size - len(torn))
+        for line in lines[-KNOWN:]:
+            call = json.loads(line)
+            self.replies[call["key"]] = Future()
+            self.replies[call["key"]].set_result(Reply(**call["reply"]))
 
     def ask(self, messages, *, row, model, max_tokens, temperature, top_p, seed, **more):
         """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
@@ -635,7 +637,7 @@ class Server:
         with self.turn:
             if reply.finish.startswith("error"):
                 self.replies.pop(key)
-            elif len(self.replies) > 10_000:  # memory stays flat; what is dropped is on disk
+            elif len(self.replies) > KNOWN:
                 self.replies.popitem(last=False)
         return reply
 
@@ -650,7 +652,7 @@ class Server:
                 response = self.session.post(self.url, json=body, timeout=(10, args.timeout))
                 if response.status_code == 200:
                     reply = reply_of(response)
-                fault = f"status {response.status_code}: {self.clean(response.text[:200])}"
+                fault = f"status {response.status_code}: {self.clean(response.text)[:200]}"
                 slow = response.status_code in (429, 503, 529)
                 pause = max(pause, retry_after(response)) if slow else pause
             except requests.RequestException as error:
@@ -658,12 +660,16 @@ class Server:
                 fault = f"{type(cause or error).__name__}"
                 if isinstance(cause, NewConnectionError) and not self.asked:
                     self.stop(f"--api-base {args.api_base}: no server answers there")
+            status = response.status_code if response is not None else 0
             with self.turn:
                 self.active, self.promised = self.active - 1, self.promised - most
                 self.turn.notify_all()
+                if reply and reply.tokens:
+                    self.spent += (reply.prompt_tokens * args.price_in + reply.tokens * args.price_out) / 1e6
+                elif status in (0, 200):  # no count, or an answer that broke off: it may be billed
+                    self.spent += most
                 if reply:
                     self.asked, self.failed_in_a_row = self.asked + 1, 0
-                    self.spent += (reply.prompt_tokens * args.price_in + reply.tokens * args.price_out) / 1e6
                     self.limit = min(float(args.concurrency), self.limit + 1 / self.limit)
                     if reply.text:  # an empty one may be better another day
                         append(self.file, {"key": key, "row": row, "reply": vars(reply)})
@@ -673,7 +679,6 @@ class Server:
                     self.not_before = max(self.not_before, time.monotonic() + pause)
                 self.repeated += 1
                 exhausted = self.repeated > 100 + 2 * self.asked  # a server that fails most calls is not hammered on
-            status = response.status_code if response is not None else 0
             if status in WRONG:
                 self.stop(f"--api-base {args.api_base}: {fault}; check key, model, address")
             if (status not in PASSING and status not in (0, 200)) or exhausted or attempt == TRIES - 1:
@@ -709,6 +714,12 @@ class Server:
             tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(self.stopped)
 
+    def close(self):
+        """No further call is made; those under way are finished and written down."""
+        with self.turn:
+            self.stopped = self.stopped or 1
+            self.turn.notify_all()
+
     def clean(self, text):
         """Text without the key, should the server have sent it back."""
         return text.replace(self.key, "[key]") if self.key else text
@@ -724,10 +735,11 @@ def reply_of(response):
     try:
         answer = response.json()
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text, finish = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
+        text, finish = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
         given = ((choice.get("logprobs") or {}).get("content") or [])[-12:]
-        given = [(t["token"], {one["token"]: one["logprob"] for one in t["top_logprobs"]}) for t in given] or None
-        return Reply(text.strip(), finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), given)
+        given = [(t["token"], [[o["token"], o["logprob"]] for o in t.get("top_logprobs") or ()]) for t in given] or None
+        read, written = (usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        return Reply(text.strip(), finish, read, written, given)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
 
@@ -740,8 +752,9 @@ def retry_after(response):
         return 0.0
 
 
-def in_order(work, items, concurrency):
+def in_order(work, items, server):
     """work(item) for each of `items` by many threads, yielded in their order, with a bounded number under way."""
+    concurrency = server.args.concurrency
     jobs, items = collections.deque(), iter(items)
     with ThreadPoolExecutor(concurrency) as pool:
         try:
@@ -751,6 +764,9 @@ def in_order(work, items, concurrency):
                 if not jobs:
                     return
                 yield jobs.popleft().result()
+        except BaseException:  # Ctrl-C too
+            server.close()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -902,6 +918,8 @@ def check_server(args):
     for name in ("price_in", "price_out", "max_cost"):
         if not (getattr(args, name) or 0.0) >= 0:
             fail(f"--{name.replace('_', '-')}: must be at least 0")
+    if args.max_cost is not None and not (args.price_in or args.price_out):
+        fail("--max-cost: cannot be kept without --price-in and --price-out")
 
 
 def run_stage(main):
@@ -985,7 +1003,7 @@ def main():
     if args.api_base:
         if args.overwrite and Path(f"{out}.calls").exists():
             os.replace(f"{out}.calls", f"{out}.calls.old")
-        server = Server(args, f"{out}.calls", finished)
+        server = Server(args, f"{out}.calls")
 
         def chat(conversations, seeds, ids):
             replies = []
@@ -995,7 +1013,7 @@ def main():
             return replies
 
         def finish(batches):
-            return in_order(work, batches, args.concurrency)
+            return in_order(work, batches, server)
     else:
 
         def chat(conversations, seeds, ids):

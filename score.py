@@ -291,6 +291,10 @@ def classifier_reward(name, label, device, dtype):
     return reward
 
 
+class Failed(str):
+    """Why a judge could not be asked, in place of its words. The next run asks again."""
+
+
 def judge_reward(task, args, chat):
     """The mean rating that a judge gives by the rubric of the task's [judge] table; None where none can be read.
 
@@ -310,10 +314,11 @@ def judge_reward(task, args, chat):
         scores = []
         for start in range(0, len(replies), args.judge_samples):
             said = replies[start : start + args.judge_samples]
+            fault = next((reply.finish for reply in said if reply.finish.startswith("error")), None)
             ratings = [rating_of(reply, table) for reply in said]
             ratings = [rating for rating in ratings if rating is not None]
-            texts = [reply.text or reply.finish for reply in said]
-            scores.append((sum(ratings) / len(ratings) if ratings else None, "\n----\n".join(texts)))
+            words = Failed(fault) if fault else "\n----\n".join(reply.text for reply in said)
+            scores.append((sum(ratings) / len(ratings) if ratings and not fault else None, words))
         return scores
 
     return reward
@@ -321,7 +326,8 @@ def judge_reward(task, args, chat):
 
 def rating_of(reply, table):
     """The rating in a judge's reply: the number behind the last "Rating:" (or the table's `phrase`), if it is inside
-    the scale; else None. Where the server gave log-probs, the mean over the ratings that it thought of at that token.
+    the scale and the reply was not cut off; else None. Where the server gave log-probs, and a token wrote the whole number,
+    the mean over the ratings that were likely in its place.
 
     >>> from generate import Reply
     >>> table = {"scale": [-5, 5], "phrase": "Overall sentiment:"}
@@ -331,19 +337,23 @@ def rating_of(reply, table):
     """
     low, high = table["scale"]
     phrase = re.escape(table.get("phrase", "Rating:").rstrip(": "))
-    found = re.findall(rf"{phrase}[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", reply.text, re.IGNORECASE)
+    pattern = re.compile(rf"{phrase}[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", re.IGNORECASE)
+    found = pattern.findall(reply.text)
     rating = float(found[-1].replace("\u2212", "-")) if found else None
-    if rating is None or not low <= rating <= high:
+    if rating is None or not low <= rating <= high or reply.finish == "length":
         return None
-    for place in range(len(reply.logprobs or ()) - 1, -1, -1):  # the token that wrote it, the last number
-        token, likely = reply.logprobs[place]
-        if not token.strip().isdigit():
-            continue
-        if float(token) != rating:  # written in several tokens, or with a sign
-            break
-        weights = {int(t): math.exp(p) for t, p in likely.items() if t.strip().isdigit() and low <= int(t) <= high}
-        return sum(value * weight for value, weight in weights.items()) / sum(weights.values())
-    return rating
+    ends = list(itertools.accumulate(len(token) for token, _ in reply.logprobs or ()))
+    matches = list(pattern.finditer("".join(token for token, _ in reply.logprobs or ())))
+    place = next((i for i, end in enumerate(ends) if matches and matches[-1].start(1) < end), None)
+    if place is None or reply.logprobs[place][0].strip() != found[-1]:
+        return rating
+    weights = {}
+    for token, logp in reply.logprobs[place][1]:
+        if re.fullmatch(r"[0-9]+", token.strip()) and low <= int(token) <= high:
+            weights[int(token)] = weights.get(int(token), 0.0) + math.exp(logp)
+    if not weights or (high > 9 and max(weights) <= 9):  # digit by digit, a 1 may be the beginning of a 10
+        return rating
+    return sum(value * weight for value, weight in weights.items()) / sum(weights.values())
 
 
 def family(name):
@@ -380,6 +390,7 @@ def make_judge(args, task, out):
     how = {"max_tokens": args.judge_tokens, "temperature": args.judge_temperature, "top_p": 1.0}
     settings = {"kind": "judge", "model": args.reward_model, "samples": args.judge_samples, **how}
     settings["prompt_text"] = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:12]
+    server = None
     if args.api_base:
         server = Server(args, f"{out}.calls")
         more = {"logprobs": True, "top_logprobs": 20} if args.judge_logprobs else {}
@@ -390,7 +401,7 @@ def make_judge(args, task, out):
                 messages, row, seed = call
                 return server.ask(messages, row=row, model=args.reward_model, seed=seed, **how, **more)
 
-            return list(in_order(ask, zip(conversations, ids, seeds, strict=True), args.concurrency))
+            return list(in_order(ask, zip(conversations, ids, seeds, strict=True), server))
     else:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
@@ -400,7 +411,9 @@ def make_judge(args, task, out):
         def chat(conversations, ids, seeds):
             return sample(model, tokenizer, conversations, seeds=seeds, **how)
 
-    return judge_reward(task, args, chat), settings
+    reward = judge_reward(task, args, chat)
+    reward.server = server
+    return reward, settings
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------
@@ -426,8 +439,8 @@ def audit(rows):
     if judged:
         unread = np.mean([row[f"score_{side}"] is None for row in rows if "error" not in row for side in SIDES])
         lines.append(f"ratings of the judge that could not be read {unread:.0%}")
-        teachers = {row.get("teacher", {}).get("model", "") for row in rows}
-        if family(judged[0]["model"]) in map(family, teachers):
+        teachers = [row["teacher"].get("model") for row in rows if isinstance(row.get("teacher"), dict)]
+        if family(judged[0]["model"]) in {family(teacher) for teacher in teachers if teacher} - {""}:
             lines.append("judge and teacher are of one family: it may favour its own kind of answer")
     return "\n".join(lines)
 
@@ -511,14 +524,19 @@ def main():
                     for side in SIDES:
                         value, said = next(values)
                         row[f"score_{side}"] = value if value is not None and math.isfinite(value) else None
-                        if said is not None:
+                        if isinstance(said, Failed):
+                            row["error"] = f"judge: {said}"
+                        elif said is not None:
                             row["reward"][f"said_{side}"] = said
                 append(file, row)
                 done.append(row)
                 bar.update()
     put_in_order(out, done, rows)
     print(f"{out}:\n{audit(done)}")
-    Path(f"{out}.calls").unlink(missing_ok=True)  # what a judge said is in the rows now
+    if args.reward == "judge" and args.api_base:
+        print(reward.server.account())
+        if not any("error" in row for row in done):
+            reward.server.journal.unlink()  # what the judge said is in the rows now
     raise SystemExit(1 if any("error" in row or not is_scored(row) for row in done) else 0)
 
 

@@ -63,6 +63,7 @@ from generate import (
     positive,
     provenance,
     read_jsonl,
+    rewrite,
     run_stage,
 )
 from score import check_model, completion_logps, cut, is_scored, text_of
@@ -285,12 +286,13 @@ def pair_cost(pair):
     return len(pair["chosen"][0]) + len(pair["chosen"][1]) + len(pair["rejected"][1])
 
 
-def shares(pairs, budget):
+def shares(model, pairs, budget):
     """This process's part of the pairs, as streams of at most `budget` tokens: [(places in pairs, weight)].
 
     FSDP puts a layer together on all processes at once, so all must run equally many streams: where this process has
-    fewer than another, the first pair is run again, with weight 0.
+    fewer than another, the first pair is run again, with weight 0. A model that takes no streams runs pair by pair.
     """
+    budget = budget if model.packs else 0
     cuts = [list(cut(range(r, len(pairs), WORLD), lambda i: pair_cost(pairs[i]), budget)) for r in range(WORLD)]
     surplus = max(map(len, cuts)) - len(cuts[RANK])
     return [(places, 1.0) for places in cuts[RANK]] + [([0], 0.0)] * surplus
@@ -314,7 +316,7 @@ def all_pair_logps(model, pairs, budget, what=None):
     """pair_logps of any number of pairs, the work shared by all processes, the result on each: (len(pairs), 2) fp32."""
     logps = torch.zeros(len(pairs), 2, device=model.device)
     with tqdm(total=len(pairs), desc=what, unit="pair", disable=RANK > 0 or what is None) as bar:
-        for places, weight in shares(pairs, budget):
+        for places, weight in shares(model, pairs, budget):
             values = pair_logps(model, [pairs[i] for i in places])
             if weight:
                 logps[places] = values
@@ -336,22 +338,25 @@ def weights_digest(model):
     return digest.hexdigest()
 
 
-def reference_logps(model, pairs, path, args):
+def reference_logps(model, digest, pairs, path, args):
     """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
 
-    The file's name is a hash of the weights, of every token and of what else the numbers depend on, so a changed
-    model or changed data never meet an old cache. The check at step 0 notices a file that holds other numbers.
+    The file's name is a hash of the weights (`digest`), of every token and of what else the numbers depend on, so a
+    changed model or changed data never meet an old cache: one process rounds otherwise than FSDP's. The check at step
+    0 notices a file that holds other numbers. The first process alone looks for the file, so that all do the same.
     """
-    key = hashlib.sha256(f"{args.dtype} {torch.__version__} {weights_digest(model)}".encode())
+    how = f"{args.dtype} {model.device.type} {'cut' if WORLD > 1 else 'whole'} {torch.__version__}"
+    key = hashlib.sha256(f"{how} {digest}".encode())
     key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
-    if not cache.exists():
-        logps = all_pair_logps(model, pairs, args.pack_tokens, "reference log-probs")
-        if RANK == 0:
-            save_file({"logps": logps.cpu()}, f"{cache}.part")
-            os.replace(f"{cache}.part", cache)
-    wait()
-    return load_file(cache)["logps"].to(model.device)
+    if summed(torch.tensor(float(RANK == 0 and cache.exists()), device=model.device)):
+        logps = load_file(cache)["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
+        return summed(logps.to(model.device))
+    logps = all_pair_logps(model, pairs, args.pack_tokens, "reference log-probs")
+    if RANK == 0:
+        save_file({"logps": logps.cpu()}, f"{cache}.{os.getpid()}.part")
+        os.replace(f"{cache}.{os.getpid()}.part", cache)
+    return logps
 
 
 # ---- checkpoints and the finished model -------------------------------------------------------------------------
@@ -534,7 +539,7 @@ def check_folder(out, run, overwrite):
     record = out / "run.json"
     if overwrite and out.exists() and any(out.iterdir()) and not record.exists():
         fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
-    if overwrite or not record.exists() or not record.stat().st_size:
+    if overwrite or not record.exists():
         return False
     before, now = json.loads(record.read_text()), json.loads(json.dumps(run))
     changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
@@ -547,7 +552,7 @@ def check_folder(out, run, overwrite):
 
 
 # settings that a continued run may change, since they do not change the result beyond rounding
-FREE = ("out", "overwrite", "device", "pack_tokens", "attention", "share_prompt", "checkpoint_activations")
+FREE = ("task", "out", "overwrite", "device", "pack_tokens", "attention", "share_prompt", "checkpoint_activations")
 FREE += ("save_every", "eval_every", "keep", "tensorboard")
 
 
@@ -557,7 +562,7 @@ def open_log(path, start):
         return None
     lines = path.read_text().splitlines() if path.exists() and start else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    path.write_text("".join(line + "\n" for line in kept))
+    rewrite(path, map(json.loads, kept))
     return path.open("a")
 
 
@@ -621,29 +626,32 @@ def main():
     digest = hashlib.sha256(json.dumps([train, held_out]).encode()).hexdigest()[:12]
     run = {**vars(args), "input": str(source), "data": digest, "steps": steps, "tau_absolute": tau}
     run |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
-    if check_folder(out, run, args.overwrite):
-        say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-        return
     model, tokenizer = load_student(
         args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
     )
+    weights = weights_digest(model)
+    run["weights"] = weights[:16]
+    if check_folder(out, run, args.overwrite):
+        say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
+        return
     if RANK == 0:
         if args.overwrite and out.exists():
-            open_alone(out / "run.json")  # a folder that another process works in stays where it is
+            open_alone(out / "lock").close()  # a folder that another process works in stays where it is
             shutil.rmtree(f"{out}.old", ignore_errors=True)
             out.rename(f"{out}.old")
         out.mkdir(parents=True, exist_ok=True)
-        lock = open_alone(out / "run.json")
-        if not lock.tell():
-            lock.write(json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1) + "\n")
-            lock.flush()
+        lock = open_alone(out / "lock")
+        if not (out / "run.json").exists():
+            text = json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1)
+            (out / "run.json.part").write_text(text + "\n")
+            os.replace(out / "run.json.part", out / "run.json")
     wait()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:  # before the checkpoint: the reference is the model before training
-        reference = reference_logps(model, train + held_out, source, args)
+        reference = reference_logps(model, weights, train + held_out, source, args)
     for index, pair in enumerate(train):
         pair["index"] = index
     start, skipped = load_checkpoint(out, model, optimizer)
@@ -688,7 +696,7 @@ def main():
         known = reference[[pair["index"] for pair in batch]]
 
         policy = torch.zeros(len(batch), 2, device=device)
-        for places, weight in shares(batch, args.pack_tokens):
+        for places, weight in shares(model, batch, args.pack_tokens):
             pairs = [batch[i] for i in places]
             with autocast:
                 logps = pair_logps(model, pairs)
@@ -750,6 +758,8 @@ def main():
         draw_curves(out / "train.png", read_jsonl(out / "log.jsonl"), beliefs.cpu())
         for old in checkpoints(out)[: -args.keep or None]:
             shutil.rmtree(old)
+        lock.close()
+        (out / "lock").unlink()
         say(f"{out}: saved; {out / 'train.png'} shows how it went")
     if WORLD > 1:
         dist.destroy_process_group()

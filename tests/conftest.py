@@ -160,7 +160,7 @@ class HostileServer(BaseHTTPRequestHandler):
         if isinstance(kind, str):
             status, _, detail = kind.partition(" ")
             status = int(status) if status.isdigit() else 200
-            if detail:
+            if detail and status in (429, 503):
                 headers["Retry-After"] = detail
         if kind == "reset":
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -171,11 +171,15 @@ class HostileServer(BaseHTTPRequestHandler):
             finish = kind
         choice = {"message": {"role": "assistant", "content": "" if kind == "empty" else text}, "finish_reason": finish}
         answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+        if kind == "null usage":
+            answer["usage"] = {"prompt_tokens": None, "completion_tokens": None}
         if kind == "no choices":
             answer = {"choices": []}
         payload = json.dumps(
             answer if status == 200 else {"error": {"message": self.headers["Authorization"]}}
         ).encode()
+        if kind == "400 long":
+            payload = b"x" * 185 + payload
         if kind == "no json":
             payload = b"<html>busy</html>"
         self.send_response(status)

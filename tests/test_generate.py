@@ -1,5 +1,6 @@
 """generate.py: tokens, sampling, prompt text, files, and a server that answers, fails and is wrong."""
 
+import gc
 import json
 import os
 import random
@@ -429,8 +430,31 @@ def test_a_run_stops_before_it_costs_more_than_it_may(run, server, workdir):
     paid = 0.8 * len(HostileServer.answered)  # 5 + 3 tokens at 0.1 each
     assert 20 < paid <= 120
     before = len(HostileServer.answered)
-    assert ask(run, server, *argv)[0] == 0
+    gc.collect()  # the stopped run, which another process would be, lets go of its files
+    status, _, err = ask(run, server, *argv)
+    assert status == 0, err
     assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 90 > before
+
+
+def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(run, server, workdir, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-123")
+    HostileServer.script = ["null usage", "400 long"]
+    _, said, err = ask(run, server, "--limit", "2", "--concurrency", "1")
+    files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
+    assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
+
+
+def test_a_process_that_is_refused_leaves_the_journal_of_the_first_alone(run, server, workdir):
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    HostileServer.script = [200, 200, 200, 200, 400]
+    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 1
+    with generate.open_alone(f"{path}.calls"):
+        before = (path.parent / "pairs.jsonl.calls").stat()
+        status, _, err = ask(run, server, "--limit", "2")
+        assert status == 2 and "another process" in err
+        assert (path.parent / "pairs.jsonl.calls").stat().st_ino == before.st_ino
+    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 0
+    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 6
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):

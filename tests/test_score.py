@@ -296,10 +296,28 @@ def test_a_judge_of_the_teachers_family_is_noted(run, server, workdir, monkeypat
     assert "one family" in audit(rows) and "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])
 
 
-def test_a_rating_is_weighed_by_its_log_probs():
-    likely = {"7": math.log(0.6), "8": math.log(0.2), "99": math.log(0.1), " the": math.log(0.1)}
-    reply = Reply("Rating: 7", "stop", logprobs=[("Rating", {}), (":", {}), ("7", likely)])
-    assert rating_of(reply, {"scale": [1, 10]}) == pytest.approx((7 * 0.6 + 8 * 0.2) / 0.8)
+def test_a_rating_is_weighed_by_its_log_probs_where_one_token_wrote_it():
+    def rating(likely, text="Rating: 7", tokens=("Rating", ":", " 7"), high=10):
+        likely = [[token, math.log(p)] for token, p in likely]
+        logprobs = [(token, likely if token.strip().isdigit() else []) for token in tokens]
+        return rating_of(Reply(text, "stop", logprobs=logprobs), {"scale": [1, high]})
+
+    likely = [(" 7", 0.5), ("7", 0.1), (" 8", 0.2), ("10", 0.1), ("99", 0.05), (" the", 0.03), ("²", 0.02)]
+    assert rating(likely) == pytest.approx((7 * 0.6 + 8 * 0.2 + 10 * 0.1) / 0.9)
+    assert rating(likely[:3]) == 7  # no 10 as one token: a 1 might be its beginning
+    assert rating(likely[:3], high=9) == pytest.approx((7 * 0.6 + 8 * 0.2) / 0.8)
+    assert rating([]) == 7 and rating([(" the", 1.0)]) == 7
+    assert rating(likely, "Rating: 10/10", ("Rating", ":", " ", "1", "0", "/", "10")) == 10
+    assert rating_of(Reply("Rating: 1 would be a panning, but", "length"), {"scale": [1, 10]}) is None
+
+
+def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(run, server, workdir, monkeypatch):
+    HostileServer.script = [413]
+    status, rows, out = judged(run, server, monkeypatch, lambda text: "Rating: 5", "--concurrency", "1")
+    assert status == 1 and "status 413" in rows[0]["error"] and "error" not in rows[1] and "3 calls answered" in out
+    status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5")
+    assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
+    assert len(HostileServer.asked) == 5  # the one that was answered in the failed row was not asked for again
 
 
 def test_the_model_on_this_machine_can_be_the_judge(run, tiny, workdir):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, make_model, pair_row, read_rows, write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import train
 from generate import open_alone
@@ -280,6 +280,30 @@ def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, no
     assert_same_weights(workdir / "alone", workdir / "two")
 
 
+def test_a_model_that_takes_no_streams_trains_in_two_processes_too(run, pairs_file, workdir, tokenizer):
+    """Such a model runs sequence by sequence, and FSDP needs equally many on all processes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, eos_token_id=2, **sizes)
+    MistralForCausalLM(config).save_pretrained(workdir / "window")
+    tokenizer.save_pretrained(workdir / "window")
+    more = ["--batch-size", "3", "--pack-tokens", "1000", "--max-steps", "2"]
+    alone, _ = trained(run, str(workdir / "window"), workdir / "alone", *more)
+    torchrun("--model", workdir / "window", "--out", workdir / "two", *FAST, *more)
+    together = [row for row in read_rows(workdir / "two" / "log.jsonl") if "loss" in row]
+    assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in together], abs=1e-5)
+
+
+def test_a_student_that_changed_since_the_run_began_is_refused(run, tiny, pairs_file, workdir, tokenizer):
+    base = make_model(len(tokenizer))
+    for scale in (1.0, 1.05):
+        base.model.embed_tokens.weight.data *= scale
+        base.save_pretrained(workdir / "base")
+        tokenizer.save_pretrained(workdir / "base")
+        status, _, err = run("train", "--model", workdir / "base", "--out", workdir / "out", *FAST, "--max-steps", "1")
+    assert status == 2 and "weights" in err
+
+
 KINDS = ("weight.", "exp_avg.", "exp_avg_sq.")
 
 
@@ -416,9 +440,10 @@ def test_a_second_process_on_the_same_folder_is_refused(run, tiny, pairs_file, w
     trained(run, tiny, workdir / "out", "--max-steps", "1")
     before = {path: path.read_bytes() for path in (workdir / "out").iterdir()}
     (workdir / "out" / "model.safetensors").rename(workdir / "aside")  # so that it looks unfinished
-    with open_alone(workdir / "out" / "run.json"):
+    with open_alone(workdir / "out" / "lock"):
         for more in ([], ["--overwrite"]):
             status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--max-steps", "1", *more)
             assert status == 2 and "another process" in err
     (workdir / "aside").rename(workdir / "out" / "model.safetensors")
+    (workdir / "out" / "lock").unlink()
     assert {path: path.read_bytes() for path in (workdir / "out").iterdir()} == before
