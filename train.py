@@ -634,6 +634,7 @@ def main():
     if check_folder(out, run, args.overwrite):
         say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
         return
+    wait()  # all have looked, so the first may change what is there
     if RANK == 0:
         if args.overwrite and out.exists():
             open_alone(out / "lock").close()  # a folder that another process works in stays where it is
