@@ -22,9 +22,12 @@ test: .venv/ready
 lint: .venv/ready
 	$(RUN) ruff check . && ruff format --check .
 
-# needs runs of TRL, so its environment is one of its own
-parity bench-train: .venv-dev/ready
-	. .venv-dev/bin/activate && python tests/against_trl.py $(subst bench-train,bench,$@) --out results/$@
+# TRL is needed here alone, so it has an environment of its own
+parity: .venv-dev/ready
+	. .venv-dev/bin/activate && python tests/against_trl.py parity --batch 2 --out results/parity
+
+bench-train: .venv-dev/ready
+	. .venv-dev/bin/activate && python tests/against_trl.py bench --steps 6 --out results/bench-train
 
 # torch first and by its exact version, so that nothing else pulls in another build of it
 .venv/ready: requirements.txt
