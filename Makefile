@@ -24,7 +24,7 @@ lint: .venv/ready
 
 # TRL is needed here alone, so it has an environment of its own
 parity: .venv-dev/ready
-	. .venv-dev/bin/activate && python tests/against_trl.py parity --batch 2 --out results/parity
+	. .venv-dev/bin/activate && python tests/against_trl.py parity --batch 1 --out results/parity
 
 bench-train: .venv-dev/ready
 	. .venv-dev/bin/activate && python tests/against_trl.py bench --steps 6 --out results/bench-train

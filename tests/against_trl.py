@@ -137,7 +137,7 @@ def run_trl(job):
     for row in (rows[i] for i in order):
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         plain.append({"prompt": prompt, **{side: row[side][0]["content"] for side in ("chosen", "rejected")}})
-    seconds, steps = [], len(rows) // job["batch"]
+    seconds, steps_seen, steps = [], [], len(rows) // job["batch"]
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, *args, **kwargs):
@@ -154,6 +154,8 @@ def run_trl(job):
             began = time.perf_counter()
             result = super().training_step(*args, **kwargs)
             seconds.append(time.perf_counter() - began)
+            exact = {key: values[-1] for key, values in self._metrics["train"].items() if values}  # its log is rounded
+            steps_seen.append({"loss": result.item(), **exact})
             return result
 
     bf16 = job["dtype"] == "bfloat16"
@@ -186,9 +188,9 @@ def run_trl(job):
     )
     trainer.train()
     names = {"loss": "loss", "margin": "rewards/margins", "chosen": "logps/chosen", "rejected": "logps/rejected"}
-    names |= {"norm": "grad_norm"}
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    return [{key: float(row[name]) for key, name in names.items()} for row in log], seconds
+    norms = [float(row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+    curves = [{key: float(row[name]) for key, name in names.items()} for row in steps_seen]
+    return [curve | {"norm": norm} for curve, norm in zip(curves, norms, strict=True)], seconds
 
 
 def work(job):
