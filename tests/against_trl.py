@@ -44,13 +44,15 @@ def make_rows(kind, count):
     draw = random.Random(kind)
     prompt, answer = {"prompt-heavy": (6, 2), "answer-heavy": (1, 3), "short": (1, 1)}[kind]
 
-    def some(number):
-        return [{"role": "user", "content": "\n\n".join(draw.sample(texts, number))}]
+    def say(role, some):
+        return [{"role": role, "content": "\n\n".join(some)}]
 
     rows = []
     for i in range(count):
-        row = {"id": str(i), "split": "train", "prompt": some(prompt)}
-        rows.append(row | {side: [some(answer)[0] | {"role": "assistant"}] for side in ("chosen", "rejected")})
+        some = draw.sample(texts, prompt + 2 * answer)  # no text twice in a row, so that chosen is never rejected
+        chosen, rejected = some[prompt : prompt + answer], some[prompt + answer :]
+        row = {"id": str(i), "split": "train", "prompt": say("user", some[:prompt])}
+        rows.append(row | {"chosen": say("assistant", chosen), "rejected": say("assistant", rejected)})
     return rows
 
 
