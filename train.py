@@ -497,7 +497,7 @@ def parse_args():
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
-    add("--beta", type=float, default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models, and makes the embedded one repeat itself (default: %(default)s)")
+    add("--beta", type=float, default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models; rdpo comes to rest at z = gap / TAU, so it goes as far as dpo only with a smaller one (default: %(default)s)")
     add("--tau", type=float, default=0.25, help="softness of the belief in the reward, in standard deviations of the score gap over the training pairs: a gap of TAU of them is believed to 73 %%, and z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type=float, default=0.1, help="share of wrong labels that cdpo and robust assume (default: %(default)s)")
     add("--lr", type=float, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 1e-5, with sft 2e-5)")
