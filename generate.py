@@ -603,9 +603,7 @@ class Server:
         self.turn = threading.Condition()  # guards everything below
         self.limit, self.active, self.not_before = float(args.concurrency), 0, 0.0
         self.asked = self.repeated = self.reused = self.failed_in_a_row = 0
-        self.spent = self.promised = (
-            0.0  # US dollars or whatever the prices are in: paid, and at most due for open calls
-        )
+        self.spent = self.promised = 0.0  # in the prices' currency: paid, and at most due for calls under way
         self.stopped = None  # the exit status, once no further call may be made
         self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
         self.journal = Path(journal)
@@ -698,7 +696,8 @@ class Server:
         """Waits until a call may be made. `most` is what it may cost."""
         with self.turn:
             while not self.stopped and (self.active >= int(self.limit) or time.monotonic() < self.not_before):
-                self.turn.wait(max(0.01, min(1.0, self.not_before - time.monotonic())))
+                pause = self.not_before - time.monotonic()
+                self.turn.wait(pause if pause > 0 else 1.0)  # or until a call ends
             over = self.args.max_cost is not None and self.spent + self.promised + most > self.args.max_cost
             if not self.stopped and not over:
                 self.active, self.promised = self.active + 1, self.promised + most
