@@ -108,9 +108,9 @@ def test_peak_memory_is_what_the_forward_and_backward_pass_take_at_once():
 
 
 def test_the_full_logits_are_seen_in_the_peak_and_not_in_ours():
-    p = B.make_problem(256, 16, 20011, 0.0, False, torch.float32, "cpu")
+    p = B.make_problem(1024, 16, 20011, 0.0, False, torch.float32, "cpu")
     logits = 4 * p.N * p.V
     full, recompute = (B.peak_bytes(p, *B.METHODS[name](p)) for name in ("log_softmax + gather", OURS[1]))
     if full is not None:
         assert full > 2 * logits
-        assert recompute < 1.5 * logits  # a slab of 16 MiB, and dW
+        assert recompute < 0.75 * logits  # a slab of 16 MiB and dW, and pages that the allocator does not give back

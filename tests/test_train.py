@@ -346,7 +346,7 @@ def test_a_first_response_token_that_differs_has_a_gradient(tokenizer):
 
 def test_a_run_killed_again_and_again_ends_as_an_unbroken_one_bit_for_bit(run, tiny, pairs_file, workdir):
     command = [sys.executable, ROOT / "train.py", "--model", tiny, *FAST, "--batch-size", "2", "--save-every", "2"]
-    command += ["--eval-every", "3", "--out"]
+    command += ["--eval-every", "3", "--epochs", "6", "--out"]
 
     def start(out):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
