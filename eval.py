@@ -410,9 +410,7 @@ def main():
     bar.close()
     file.close()
     if args.reward == "judge" and args.api_base:
-        print(reward.server.account())
-        if not unjudged:
-            reward.server.journal.unlink()  # every score is in its row now
+        reward.server.finish(whole=not unjudged)
 
     for row in done:  # the task file's metric as it is now
         row["metric"] = measure(metric, by_id[row["id"]], row["answer"])

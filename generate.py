@@ -723,10 +723,12 @@ class Server:
         """Text without the key, should the server have sent it back."""
         return text.replace(self.key, "[key]") if self.key else text
 
-    def account(self):
-        """What was asked and paid, for the last line."""
+    def finish(self, whole):
+        """Says what was asked and paid. The journal goes where the output is whole: every answer is in its row then."""
         text = f"{self.asked} calls answered, {self.reused} known already, {self.repeated} tries failed"
-        return text + (f", cost {self.spent:.4f}" if self.args.price_in or self.args.price_out else "")
+        print(text + (f", cost {self.spent:.4f}" if self.args.price_in or self.args.price_out else ""))
+        if whole:
+            self.journal.unlink()
 
 
 def reply_of(response):
@@ -1053,9 +1055,7 @@ def main():
         f"(kept, not trained); {read:,} tokens read, {spent:,} written"
     )
     if args.api_base:
-        print(server.account())
-        if not failed:
-            server.journal.unlink()  # every answer is in its row now
+        server.finish(whole=not failed)
     raise SystemExit(1 if failed else 0)
 
 
