@@ -26,9 +26,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from generate import (
     append,
+    batches_of,
     check_sampling,
     check_server,
     check_task,
+    encode,
     fail,
     find_model,
     latest_task,
@@ -46,7 +48,7 @@ from generate import (
     sample,
     seed_of,
 )
-from score import Failed, add_reward_flags, all_logps, check_model, make_reward, text_of
+from score import SIDES, Failed, add_reward_flags, all_logps, check_model, make_reward, text_of
 from train import make_pairs, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
@@ -110,7 +112,7 @@ def difference(values, baseline):
 
 
 def answers_of(jobs, args, seed_by, model, tokenizer, bar):
-    """(text, finish) for every job (row, sample number): sampled, or without a model the teacher's own revision."""
+    """(text, finish) for each of a few jobs (row, sample number): sampled, or without a model the teacher's revision."""
     if model is None:
         bar.update(len(jobs))
         return [(text_of(row["chosen"]), row.get("teacher", {}).get("finish", {}).get("revision")) for row, _ in jobs]
@@ -144,7 +146,7 @@ def implicit_accuracy(logps, base_logps, pairs):
 
 
 def summarise(names, rows, metric, accuracy):
-    """One dictionary a model, with everything that the table and the plot show."""
+    """One dictionary a model, with everything that the table and the plot show. rows: answers, without their text."""
     table, first = [], {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
@@ -156,7 +158,7 @@ def summarise(names, rows, metric, accuracy):
         measures = {
             "metric": group_means(per_group(metric["kind"], real)),
             "reward": group_means(per_group("mean", scored, lambda row: row["score"])),
-            "words": group_means(per_group("mean", mine, lambda row: len(row["answer"].split()))),
+            "words": group_means(per_group("mean", mine, lambda row: row["words"])),
         }
         if control:
             measures["control"] = group_means(per_group(metric["kind"], control))
@@ -203,14 +205,13 @@ def make_table(table, metric):
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def make_samples(rows, names, count):
+def make_samples(rows, names):
     """Answers of all models to the same prompts, side by side, in Markdown."""
     by_prompt = {}
     for row in rows:
-        if row["sample"] == 0:
-            by_prompt.setdefault(row["id"], {})[row["model"]] = row
+        by_prompt.setdefault(row["id"], {})[row["model"]] = row
     parts = []
-    for answers in list(by_prompt.values())[:count]:
+    for answers in by_prompt.values():
         if names[0] not in answers:
             continue
         given = answers[names[0]]["prompt"]
@@ -224,8 +225,8 @@ def make_samples(rows, names, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, rows, names, settings, trained_on):
-    """Text of report.md."""
+def make_report(args, task, table, samples, settings, trained_on):
+    """Text of report.md. samples: answers side by side, as make_samples writes them."""
     metric = task["metric"]
     facts = provenance(pick_device(args.device))
     alike = all(trained_on.get(key) == value for key, value in settings.items())
@@ -236,7 +237,7 @@ def make_report(args, task, table, rows, names, settings, trained_on):
     refine = (
         f"- **{SELF_REFINE}**: not a trained model but the teacher's revisions of the same prompts, three calls each.\n"
     )
-    refine = refine if SELF_REFINE in names else ""
+    refine = refine if any(line["model"] == SELF_REFINE for line in table) else ""
     few = "" if table[0]["groups"] >= 10 else f" With {table[0]['groups']} groups the intervals say little."
     return f"""# Task {args.task}: {task["about"]}
 
@@ -247,16 +248,16 @@ In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of th
 
 - **metric**: {metric["meaning"]}. Training never saw it.
 {control}- **mean reward**: {settings["kind"]} reward of {settings["model"]}; {scored}.
-- **difference**: from {names[0]} on the same prompts.
+- **difference**: from {table[0]["model"]} on the same prompts.
 - **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
-- **accuracy**: share of held-out pairs on which the implicit reward, log pi - log pi of {names[0]}, prefers the chosen \
+- **accuracy**: share of held-out pairs on which the implicit reward, log pi - log pi of {table[0]["model"]}, prefers the chosen \
 answer, and the answer with the higher score.
 {refine}
 ![report](report.png)
 
 ## Answers side by side
 
-{make_samples(rows, names, 6)}
+{samples}
 
 Made by `{facts["command"]}` at commit {facts["commit"]}, {facts["date"]}, on {facts["hardware"]}, \
 torch {facts["torch"]}, transformers {facts["transformers"]}.
@@ -302,7 +303,7 @@ def main():
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
-    add("--sample-batch", type=positive, default=128, help="prompts answered together (default: %(default)s)")
+    add("--batch-tokens", type=positive, default=49152, help="prompts of like length are answered together up to this many tokens, with their answers; out of memory halves them (default: %(default)s)")
     add("--max-tokens", type=positive, default=200, help="longest answer, in tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
@@ -315,16 +316,18 @@ def main():
     metric = task["metric"]
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     folder = Path(args.out or source.parent)
-    rows = [row for row in read_jsonl(source, ["id", "group", "prompt"]) if row.get("split") == "test"]
-    if not rows:
+
+    def check(number, row):
+        check_task(args.task, row, source)
+        if row.get("split") == "test" and metric.get("field", "id") not in row:
+            reads = f"which the metric of prompts/{args.task}.toml reads"
+            fail(f"{source}: row {row['id']} has no '{metric['field']}', {reads}")
+
+    everything = read_jsonl(source, ["id", "group", "prompt"], check).where(lambda row: row.get("split") == "test")
+    if not everything:
         fail(f"{source}: no row with split 'test'; nothing to evaluate on")
-    check_task(args.task, rows, source)
-    by_id, rows = {row["id"]: row for row in rows}, rows[: args.limit]
-    if metric.get("field") and (lacking := [row["id"] for row in rows if metric["field"] not in row]):
-        fail(
-            f"{source}: row {lacking[0]} has no '{metric['field']}', which the metric of prompts/{args.task}.toml reads"
-        )
-    refined = [row for row in rows if "error" not in row and "chosen" in row and "rejected" in row]
+    rows = everything[: args.limit]
+    refined = rows.where(lambda row: "error" not in row and "chosen" in row and "rejected" in row)
     if not args.models:
         found = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.suffix != ".old")
         found = [path for path in found if (path / "run.json").exists()]
@@ -354,77 +357,99 @@ def main():
     reward, settings = make_reward(args, task, out)
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}
-    done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), by_id, ["prompt"])
+    done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), everything, ["prompt"])
+    if reward.server:
+        reward.server.recall()
+    weights_of = {(row["model"], row["id"], row["sample"]): row["weights"] for row in done}
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
     accuracy, base_logps, unjudged = {}, None, 0
-    finished = {(row["model"], row["id"], row["sample"]) for row in done}
-    bar = tqdm(total=len(rows) * sum(1 if name == SELF_REFINE else args.samples for name in names), unit="answer")
+    bar = tqdm(total=len(refined) * (SELF_REFINE in names), unit="answer")
+    bar.total += len(rows) * args.samples * sum(name != SELF_REFINE for name in names)
     for path, name in zip(args.models, names, strict=True):
-        model = tokenizer = weights = None
-        jobs = [(row, k) for k in range(args.samples) for row in rows]
         if name == SELF_REFINE:
-            jobs = [(row, 0) for row in refined]
+            model = tokenizer = None
+            mine, jobs = refined, [(i, 0) for i in range(len(refined))]
+            costs = [args.max_tokens] * len(mine)
+            made_by = {row["id"]: digest_of(row["chosen"]) for row in mine}  # what an answer hangs on
         else:
             model, tokenizer = load_model(path, device, dtype)
             check_model(model, path)
-            weights = weights_digest(model)[:16]
+            mine, jobs = rows, [(i, k) for k in range(args.samples) for i in range(len(rows))]
+            costs = [len(encode(tokenizer, row["prompt"])[0]) + args.max_tokens for row in mine]
+            made_by = dict.fromkeys(rows.ids, weights_digest(model)[:16])
             pairs = held_out_pairs(refined, source, tokenizer)
-            sequences = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
+            sequences = (pair[side] for pair in pairs for side in SIDES)
             logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
             if base_logps is None:
                 base_logps = logps
             elif pairs:
                 accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
-
-        def made_by(row, weights=weights):  # what an answer hangs on: the weights, or the revision that it is
-            return weights or hashlib.sha256(json.dumps(row.get("chosen")).encode()).hexdigest()[:16]
-
-        if any(row["model"] == name and row["weights"] != made_by(by_id[row["id"]]) for row in done):
+        if any(key[0] == name and was != made_by.get(key[1], was) for key, was in weights_of.items()):
             fail(f"{out}: the answers of {name} came from other weights; pass --overwrite")
         # Batches are cut from all jobs, so that a continued run samples the same ones.
-        for start in range(0, len(jobs), args.sample_batch):
-            batch = jobs[start : start + args.sample_batch]
-            if all((name, row["id"], k) in finished for row, k in batch):
-                bar.update(len(batch))
+        for places in batches_of([costs[i] for i, _ in jobs], args.batch_tokens):
+            keys = [(name, mine.ids[i], k) for i, k in map(jobs.__getitem__, places)]
+            if all(key in weights_of for key in keys):
+                bar.update(len(keys))
                 continue
+            batch = [(mine[i], k) for i, k in map(jobs.__getitem__, places)]
             answers = answers_of(batch, args, task["seed_by"], model, tokenizer, bar)
             spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
             scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
-            for (row, k), (text, finish) in zip(batch, answers, strict=True):
+            for key, (row, k), (text, finish) in zip(keys, batch, answers, strict=True):
                 score, said = next(scores) if text else (None, None)  # an empty answer has no score, never 0
                 unjudged += isinstance(said, Failed)
-                if (name, row["id"], k) in finished or isinstance(said, Failed):
+                if key in weights_of or isinstance(said, Failed):
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
                 result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
-                result |= {
-                    "weights": made_by(row),
-                    "score": score,
-                    "metric": measure(metric, row, text),
-                    "settings": how,
-                }
+                result |= {"weights": made_by[row["id"]], "score": score, "settings": how}
                 append(file, result)
-                done.append(result)
     bar.close()
     file.close()
-    if args.reward == "judge" and args.api_base:
+    if reward.server:
         reward.server.finish(whole=not unjudged)
 
-    for row in done:  # the task file's metric as it is now
-        row["metric"] = measure(metric, by_id[row["id"]], row["answer"])
-    rewrite(out, done)
-    asked = {row["id"] for row in rows}
-    rows = [row for row in done if row["model"] in names and row["id"] in asked]
-    table = summarise(names, rows, metric, accuracy)
-    (folder / "report.md").write_text(make_report(args, task, table, rows, names, settings, made), encoding="utf-8")
+    answers = in_order_with_metric(out, names, everything, metric)
+    measured, shown, asked = [], [], set(rows.ids)
+    for row in answers:
+        if row["model"] in names and row["id"] in asked:
+            shown += [row] if row["id"] in rows.ids[:6] and row["sample"] == 0 else []
+            words = len(row["answer"].split())
+            measured.append({k: row[k] for k in ("model", "group", "sample", "control", "finish", "score", "metric")})
+            measured[-1]["words"] = words
+    table = summarise(names, measured, metric, accuracy)
+    samples = make_samples(shown, names)
+    (folder / "report.md").write_text(make_report(args, task, table, samples, settings, made), encoding="utf-8")
     draw(folder / "report.png", table, metric)
-    print(f"\n{make_table(table, metric)}\n\n{make_samples(rows, names, 3)}\n")
+    first = make_samples([row for row in shown if row["id"] in rows.ids[:3]], names)
+    print(f"\n{make_table(table, metric)}\n\n{first}\n")
     print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
     if unjudged:
         print(f"{unjudged} answers could not be judged; the same command asks again")
         raise SystemExit(1)
+
+
+def digest_of(value):
+    """16 hexadecimal digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def in_order_with_metric(path, names, prompts, metric):
+    """Measures every answer of a file by the task's metric as it is now, and puts models, samples and prompts in order."""
+    answers, number = read_jsonl(path), {identity: i for i, identity in enumerate(prompts.ids)}
+    model = {name: i for i, name in enumerate(names)}
+    keys = [(model.get(row["model"], len(names)), row["sample"], number[row["id"]]) for row in answers]
+
+    def measured():
+        for i in sorted(range(len(answers)), key=keys.__getitem__):
+            row = answers[i]
+            yield row | {"metric": measure(metric, prompts[number[row["id"]]], row["answer"])}
+
+    rewrite(path, measured())
+    return read_jsonl(path)
 
 
 def base_of(folder):

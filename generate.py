@@ -22,7 +22,9 @@ import collections
 import csv
 import fcntl
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -34,8 +36,9 @@ import threading
 import time
 import tomllib
 import zipfile
+from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
@@ -63,26 +66,85 @@ def fail(message):
     raise SystemExit(2)
 
 
-def read_jsonl(path, fields=()):
-    """Rows of a JSONL file, in order. Exits with status 2 if it is missing, empty, not JSON or lacks a field."""
+class Rows:
+    """The rows of a JSONL file, which stay on disk and are parsed when they are asked for: a million of them take the
+    memory of their ids. `rows[3]`, `rows[:10]`, `len(rows)`, iteration; safe in threads."""
+
+    def __init__(self, file):
+        """file: opened to read, in bytes, or anonymous; it stays open."""
+        self.file, self.ids, self.places = file, [], array("Q")
+
+    def note(self, place, identity=None):
+        """Adds the row that begins at byte `place`."""
+        self.places.append(place)
+        self.ids.append(identity)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, which):
+        if not isinstance(which, slice):
+            return json.loads(line_at(self.file.fileno(), self.places[which]))
+        part = Rows(self.file)
+        part.ids, part.places = self.ids[which], self.places[which]
+        return part
+
+    def __add__(self, other):
+        """Both parts of one file, one behind the other."""
+        both = Rows(self.file)
+        both.ids, both.places = self.ids + other.ids, self.places + other.places
+        return both
+
+    def where(self, wanted):
+        """Those of the rows for which wanted(row) holds."""
+        part = Rows(self.file)
+        for number, row in enumerate(self):
+            if wanted(row):
+                part.note(self.places[number], self.ids[number])
+        return part
+
+
+def line_at(descriptor, place, size=1 << 14):
+    """The line of a file that begins at byte `place`; without moving the file's position, which threads share."""
+    line = os.pread(descriptor, size, place)
+    while b"\n" not in line and (more := os.pread(descriptor, size, place + len(line))):
+        line += more
+    return line.partition(b"\n")[0]
+
+
+def on_disk(rows):
+    """Rows of any iterable, in a file that has no name and goes with the last use of it."""
+    kept = Rows(tempfile.TemporaryFile())
+    place = 0
+    for row in rows:
+        kept.note(place, row.get("id"))
+        place += kept.file.write(json.dumps(row).encode() + b"\n")
+    kept.file.flush()
+    return kept
+
+
+def read_jsonl(path, fields=(), check=lambda number, row: None):
+    """Rows of a JSONL file, in order. Exits with status 2 if it is missing, empty, not JSON or lacks a field; check may
+    find more, line by line."""
     path = Path(path)
     if not path.is_file():
         fail(f"{path}: no such file; run the stage before this one, or name another file")
-    rows = []
-    with path.open("rb") as lines:  # bytes: line breaks are \n alone, never an answer's own U+2028
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # no JSON, or no UTF-8
-                fail(f"{path}:{number}: not JSON ({error}); mend or delete that line")
-            if not isinstance(row, dict):
-                fail(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
-            missing = [name for name in fields if name not in row and "error" not in row]
-            if missing:
-                fail(f"{path}:{number}: field '{missing[0]}' is missing (the row has {', '.join(row)})")
-            rows.append(row)
+    rows, place = Rows(path.open("rb")), 0  # bytes: line breaks are \n alone, never an answer's own U+2028
+    for number, line in enumerate(rows.file, 1):
+        start, place = place, place + len(line)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            fail(f"{path}:{number}: not JSON ({error}); mend or delete that line")
+        if not isinstance(row, dict):
+            fail(f"{path}:{number}: a JSON object is needed, not {type(row).__name__}")
+        missing = [name for name in fields if name not in row and "error" not in row]
+        if missing:
+            fail(f"{path}:{number}: field '{missing[0]}' is missing (the row has {', '.join(row)})")
+        check(number, row)
+        rows.note(start, row.get("id"))
     if not rows:
         fail(f"{path}: empty; it needs at least one row")
     return rows
@@ -92,7 +154,7 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     """Rows that an earlier, unfinished run of the same command left in `path`, and the file opened to append.
 
     A torn last line is dropped. The stage stops before anything is changed where rows were made in another way: where
-    `settings_of(row)` differs from `settings`, or, with source, {id: row}, where one of the fields `same` differs from
+    `settings_of(row)` differs from `settings`, or, with source, Rows, where one of the fields `same` differs from
     the row that it was made of. Rows with `error` are taken out, to be tried again. With `overwrite`, what was there is
     kept beside it as NAME.old.
     """
@@ -103,15 +165,16 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
         os.replace(path, f"{path}.old")
         file = open_alone(path)
     mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
-    text = path.read_bytes()
-    *lines, torn = text.split(b"\n")
-    done = []
-    for number, line in enumerate(lines, 1):
+    made_of = {identity: number for number, identity in enumerate(source.ids)} if source is not None else {}
+    done, place, whole = Rows(path.open("rb")), 0, True
+    for number, line in enumerate(done.file, 1):
+        start, place = place, place + len(line)
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.endswith(b"\n") else {"error": "torn"}
         except ValueError:
             fail(f"{path}:{number}: not JSON; mend that line, or start again with --overwrite")
         if "error" in row:
+            whole = False
             continue
         made_with = settings_of(row)
         for key in settings:
@@ -119,13 +182,14 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
                 was, now = made_with.get(key), settings[key]
                 fail(f"{path}: its rows were made with {key} = {was!r}, not {now!r}; {mend}")
         if source is not None:
-            if row["id"] not in source:
+            if row["id"] not in made_of:
                 fail(f"{path}:{number}: row {row['id']} is not among the input's rows; {mend}")
-            changed = [name for name in same if row.get(name) != source[row["id"]].get(name)]
+            origin = source[made_of[row["id"]]] if same else {}
+            changed = [name for name in same if row.get(name) != origin.get(name)]
             if changed:
                 fail(f"{path}:{number}: row {row['id']} was made of another {changed[0]} than it has now; {mend}")
-        done.append(row)
-    if len(done) < len(lines) or torn:
+        done.note(start, row["id"])
+    if not whole:
         rewrite(path, done)
         file = open_alone(path)
     return done, file
@@ -153,12 +217,14 @@ def rewrite(path, rows):
     os.replace(f"{path}.part", path)
 
 
-def put_in_order(path, done, rows):
-    """Gives a finished file the order of `rows`: they were written as they were done."""
-    place = {row["id"]: number for number, row in enumerate(rows)}
-    in_order = sorted(done, key=lambda row: place.get(row["id"], len(rows)))
-    if in_order != done:
-        rewrite(path, in_order)
+def put_in_order(path, ids):
+    """Gives the rows of a finished file the order of `ids`, and returns them: they were written as they were done."""
+    done, place = read_jsonl(path), {identity: number for number, identity in enumerate(ids)}
+    order = sorted(range(len(done)), key=lambda i: place.get(done.ids[i], len(place)))
+    if order == list(range(len(done))):
+        return done
+    rewrite(path, (done[i] for i in order))
+    return read_jsonl(path)
 
 
 def append(file, row):
@@ -199,15 +265,14 @@ def load_task(name):
     return task
 
 
-def check_task(name, rows, path):
-    """Stops where rows belong to another task than --task says: they would be measured by the wrong words."""
-    other = next((row["task"] for row in rows if row.get("task", name) != name), None)
-    if other:
-        fail(f"{path}: its rows are of the task '{other}', not '{name}'; pass --task {other}")
+def check_task(name, row, path):
+    """Stops where a row belongs to another task than --task says: it would be measured by the wrong words."""
+    if row.get("task", name) != name:
+        fail(f"{path}: its rows are of the task '{row['task']}', not '{name}'; pass --task {row['task']}")
 
 
 def read_instructions(path, task):
-    """Instructions of a JSONL or CSV file as rows with task, id, group, split and prompt (a list of messages).
+    """Instructions of a JSONL or CSV file as Rows with task, id, group, split and prompt (a list of messages).
 
     The prompt is the first of the columns prompt, question, instruction, goal, text that the file has; a
     string becomes one user message. Other columns are kept as they are; `control` becomes true or false, and where
@@ -218,16 +283,21 @@ def read_instructions(path, task):
         csv.field_size_limit(1 << 30)
         try:
             with open(path, encoding="utf-8-sig", newline="") as lines:
-                raw = list(csv.DictReader(lines)) or fail(f"{path}: empty; it needs a header and at least one row")
+                return on_disk(instructions(csv.DictReader(lines), path, task))
         except UnicodeDecodeError as error:
             fail(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
-    else:
-        raw = read_jsonl(path)
-    field = next((name for name in TEXT_FIELDS if name in raw[0]), None)
-    if field is None:
-        fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {', '.join(map(str, raw[0]))}")
-    rows, seen, splits = [], set(), {}
+    return on_disk(instructions(read_jsonl(path), path, task))
+
+
+def instructions(raw, path, task):
+    """The rows of read_instructions, one by one, from those of a file, dictionaries."""
+    field, seen, splits, number = None, set(), {}, 0
     for number, given in enumerate(raw, 1):
+        if number == 1:
+            field = next((name for name in TEXT_FIELDS if name in given), None)
+            if field is None:
+                there = ", ".join(map(str, given))
+                fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {there}")
         prompt = given.get(field)
         if isinstance(prompt, str) and prompt.strip():
             prompt = messages_of(prompt)
@@ -250,8 +320,9 @@ def read_instructions(path, task):
         extra = {key: value for key, value in given.items() if key not in row and key != field}
         if "control" in extra or extra.get("label") in ("safe", "unsafe"):
             extra["control"] = str(extra.get("control", extra.get("label"))).lower() in ("true", "1", "yes", "safe")
-        rows.append({**row, "prompt": prompt, **extra})
-    return rows
+        yield {**row, "prompt": prompt, **extra}
+    if not number:
+        fail(f"{path}: empty; it needs a header and at least one row")
 
 
 def is_conversation(messages):
@@ -390,6 +461,14 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM, **options):
     return model.to(device).eval(), tokenizer
 
 
+def load_chat_model(name, device, dtype):
+    """load_model for a model that is talked to: one without a chat template is refused."""
+    model, tokenizer = load_model(name, device, dtype)
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: has no chat template, so it is no chat model; take its instruction-tuned version")
+    return model, tokenizer
+
+
 def template_ids(tokenizer, messages, **options):
     """Token ids of a conversation in the model's own chat template, as a list."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -441,22 +520,52 @@ class Reply:
     logprobs: list | None = None
 
 
-def sample(model, tokenizer, conversations, *, seeds, **how):
+def batches_of(costs, budget):
+    """Lists of places in `costs`, of like rows and of about the same cost, which is at most `budget` tokens or so."""
+    share = sum(costs) / max(1, math.ceil(sum(costs) / budget))
+    batches, spent = {}, 0
+    for place in sorted(range(len(costs)), key=costs.__getitem__):
+        batches.setdefault(int((spent + costs[place] / 2) / share), []).append(place)
+        spent += costs[place]
+    return list(batches.values())
+
+
+def sample(model, tokenizer, conversations, *, seeds, pasts=None, **how):
     """sample_batch, in halves where the device has not the memory for all at once."""
     try:
-        return sample_batch(model, tokenizer, conversations, seeds=seeds, **how)
+        return sample_batch(model, tokenizer, conversations, seeds=seeds, pasts=pasts, **how)
     except torch.OutOfMemoryError:
         if len(conversations) == 1:
             raise
-    middle = len(conversations) // 2  # outside of the handler, which would keep the failed batch alive
     tqdm.write(f"out of memory with {len(conversations)} rows at once; going on with halves", file=sys.stderr)
-    halves = (conversations[:middle], seeds[:middle]), (conversations[middle:], seeds[middle:])
-    return [reply for half, own in halves for reply in sample(model, tokenizer, half, seeds=own, **how)]
+    replies, middle = [], len(conversations) // 2  # outside of the handler, which would keep the failed batch alive
+    for half in (slice(middle), slice(middle, None)):
+        own = pasts and pasts[half]
+        replies += sample(model, tokenizer, conversations[half], seeds=seeds[half], pasts=own, **how)
+    return replies
+
+
+@dataclass
+class Past:
+    """What a model has read and said in a conversation: token ids, and of each layer (keys, values), (heads, T, d)."""
+
+    ids: list = field(default_factory=list)
+    layers: list | None = None
+
+    def shared(self, prompt):
+        """How many tokens of a prompt need not be read again; never all, for the last one's logits are wanted."""
+        same = (a == b for a, b in zip(self.ids, prompt[:-1], strict=False))
+        return sum(1 for _ in itertools.takewhile(bool, same)) if self.layers else 0
 
 
 @torch.inference_mode()
-def sample_batch(model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, report=lambda reply: None):
+def sample_batch(
+    model, tokenizer, conversations, *, max_tokens, temperature, top_p, seeds, pasts=None, report=lambda reply: None
+):
     """One sampled Reply per conversation, all in one batch on the model's device; report(reply) as each is done.
+
+    pasts: a Past per conversation. What a conversation begins with is not read again where its Past has it, and the
+    Past is made to hold all of the conversation, for its next turn.
 
     A row's randomness comes from its own seed alone, one uniform number a token, so it does not depend on which rows
     share its batch. temperature 0 is greedy; top_p keeps the likeliest tokens up to that mass, among the 256
@@ -479,10 +588,20 @@ def sample_batch(model, tokenizer, conversations, *, max_tokens, temperature, to
     stops = model.generation_config.eos_token_id
     stops = torch.tensor(stops if isinstance(stops, list) else [stops], device=device)
 
-    cache, mask, logits = prefill(model, [prompts[i] for i in live])
+    cache, mask, logits = prefill(model, [prompts[i] for i in live], pasts and [pasts[i] for i in live])
+    if any(layer.is_sliding for layer in cache.layers):  # a window has no beginning to go on from
+        pasts = None
     positions = mask.sum(1, keepdim=True) - 1  # of the last token
     sampled = {i: [] for i in live}
     done = torch.zeros(len(live), dtype=torch.bool, device=device)
+
+    def leave(rows):
+        """Rows of the cache that are not needed here again, into the pasts of their conversations."""
+        for k in rows if pasts else ():
+            columns = mask[k].nonzero().squeeze(-1)
+            pasts[live[k]].ids = (prompts[live[k]] + sampled[live[k]])[: len(columns)]
+            pasts[live[k]].layers = [(part.keys[k][:, columns], part.values[k][:, columns]) for part in cache.layers]
+
     for step in range(max_tokens):
         logits = logits.float()  # (rows still live, V)
         if temperature == 0:
@@ -507,6 +626,7 @@ def sample_batch(model, tokenizer, conversations, *, max_tokens, temperature, to
         if done.all():
             break
         if done.sum() > 0.25 * len(live):  # finished rows leave now and then, since this copies the cache
+            leave(done.nonzero().squeeze(-1).tolist())
             going = (~done).nonzero().squeeze(-1)
             live = [live[k] for k in going.tolist()]
             for layer in cache.layers:
@@ -521,43 +641,53 @@ def sample_batch(model, tokenizer, conversations, *, max_tokens, temperature, to
         logits = model(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
         ).logits[:, -1]
+    leave(range(len(live)))
     return replies
 
 
 CACHE_STEP = 64  # tokens by which a cache grows: attention reads empty columns too, and growing copies it
 
 
-def prefill(model, prompts, rows_at_once=8):
+def prefill(model, prompts, pasts=None, rows_at_once=8):
     """(cache with room for CACHE_STEP more tokens, mask (B, width), logits (B, V) of each prompt's last token).
 
     Prompts are padded on the left, so that every row's next token has the same column. They are read a few at a
     time, like lengths together: a wide batch of long prompts spends its time on padding and outside the CPU's caches.
-    The cache is written in place; the default one would copy all keys and values on every token.
+    The cache is written in place; the default one would copy all keys and values on every token. What a row's Past
+    has of its prompt is copied from there, padded on the left too.
     """
-    width = max(map(len, prompts))
-    cache = StaticCache(config=model.config, max_cache_len=width + CACHE_STEP)
-    if any(layer.is_sliding for layer in cache.layers):
-        rows_at_once = len(prompts)  # such layers keep a window, in a layout of their own
-    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=model.device)
-    logits = [None] * len(prompts)
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    if any(layer.is_sliding for layer in layers):  # such layers keep a window, in a layout of their own
+        pasts, rows_at_once = None, len(prompts)
+    known = [past.shared(prompt) for past, prompt in zip(pasts, prompts, strict=True)] if pasts else [0] * len(prompts)
     order = list(range(len(prompts)))
     if rows_at_once < len(order):
-        order.sort(key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), rows_at_once):
-        rows = order[start : start + rows_at_once]
-        columns = max(len(prompts[i]) for i in rows)
-        ids = torch.tensor([[0] * (columns - len(prompts[i])) + prompts[i] for i in rows], device=model.device)
-        seen = torch.tensor(
-            [[0] * (columns - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=model.device
-        )
-        part = cache if len(rows) == len(prompts) else DynamicCache(config=model.config)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        order.sort(key=lambda i: len(prompts[i]) - known[i])
+    groups = [order[i : i + rows_at_once] for i in range(0, len(order), rows_at_once)]
+    sizes = [(max(known[i] for i in rows), max(len(prompts[i]) - known[i] for i in rows)) for rows in groups]
+    width = max(map(sum, sizes))
+    cache = StaticCache(config=model.config, max_cache_len=width + CACHE_STEP)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=model.device)
+    logits = [None] * len(prompts)
+    for rows, (old, new) in zip(groups, sizes, strict=True):
+        part = cache if len(groups) == 1 and not old else DynamicCache(config=model.config)
+        for number in range(len(layers) if old else 0):
+            own, lengths = [pasts[i] for i in rows], [known[i] for i in rows]
+            part.update(*(padded(own, lengths, old, number, kind) for kind in (0, 1)), number)
+        fresh = [prompts[i][known[i] :] for i in rows]
+        ids = torch.tensor([[0] * (new - len(own)) + own for own in fresh], device=model.device)
+        seen = [
+            [0] * (old - known[i]) + [1] * known[i] + [0] * (new - len(own)) + [1] * len(own)
+            for i, own in zip(rows, fresh, strict=True)
+        ]
+        seen = torch.tensor(seen, device=model.device)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, old:]
         output = model(
             input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=part, logits_to_keep=1
         )
         for i, row_logits in zip(rows, output.logits[:, -1], strict=True):
             logits[i] = row_logits
-        mask[rows, width - columns :] = seen
+        mask[rows, width - old - new :] = seen
         if part is cache:
             break
         for whole, piece in zip(cache.layers, part.layers, strict=True):
@@ -568,15 +698,25 @@ def prefill(model, prompts, rows_at_once=8):
                 )
                 whole.lazy_initialization(*like)
                 whole.cumulative_length.fill_(width)
-            whole.keys[rows, :, width - columns : width] = piece.keys
-            whole.values[rows, :, width - columns : width] = piece.values
+            whole.keys[rows, :, width - old - new : width] = piece.keys
+            whole.values[rows, :, width - old - new : width] = piece.values
     return cache, mask, torch.stack(logits)
+
+
+def padded(pasts, lengths, width, layer, kind):
+    """(rows, heads, width, d): of one layer's keys or values (kind 0 or 1) the first `lengths`, padded on the left."""
+    like = next(past.layers[layer][kind] for past, length in zip(pasts, lengths, strict=True) if length)
+    whole = like.new_zeros(len(pasts), like.shape[0], width, like.shape[2])
+    for row, past, length in zip(whole, pasts, lengths, strict=True):
+        if length:
+            row[:, width - length :] = past.layers[layer][kind][:, :length]
+    return whole
 
 
 # ---- the model on a server ------------------------------------------------------------------------------------
 
 
-KNOWN = 100_000  # answered calls held in memory; older ones are on disk, and in their rows
+KNOWN = 20_000  # answers of this run held in memory, newest first; all are on disk, and in their rows
 TRIES = 7  # of one call; the pauses between them add up to two minutes
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses worth another try
 WRONG = (401, 402, 403, 404)  # statuses that every call would meet
@@ -607,13 +747,21 @@ class Server:
         self.stopped = None  # the exit status, once no further call may be made
         self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
         self.journal = Path(journal)
-        self.file = open_alone(self.journal)
-        *lines, torn = self.journal.read_bytes().split(b"\n")
-        self.file.truncate(self.journal.stat().st_size - len(torn))
-        for line in lines[-KNOWN:]:
-            call = json.loads(line)
-            self.replies[call["key"]] = Future()
-            self.replies[call["key"]].set_result(Reply(**call["reply"]))
+        self.file, self.room = open_alone(self.journal), KNOWN
+
+    def recall(self, finished=()):
+        """Takes in what an earlier run was answered, but for the rows `finished`, whose answers are in the output."""
+        whole = 0
+        with self.journal.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                whole, call = whole + len(line), json.loads(line)
+                if call["row"] not in finished:
+                    self.replies[call["key"]] = Future()
+                    self.replies[call["key"]].set_result(Reply(**call["reply"]))
+        self.file.truncate(whole)
+        self.room += len(self.replies)
 
     def ask(self, messages, *, row, model, max_tokens, temperature, top_p, seed, **more):
         """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
@@ -635,7 +783,7 @@ class Server:
         with self.turn:
             if reply.finish.startswith("error"):
                 self.replies.pop(key)
-            elif len(self.replies) > KNOWN:
+            elif len(self.replies) > self.room:
                 self.replies.popitem(last=False)
         return reply
 
@@ -938,9 +1086,9 @@ def dry_run(args, form, rows):
         print(f"---- {name} of {rows[0]['id']} ----")
         for message in fill(call, rows[0]):
             print(f"[{message['role']}] {message['content']}")
-    texts = [message["content"] for row in rows for call in form.values() for message in fill(call, row)]
-    later = sum(text.count("{answer}") + text.count("{critique}") for text in texts) * args.max_tokens
-    calls, read = 3 * len(rows), sum(map(len, texts)) // 4 + later
+    calls, read = 3 * len(rows), 0
+    for text in (message["content"] for row in rows for call in form.values() for message in fill(call, row)):
+        read += len(text) // 4 + (text.count("{answer}") + text.count("{critique}")) * args.max_tokens
     written = calls * args.max_tokens
     cost = (read * args.price_in + written * args.price_out) / 1e6
     minutes = written / (50 * args.concurrency) / 60
@@ -960,7 +1108,7 @@ def main():
     add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    add("--batch-size", type=positive, default=64, help="rows sampled, and written, together on this machine (default: %(default)s)")
+    add("--batch-tokens", type=positive, default=49152, help="rows of like length are sampled, and written, together up to this many tokens, prompts and answers; out of memory halves them (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first requests and an estimate of tokens, cost and time, and ask nothing")
     # fmt: on
     add_server_flags(add)
@@ -970,7 +1118,7 @@ def main():
 
     task = load_task(args.task)
     rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)
-    source, rows = {row["id"]: row for row in rows}, rows[: args.limit]
+    source, rows = rows, rows[: args.limit]
     form_name = args.form if args.form != "auto" else "fresh" if args.model == "smollm2" else "conversation"
     if not {"answer", "critique", "revise"} <= task.get(form_name, {}).keys():
         fail(f"prompts/{args.task}.toml: the table [{form_name}] needs answer, critique and revise")
@@ -985,10 +1133,10 @@ def main():
     if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        model, tokenizer = load_model(args.model, device, dtype)
+        model, tokenizer = load_chat_model(args.model, device, dtype)
         settings["dtype"] = str(dtype).removeprefix("torch.")
     done, file = open_output(out, args.overwrite, settings, lambda row: row.get("teacher"), source, ["prompt"])
-    finished = {row["id"] for row in done}
+    finished = set(done.ids)
     print(f"teacher {args.model} ({form_name} form), {len(rows)} instructions, {len(finished)} of them done -> {out}")
 
     tokens = 0
@@ -1005,6 +1153,8 @@ def main():
         if args.overwrite and Path(f"{out}.calls").exists():
             os.replace(f"{out}.calls", f"{out}.calls.old")
         server = Server(args, f"{out}.calls")
+        server.recall(finished)
+        batches = ([i] for i in range(len(rows)))
 
         def chat(conversations, seeds, ids):
             replies = []
@@ -1016,20 +1166,28 @@ def main():
         def finish(batches):
             return in_order(work, batches, server)
     else:
+        # The last call reads answer and critique too. Batches are cut from all rows, not from those left, so that a
+        # continued run samples the same ones.
+        costs = [len(encode(tokenizer, fill(form["answer"], row))[0]) + 3 * args.max_tokens for row in rows]
+        batches = batches_of(costs, args.batch_tokens)
+
+        pasts = {}
 
         def chat(conversations, seeds, ids):
-            return sample(model, tokenizer, conversations, seeds=seeds, report=report, **how)
+            own = None
+            if form_name == "conversation":  # each call goes on where the one before has ended
+                if not pasts.keys() >= set(ids):
+                    pasts.clear()
+                own = [pasts.setdefault(identity, Past()) for identity in ids]
+            return sample(model, tokenizer, conversations, seeds=seeds, pasts=own, report=report, **how)
 
         def finish(batches):
             return map(work, batches)
 
     def work(batch):
-        return list(refine(batch, form, chat, args.seed, task["seed_by"]))
+        return list(refine([rows[i] for i in batch], form, chat, args.seed, task["seed_by"]))
 
-    # Batches are cut from all rows, not from those left, so that a continued run samples the same batches.
-    size = 1 if args.api_base else args.batch_size
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    todo = [batch for batch in batches if any(row["id"] not in finished for row in batch)]
+    todo = (batch for batch in batches if any(rows.ids[i] not in finished for i in batch))
     made_at = commit()
     shown = False
     with file, bar:
@@ -1039,24 +1197,25 @@ def main():
                     continue
                 row["teacher"] = {**settings, "commit": made_at, **row["teacher"]}
                 append(file, row)
-                done.append(row)
                 if not shown and "error" not in row:
                     show(row)
                     shown = True
-    put_in_order(out, done, rows)
 
-    failed = sum("error" in row for row in done)
-    finishes = [row["teacher"]["finish"] for row in done if "error" not in row]
-    cut = sum("length" in (finish["answer"], finish["revision"]) for finish in finishes)
-    spent = sum(sum(row["teacher"]["tokens"].values()) for row in done)
-    read = sum(sum(row["teacher"]["prompt_tokens"].values()) for row in done)
+    counts = collections.Counter()
+    for row in put_in_order(out, rows.ids):
+        teacher = row["teacher"]
+        counts["rows"] += 1
+        counts["failed"] += "error" in row
+        counts["cut"] += "error" not in row and "length" in (teacher["finish"]["answer"], teacher["finish"]["revision"])
+        counts["read"] += sum(teacher["prompt_tokens"].values())
+        counts["written"] += sum(teacher["tokens"].values())
     print(
-        f"{out}: {len(done)} rows, {failed} failed, {cut} cut off at --max-tokens {args.max_tokens} "
-        f"(kept, not trained); {read:,} tokens read, {spent:,} written"
+        f"{out}: {counts['rows']} rows, {counts['failed']} failed, {counts['cut']} cut off at --max-tokens "
+        f"{args.max_tokens} (kept, not trained); {counts['read']:,} tokens read, {counts['written']:,} written"
     )
     if args.api_base:
-        server.finish(whole=not failed)
-    raise SystemExit(1 if failed else 0)
+        server.finish(whole=not counts["failed"])
+    raise SystemExit(1 if counts["failed"] else 0)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import re
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from generate import (
     in_order,
     is_conversation,
     latest_task,
+    load_chat_model,
     load_model,
     load_task,
     messages_of,
@@ -170,7 +172,7 @@ def cut(items, cost, budget):
 @torch.no_grad()
 def all_logps(model, sequences, budget, report=lambda count: None):
     """completion_logps of any number of sequences, in streams of at most `budget` tokens: (S,) fp32 on the CPU."""
-    shared = [list(group) for _, group in itertools.groupby(sequences, key=lambda sequence: sequence[0])]
+    shared = (list(group) for _, group in itertools.groupby(sequences, key=lambda sequence: sequence[0]))
     logps = [torch.zeros(0)]
     for groups in cut(shared, lambda group: len(group[0][0]) + sum(len(ids) for _, ids in group), budget):
         stream = [sequence for group in groups for sequence in group]
@@ -230,7 +232,7 @@ def contrast_reward(task, name, device, dtype, pack_tokens):
     `control` have sides of their own where the table has a part [contrast.control].
     """
     table = task["contrast"]
-    model, tokenizer = load_model(name, device, dtype)
+    model, tokenizer = load_chat_model(name, device, dtype)
     check_model(model, name)
 
     def reward(rows, answers):
@@ -373,11 +375,14 @@ def make_reward(args, task, out):
         if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
             fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
         settings["prompt_text"] = hashlib.sha256(json.dumps(task["contrast"]).encode()).hexdigest()[:12]
-        return contrast_reward(task, name, device, dtype, args.pack_tokens), settings
-    if name == "smollm2":
-        fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
-    settings["label"] = args.label
-    return classifier_reward(name, args.label, device, dtype), settings
+        reward = contrast_reward(task, name, device, dtype, args.pack_tokens)
+    else:
+        if name == "smollm2":
+            fail("--reward classifier needs --model: a sequence classifier or reward model (folder or hub id)")
+        settings["label"] = args.label
+        reward = classifier_reward(name, args.label, device, dtype)
+    reward.server = None
+    return reward, settings
 
 
 def make_judge(args, task, out):
@@ -406,7 +411,7 @@ def make_judge(args, task, out):
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
         settings["dtype"] = str(dtype).removeprefix("torch.")
-        model, tokenizer = load_model(args.reward_model, device, dtype)
+        model, tokenizer = load_chat_model(args.reward_model, device, dtype)
 
         def chat(conversations, ids, seeds):
             return sample(model, tokenizer, conversations, seeds=seeds, **how)
@@ -420,29 +425,38 @@ def make_judge(args, task, out):
 
 
 def audit(rows):
-    """What a reader must know of the scores before training on them, as text."""
-    scored = [row for row in rows if is_scored(row)]
-    failed, null = sum("error" in row for row in rows), sum("error" not in row for row in rows) - len(scored)
-    lines = [f"scored {len(scored)} of {len(rows)} pairs ({null} without a score, {failed} failed before)"]
-    if scored:
-        gap = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
-        text = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in scored]
-        longer = np.array([len(chosen) - len(rejected) for chosen, rejected in text], dtype=float)
+    """(what a reader must know of the scores before training on them, as text; rows that failed; rows without scores)."""
+    gap, longer, failed, unscored, null_scores, teachers, judge = array("d"), array("d"), 0, 0, 0, set(), None
+    for row in rows:
+        if row.get("reward", {}).get("kind") == "judge":
+            judge = row["reward"]["model"]
+        if isinstance(row.get("teacher"), dict):
+            teachers.add(row["teacher"].get("model") or "")
+        if "error" in row:
+            failed += 1
+            continue
+        null_scores += sum(row[f"score_{side}"] is None for side in SIDES)
+        if is_scored(row):
+            gap.append(row["score_chosen"] - row["score_rejected"])
+            longer.append(len(text_of(row["chosen"])) - len(text_of(row["rejected"])))
+        else:
+            unscored += 1
+    gap, longer, total = np.array(gap), np.array(longer), len(gap) + failed + unscored
+    lines = [f"scored {len(gap)} of {total} pairs ({unscored} without a score, {failed} failed before)"]
+    if len(gap):
         lines.append(f"mean gap (chosen - rejected) {gap.mean():+.3f}, standard deviation {gap.std():.3f}")
         lines.append(
             f"revisions that won {np.mean(gap > 0):.0%}, lost {np.mean(gap < 0):.0%}, ties {np.mean(gap == 0):.0%}"
         )
-        if len(scored) > 2 and gap.std() > 0 and longer.std() > 0:
+        if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
             correlation = np.corrcoef(gap, longer)[0, 1]
             lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
-    judged = [row["reward"] for row in rows if row.get("reward", {}).get("kind") == "judge"]
-    if judged:
-        unread = np.mean([row[f"score_{side}"] is None for row in rows if "error" not in row for side in SIDES])
+    if judge:
+        unread = null_scores / max(1, 2 * (total - failed))
         lines.append(f"ratings of the judge that could not be read {unread:.0%}")
-        teachers = [row["teacher"].get("model") for row in rows if isinstance(row.get("teacher"), dict)]
-        if family(judged[0]["model"]) in {family(teacher) for teacher in teachers if teacher} - {""}:
+        if family(judge) in {family(teacher) for teacher in teachers} - {""}:
             lines.append("judge and teacher are of one family: it may favour its own kind of answer")
-    return "\n".join(lines)
+    return "\n".join(lines), failed, unscored
 
 
 SIDES = ("chosen", "rejected")
@@ -489,32 +503,39 @@ def main():
     check_server(args)
 
     task = load_task(args.task)
-    source = Path(args.input or f"runs/{args.task}/pairs.jsonl")
-    rows = read_jsonl(source, ["id", "prompt", "chosen", "rejected"])
-    check_task(args.task, rows, source)
-    by_id = {}
-    for number, row in enumerate(rows, 1):
-        if by_id.setdefault(row["id"], row) is not row:
+    source, seen, failed = Path(args.input or f"runs/{args.task}/pairs.jsonl"), set(), set()
+
+    def check(number, row):
+        check_task(args.task, row, source)
+        if row["id"] in seen:
             fail(f"{source}:{number}: the id '{row['id']}' is there twice; ids must differ")
+        seen.add(row["id"])
+        if "error" in row:
+            failed.add(row["id"])
+            return
         for side in SIDES:
-            if "error" not in row and not isinstance(row[side], str) and not is_conversation(row[side]):
+            if not isinstance(row[side], str) and not is_conversation(row[side]):
                 fail(f"{source}:{number}: '{side}' must be text or a list of messages with role and content")
-    rows = rows[: args.limit]
-    if all("error" in row for row in rows):
+
+    everything = read_jsonl(source, ["id", "prompt", "chosen", "rejected"], check)
+    rows = everything[: args.limit]
+    if failed.issuperset(rows.ids):
         fail(f"{source}: every row has an error; nothing to score")
     out = Path(args.out or source.parent / "scored.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     reward, settings = make_reward(args, task, out)
-    same = ["prompt", "chosen", "rejected"]
-    done, file = open_output(out, args.overwrite, settings, lambda row: row.get("reward"), by_id, same)
-    finished = {row["id"] for row in done}
+    same = ["prompt", *SIDES]
+    done, file = open_output(out, args.overwrite, settings, lambda row: row.get("reward"), everything, same)
+    finished = set(done.ids)
+    if reward.server:
+        reward.server.recall(finished)
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
     made_at = commit()
-    todo = [row for row in rows if row["id"] not in finished]
+    todo = [i for i, identity in enumerate(rows.ids) if identity not in finished]
     with file, tqdm(total=len(rows), initial=len(finished), unit="pair") as bar:
         for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
+            batch = [rows[i] for i in todo[start : start + args.batch_size]]
             whole = [row for row in batch if "error" not in row]
             answers = [text_of(row[side]) for row in whole for side in SIDES]
             values = iter(reward([row for row in whole for _ in range(2)], answers) if whole else [])
@@ -529,13 +550,12 @@ def main():
                         elif said is not None:
                             row["reward"][f"said_{side}"] = said
                 append(file, row)
-                done.append(row)
                 bar.update()
-    put_in_order(out, done, rows)
-    print(f"{out}:\n{audit(done)}")
-    if args.reward == "judge" and args.api_base:
-        reward.server.finish(whole=not any("error" in row for row in done))
-    raise SystemExit(1 if any("error" in row or not is_scored(row) for row in done) else 0)
+    text, failed, unscored = audit(put_in_order(out, rows.ids))
+    print(f"{out}:\n{text}")
+    if reward.server:
+        reward.server.finish(whole=not failed)
+    raise SystemExit(1 if failed or unscored else 0)
 
 
 if __name__ == "__main__":

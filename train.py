@@ -20,6 +20,7 @@ which failed revisions turn round, ties teach nothing and every pair counts by h
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import sys
 import time
 import types
 import warnings
+from array import array
 from pathlib import Path
 
 import torch
@@ -56,6 +58,7 @@ from generate import (
     latest_task,
     load_model,
     load_tokenizer,
+    on_disk,
     open_alone,
     parser_of,
     pick_device,
@@ -66,7 +69,7 @@ from generate import (
     rewrite,
     run_stage,
 )
-from score import check_model, completion_logps, cut, is_scored, text_of
+from score import SIDES, check_model, completion_logps, cut, is_scored, text_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -133,17 +136,25 @@ def loss_at_reference(kind, delta, beta, epsilon, tau, mean_weight):
     return torch.full_like(delta, 1 / (4 * beta**2)) if kind == "ipo" else ln2
 
 
+def sides_of(kind):
+    """The answers of a pair that a loss looks at."""
+    return SIDES[:1] if kind == "sft" else SIDES
+
+
 def pair_losses(kind, policy, reference, pairs, settings):
-    """preference_loss for pairs whose log-probs are the rows of policy and reference, (B, 2): chosen, rejected."""
+    """preference_loss for pairs whose log-probs are the rows of policy and reference: (B, 2), chosen and rejected, or
+    (B, 1) where the loss looks at the chosen ones alone; z means nothing then."""
     delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
-    tokens = torch.tensor([[len(pair[side][1]) for side in ("chosen", "rejected")] for pair in pairs])
-    tokens = tokens.to(policy.device)
-    return preference_loss(kind, *policy.unbind(1), *reference.unbind(1), delta=delta, tokens=tokens, **settings)
+    tokens = torch.tensor([[len(pair[side][1]) for side in SIDES] for pair in pairs]).to(policy.device)
+    both = (F.pad(logps, (0, 2 - logps.shape[1])).unbind(1) for logps in (policy, reference))
+    return preference_loss(kind, *itertools.chain(*both), delta=delta, tokens=tokens, **settings)
 
 
 def diagnose(kind, policy, reference, pairs, settings):
     """Means over pairs for people to look at, and (p, sigmoid(z)) of each: the reward's belief and the student's."""
     losses, z = pair_losses(kind, policy, reference, pairs, settings)
+    if kind == "sft":
+        return {"loss": losses.mean().item(), "chosen_logps": policy.mean().item()}, torch.zeros(0, 2)
     belief = torch.sigmoid(torch.tensor([pair["delta"] for pair in pairs], device=z.device) / settings["tau"])
     means = {"loss": losses, "margin": z, "accuracy": (z > 0).float(), "belief": belief, "student": z.sigmoid()}
     means |= {"chosen_logps": policy[:, 0], "rejected_logps": policy[:, 1]}
@@ -179,53 +190,54 @@ def split_row(row, where):
 
 
 def make_pairs(rows, path, tokenizer, args):
-    """Training and held-out pairs, each {"id", "chosen": (prompt ids, ids), "rejected": ..., "delta"}; and counts
-    of what was left out and why. Bad rows end the run with status 2; path: where they come from, for the message."""
-    for row in rows:  # UltraFeedback's names
-        for side in ("chosen", "rejected"):
-            if f"{side}_rating" in row:
-                row.setdefault(f"score_{side}", row[f"{side}_rating"])
-    needs_scores = args.loss in SCORE_AWARE or args.accept
-    if needs_scores and not any(is_scored(row) for row in rows):
-        fail(f"{path}: no pair has score_chosen and score_rejected; run score.py, or use --loss dpo")
-
+    """Training and held-out pairs, each {"id", "chosen": (prompt ids, ids), "rejected": ..., "delta"}, as Rows; and
+    counts of what was left out and why. Bad rows end the run with status 2; path: where they come from, for the message."""
     counts = dict.fromkeys(("failed", "no score", "cut off by the teacher", "not accepted", "identical"), 0)
     counts["shortened to --max-length"] = 0
-    train, held_out = [], []
-    for number, row in enumerate(rows, 1):
-        where = f"{path}: pair {row.get('id', number)}"
-        finish = (row.get("teacher") or {}).get("finish", {}) if isinstance(row.get("teacher"), dict) else {}
-        reason = None
-        if "error" in row:
-            reason = "failed"
-        elif needs_scores and not is_scored(row):
-            reason = "no score"
-        elif "length" in (finish.get("answer"), finish.get("revision")) and not args.keep_cut:
-            reason = "cut off by the teacher"
-        elif args.accept and not row["score_chosen"] > row["score_rejected"]:
-            reason = "not accepted"
-        if reason:
-            counts[reason] += 1
-            continue
-        prompt, *answers = split_row(row, where)
-        if not all(answer.strip() for answer in answers):
-            fail(f"{where}: an answer is empty; remove the pair")
-        try:
-            chosen, rejected = (encode(tokenizer, prompt, answer) for answer in answers)
-        except ValueError as error:
-            fail(f"{where}: {error}")
-        if len(chosen[0]) >= args.max_length:
-            fail(f"{where}: the prompt has {len(chosen[0])} tokens; raise --max-length {args.max_length}, or remove it")
-        room = args.max_length - len(chosen[0])
-        counts["shortened to --max-length"] += max(len(chosen[1]), len(rejected[1])) > room
-        chosen, rejected = ((prompt_ids, ids[:room]) for prompt_ids, ids in (chosen, rejected))
-        if chosen == rejected and args.loss != "sft":
-            counts["identical"] += 1
-            continue
-        delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else 0.0
-        pair = {"id": row.get("id", number), "chosen": chosen, "rejected": rejected, "delta": float(delta)}
-        (held_out if row.get("split") == "test" else train).append(pair)
-    return train, held_out, counts
+    made = (make_pair(row, number, path, tokenizer, args, counts) for number, row in enumerate(rows, 1))
+    pairs = on_disk(pair for pair in made if pair)
+    if not pairs and counts["no score"] and counts["no score"] + counts["failed"] == sum(counts.values()):
+        fail(f"{path}: no pair has score_chosen and score_rejected; run score.py, or use --loss dpo")
+    return pairs.where(lambda pair: not pair["held_out"]), pairs.where(lambda pair: pair["held_out"]), counts
+
+
+def make_pair(row, number, path, tokenizer, args, counts):
+    """The pair of a row, the `number`th; None where it is left out, which is then counted."""
+    for side in SIDES:  # UltraFeedback's names
+        if f"{side}_rating" in row:
+            row.setdefault(f"score_{side}", row[f"{side}_rating"])
+    where = f"{path}: pair {row.get('id', number)}"
+    finish = (row.get("teacher") or {}).get("finish", {}) if isinstance(row.get("teacher"), dict) else {}
+    reason = None
+    if "error" in row:
+        reason = "failed"
+    elif (args.loss in SCORE_AWARE or args.accept) and not is_scored(row):
+        reason = "no score"
+    elif "length" in (finish.get("answer"), finish.get("revision")) and not args.keep_cut:
+        reason = "cut off by the teacher"
+    elif args.accept and not row["score_chosen"] > row["score_rejected"]:
+        reason = "not accepted"
+    if reason:
+        counts[reason] += 1
+        return None
+    prompt, *answers = split_row(row, where)
+    if not all(answer.strip() for answer in answers):
+        fail(f"{where}: an answer is empty; remove the pair")
+    try:
+        chosen, rejected = (encode(tokenizer, prompt, answer) for answer in answers)
+    except ValueError as error:
+        fail(f"{where}: {error}")
+    if len(chosen[0]) >= args.max_length:
+        fail(f"{where}: the prompt has {len(chosen[0])} tokens; raise --max-length {args.max_length}, or remove it")
+    room = args.max_length - len(chosen[0])
+    counts["shortened to --max-length"] += max(len(chosen[1]), len(rejected[1])) > room
+    chosen, rejected = ((prompt_ids, ids[:room]) for prompt_ids, ids in (chosen, rejected))
+    if chosen == rejected and args.loss != "sft":
+        counts["identical"] += 1
+        return None
+    delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else 0.0
+    pair = {"id": row.get("id", number), "chosen": chosen, "rejected": rejected, "delta": float(delta)}
+    return {**pair, "held_out": row.get("split") == "test"}
 
 
 # ---- the student, on one process or cut over many ---------------------------------------------------------------
@@ -276,24 +288,25 @@ def load_student(name, device, dtype, attention="sdpa", share_prompt=True, check
     return model, tokenizer
 
 
-def pair_logps(model, pairs):
-    """log pi of chosen and rejected: (B, 2) fp32."""
-    return model.logps([pair[side] for pair in pairs for side in ("chosen", "rejected")]).view(-1, 2)
+def pair_logps(model, pairs, sides=SIDES):
+    """log pi of the answers of each pair, chosen and rejected or one of them: (B, len(sides)) fp32."""
+    return model.logps([pair[side] for pair in pairs for side in sides]).view(-1, len(sides))
 
 
-def pair_cost(pair):
+def pair_cost(pair, sides=SIDES):
     """Tokens of a pair in a stream: the prompt stands there once."""
-    return len(pair["chosen"][0]) + len(pair["chosen"][1]) + len(pair["rejected"][1])
+    return len(pair["chosen"][0]) + sum(len(pair[side][1]) for side in sides)
 
 
-def shares(model, pairs, budget):
+def shares(model, pairs, budget, sides=SIDES):
     """This process's part of the pairs, as streams of at most `budget` tokens: [(places in pairs, weight)].
 
     FSDP puts a layer together on all processes at once, so all must run equally many streams: where this process has
     fewer than another, the first pair is run again, with weight 0. A model that takes no streams runs pair by pair.
     """
     budget = budget if model.packs else 0
-    cuts = [list(cut(range(r, len(pairs), WORLD), lambda i: pair_cost(pairs[i]), budget)) for r in range(WORLD)]
+    costs = [pair_cost(pair, sides) for pair in pairs]
+    cuts = [list(cut(range(r, len(pairs), WORLD), costs.__getitem__, budget)) for r in range(WORLD)]
     surplus = max(map(len, cuts)) - len(cuts[RANK])
     return [(places, 1.0) for places in cuts[RANK]] + [([0], 0.0)] * surplus
 
@@ -312,12 +325,12 @@ def wait():
 
 
 @torch.no_grad()
-def all_pair_logps(model, pairs, budget, what=None):
-    """pair_logps of any number of pairs, the work shared by all processes, the result on each: (len(pairs), 2) fp32."""
-    logps = torch.zeros(len(pairs), 2, device=model.device)
+def all_pair_logps(model, pairs, budget, sides=SIDES, what=None):
+    """pair_logps of any number of pairs, the work shared by all processes, the result on each."""
+    logps = torch.zeros(len(pairs), len(sides), device=model.device)
     with tqdm(total=len(pairs), desc=what, unit="pair", disable=RANK > 0 or what is None) as bar:
-        for places, weight in shares(model, pairs, budget):
-            values = pair_logps(model, [pairs[i] for i in places])
+        for places, weight in shares(model, pairs, budget, sides):
+            values = pair_logps(model, [pairs[i] for i in places], sides)
             if weight:
                 logps[places] = values
                 bar.update(len(places) * WORLD)
@@ -339,7 +352,7 @@ def weights_digest(model):
 
 
 def reference_logps(model, digest, pairs, path, args):
-    """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data.
+    """log pi_ref of every pair, (len(pairs), 2) fp32, computed once and kept beside the data. pairs: Rows.
 
     The file's name is a hash of the weights (`digest`), of every token and of what else the numbers depend on, so a
     changed model or changed data never meet an old cache: one process rounds otherwise than FSDP's. The check at step
@@ -347,12 +360,13 @@ def reference_logps(model, digest, pairs, path, args):
     """
     how = f"{args.dtype} {model.device.type} {'cut' if WORLD > 1 else 'whole'} {torch.__version__}"
     key = hashlib.sha256(f"{how} {digest}".encode())
-    key.update(json.dumps([[pair["chosen"], pair["rejected"]] for pair in pairs]).encode())
+    for pair in pairs:
+        key.update(json.dumps([pair["chosen"], pair["rejected"]]).encode())
     cache = path.with_name(f"{path.stem}.reference-{key.hexdigest()[:16]}.safetensors")
     if summed(torch.tensor(float(RANK == 0 and cache.exists()), device=model.device)):
         logps = load_file(cache)["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
         return summed(logps.to(model.device))
-    logps = all_pair_logps(model, pairs, args.pack_tokens, "reference log-probs")
+    logps = all_pair_logps(model, pairs, args.pack_tokens, what="reference log-probs")
     if RANK == 0:
         save_file({"logps": logps.cpu()}, f"{cache}.{os.getpid()}.part")
         os.replace(f"{cache}.{os.getpid()}.part", cache)
@@ -462,6 +476,8 @@ def draw_curves(path, log, pairs):
     panels = [("loss",), ("margin",), ("accuracy",), ("chosen_logps", "rejected_logps"), ("grad_norm",)]
     for axis, names in zip(axes.flat, panels, strict=False):
         for name, colour in zip(names, ("tab:blue", "tab:red"), strict=False):
+            if name not in steps[0]:  # sft knows no pairs
+                continue
             axis.plot([row["step"] for row in steps], [row[name] for row in steps], colour, lw=1, label=name)
             if looks and name in looks[0]:
                 axis.plot([row["step"] for row in looks], [row[name] for row in looks], f"{colour[4]}o--", lw=1, ms=4)
@@ -566,17 +582,25 @@ def open_log(path, start):
     return path.open("a")
 
 
-def model_flops(model, pairs):
+def model_flops(model, pairs, sides):
     """Floating-point operations of a training step by the usual count: 6 a weight and token that meet."""
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         body -= head
-    completions = sum(len(pair[side][1]) for pair in pairs for side in ("chosen", "rejected"))
-    return 6 * (body * sum(map(pair_cost, pairs)) + head * completions)
+    completions = sum(len(pair[side][1]) for pair in pairs for side in sides)
+    return 6 * (body * sum(pair_cost(pair, sides) for pair in pairs) + head * completions)
 
 
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from the makers' data sheets
+
+
+def as_text(means):
+    """The means of diagnose() for a line on the screen."""
+    forms = {"loss": ".4f", "margin": "+.3f", "accuracy": ".2f", "belief": ".2f", "student": ".2f"}
+    return " | ".join(
+        f"{name.removesuffix('_logps')} {value:{forms.get(name, '8.2f')}}" for name, value in means.items()
+    )
 
 
 def say(text):
@@ -607,7 +631,7 @@ def main():
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out" + (f"; {left_out}" if left_out else ""))
 
     # -- what the loss is told of the scores
-    deltas = torch.tensor([pair["delta"] for pair in train], dtype=torch.float64)
+    deltas = torch.tensor(array("d", (pair["delta"] for pair in train)), dtype=torch.float64)
     tau = args.tau * (deltas.std(correction=0).item() or 1.0)
     belief = torch.sigmoid(deltas / tau)
     mean_weight = (2 * belief - 1).clamp(min=0).mean().item()
@@ -620,11 +644,14 @@ def main():
     # -- steps; the order of the data is a function of seed and epoch alone
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
+    sides = sides_of(args.loss)
     warmup = max(1, round(args.warmup * steps))
 
     # -- where to write, and from where to go on
-    digest = hashlib.sha256(json.dumps([train, held_out]).encode()).hexdigest()[:12]
-    run = {**vars(args), "input": str(source), "data": digest, "steps": steps, "tau_absolute": tau}
+    digest = hashlib.sha256()
+    for pair in train + held_out:
+        digest.update(json.dumps(pair).encode())
+    run = {**vars(args), "input": str(source), "data": digest.hexdigest()[:12], "steps": steps, "tau_absolute": tau}
     run |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
     model, tokenizer = load_student(
         args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
@@ -652,9 +679,9 @@ def main():
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     with autocast:  # before the checkpoint: the reference is the model before training
-        reference = reference_logps(model, weights, train + held_out, source, args)
-    for index, pair in enumerate(train):
-        pair["index"] = index
+        reference = torch.zeros(len(train) + len(held_out), 1, device=device)
+        if args.loss != "sft":
+            reference = reference_logps(model, weights, train + held_out, source, args)
     start, skipped = load_checkpoint(out, model, optimizer)
     log, speed = open_log(out / "log.jsonl", start), open_log(out / "speed.jsonl", start)
     board = None
@@ -678,12 +705,9 @@ def main():
     def look_at_held_out(step):
         """The diagnostics on pairs of groups that training never saw; (p, sigmoid(z)) of each."""
         with autocast:
-            policy = all_pair_logps(model, held_out, args.pack_tokens)
+            policy = all_pair_logps(model, held_out, args.pack_tokens, sides)
         means, beliefs = diagnose(args.loss, policy, reference[len(train) :], held_out, settings)
-        say(
-            f"held out  {step:4d}/{steps} | loss {means['loss']:.4f} | margin {means['margin']:+.3f} | "
-            f"acc {means['accuracy']:.2f} | p {means['belief']:.2f}, student {means['student']:.2f}"
-        )
+        say(f"held out  {step:4d}/{steps} | {as_text(means)}")
         record(step, {"held_out": means}, "held_out")
         return beliefs
 
@@ -692,15 +716,16 @@ def main():
     for step in range(start, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
-        order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
-        batch = [train[i] for i in order[place * args.batch_size : (place + 1) * args.batch_size]]
-        known = reference[[pair["index"] for pair in batch]]
+        if place == 0 or step == start:
+            order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
+        picks = order[place * args.batch_size : (place + 1) * args.batch_size]
+        batch, known = [train[i] for i in picks], reference[picks]
 
-        policy = torch.zeros(len(batch), 2, device=device)
-        for places, weight in shares(model, batch, args.pack_tokens):
+        policy = torch.zeros(len(batch), len(sides), device=device)
+        for places, weight in shares(model, batch, args.pack_tokens, sides):
             pairs = [batch[i] for i in places]
             with autocast:
-                logps = pair_logps(model, pairs)
+                logps = pair_logps(model, pairs, sides)
             losses, _ = pair_losses(args.loss, logps, known[places], pairs, settings)
             # A sum over pairs, divided by the whole batch: streams and processes do not change the result.
             # WORLD, because FSDP takes the mean over the processes where the sum is meant.
@@ -735,14 +760,13 @@ def main():
 
         # -- the rest is just diagnostics and saving
         seconds = time.perf_counter() - began
-        tokens = sum(len(pair[side][1]) for pair in batch for side in ("chosen", "rejected"))
+        tokens = sum(len(pair[side][1]) for pair in batch for side in sides)
         pace = {"seconds": seconds, "tokens_per_second": tokens / seconds}
         if peak:
-            pace["utilisation"] = model_flops(model, batch) / seconds / WORLD / peak
+            pace["utilisation"] = model_flops(model, batch, sides) / seconds / WORLD / peak
         say(
-            f"step {step + 1:4d}/{steps} | loss {means['loss']:.4f} | margin {means['margin']:+.3f} | "
-            f"acc {means['accuracy']:.2f} | chosen {means['chosen_logps']:8.2f} | rejected {means['rejected_logps']:8.2f} | "
-            f"norm {norm:6.2f} | lr {rate:.1e} | {1000 * seconds:,.0f} ms | {tokens / seconds:,.0f} tok/s"
+            f"step {step + 1:4d}/{steps} | {as_text(means)} | norm {norm:6.2f} | lr {rate:.1e} | "
+            f"{1000 * seconds:,.0f} ms | {tokens / seconds:,.0f} tok/s"
             + (f" | {pace['utilisation']:.0%} of peak" if peak else "")
         )
         record(step + 1, {**means, "grad_norm": norm, "lr": rate})

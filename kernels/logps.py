@@ -210,13 +210,12 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
 
 
 def _memory_for_e(h, columns, dtype):
-    """(N, columns) of dtype. On Linux's CPU in pages of its own, for malloc would keep the pages of what is let go slab
-    by slab while dW grows beside it. Huge ones, because 512 times as many small ones would each be a page fault."""
+    """(N, columns) of dtype. On a CPU in pages of its own, for malloc would keep the pages of what is let go slab by slab
+    while dW grows beside it."""
     shape = len(h), columns
-    if _on_triton(h) or not hasattr(mmap, "MADV_HUGEPAGE") or len(h) == 0:
+    if _on_triton(h) or not hasattr(mmap, "MAP_ANONYMOUS") or len(h) == 0:
         return h.new_empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, len(h) * columns * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -79,12 +79,12 @@ def run_ours(job):
     if job["off"] == "caching":  # the reference is computed at every step, by a model of its own
         frozen, plain = [], train.pair_logps
 
-        def both(model, pairs):
+        def both(model, pairs, *sides):
             if torch.is_grad_enabled():
                 frozen.append(frozen[0] if frozen else copy.deepcopy(model).requires_grad_(False))
                 with torch.no_grad():
                     score.completion_logps(frozen[0], [pair[side] for pair in pairs for side in ("chosen", "rejected")])
-            return plain(model, pairs)
+            return plain(model, pairs, *sides)
 
         train.pair_logps = both
     if job["off"] == "kernel":  # log_softmax and gather on the logits of the answers, with autograd

@@ -65,7 +65,7 @@ def with_client(url, calls, threads):
             return server.ask([{"role": "user", "content": f"Question {i}: " + "why " * 50}], row=str(i), seed=i, **how)
 
         began = time.perf_counter()
-        replies = list(in_order(ask, range(calls), threads))
+        replies = list(in_order(ask, range(calls), server))
         seconds = time.perf_counter() - began
         assert all(reply.finish == "stop" for reply in replies) and server.asked == calls
     return calls / seconds

@@ -87,9 +87,9 @@ def test_implicit_accuracy_counts_pairs_by_name_and_by_score():
 
 
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
-    row = {"model": "a", "id": "1", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "answer": "Yes."}
+    row = {"model": "a", "id": "1", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
     rows = [row | {"finish": "stop", "control": False}, row | {"finish": "stop", "control": True, "group": "h"}]
-    rows += [row | {"finish": "stop", "control": False, "model": "b", "score": None, "answer": ""}]
+    rows += [row | {"finish": "stop", "control": False, "model": "b", "score": None, "words": 0}]
     table = summarise(["a", "b", "nobody"], rows, {"kind": "match"}, {})
     text = make_table(table, {"kind": "match", "better": "higher"})
     assert len({line.count("|") for line in text.splitlines()}) == 1 and "nobody" not in text

@@ -345,7 +345,7 @@ def test_recompute_keeps_two_numbers_a_token_and_forward_only_nothing(monkeypatc
     assert sorted(map(tuple, kept)) == [(8,)] * 3 + [(8, 16), (100, 16)]  # labels, LSE, z[y]; operands, kept anyway
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="elsewhere the memory of e is malloc's own business")
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="elsewhere the memory of e is malloc's own business")
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])
 def test_what_is_retained_is_two_or_four_bytes_a_logit_and_is_let_go_slab_by_slab(monkeypatch, dtype, size):
     N, slabs = 6, 4

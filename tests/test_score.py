@@ -200,6 +200,7 @@ def test_an_encoder_classifier_scores_plain_text(run, pairs, workdir):
 def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(run, tiny, pairs, workdir, monkeypatch):
     def broken(args, task, out):
         scores = lambda rows, answers: [(float("nan"), None), *[(1.0, None)] * (len(answers) - 1)]  # noqa: E731
+        scores.server = None
         return scores, {"kind": "contrast", "model": "x"}
 
     monkeypatch.setattr(score, "make_reward", broken)
@@ -231,7 +232,8 @@ def test_the_audit_counts_wins_ties_and_length():
         pair_row(2, "a", "longer", -1.0),
         pair_row(3, "a", "b", 0.0),
     ]
-    text = audit(rows)
+    text, failed, unscored = audit([*rows, {"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}])
+    assert (failed, unscored) == (1, 1)
     assert "won 50%, lost 25%, ties 25%" in text
     assert "mean gap (chosen - rejected) +0.500" in text
     assert "length +0.9" in text
@@ -293,7 +295,8 @@ def test_a_judge_of_the_teachers_family_is_noted(run, server, workdir, monkeypat
         pair_row(0, "a", "b") | {"teacher": {"model": name}, "reward": {"kind": "judge", "model": "Org/Qwen2.5-7B"}}
         for name in ("qwen/Qwen3-8B",)
     ]
-    assert "one family" in audit(rows) and "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])
+    assert "one family" in audit(rows)[0]
+    assert "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])[0]
 
 
 def test_a_rating_is_weighed_by_its_log_probs_where_one_token_wrote_it():
