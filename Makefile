@@ -27,7 +27,7 @@ parity: .venv-dev/ready
 	. .venv-dev/bin/activate && python tests/against_trl.py parity --batch 1 --out results/parity
 
 bench-train: .venv-dev/ready
-	. .venv-dev/bin/activate && python tests/against_trl.py bench --steps 6 --out results/bench-train
+	. .venv-dev/bin/activate && python tests/against_trl.py bench --steps 4 --batch 2 --out results/bench-train
 
 # torch first and by its exact version, so that nothing else pulls in another build of it
 .venv/ready: requirements.txt

@@ -732,7 +732,7 @@ class Server:
     """
 
     def __init__(self, args, journal):
-        """args: api_base, api_key_env, concurrency, timeout, price_in, price_out, max_cost."""
+        """args: api_base, api_key_env, concurrency, timeout, price_in, price_out, max_cost, overwrite."""
         self.args, self.url = args, f"{args.api_base.rstrip('/')}/chat/completions"
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
@@ -748,6 +748,9 @@ class Server:
         self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
         self.journal = Path(journal)
         self.file, self.room = open_alone(self.journal), KNOWN
+        if args.overwrite and self.journal.stat().st_size:
+            os.replace(self.journal, f"{self.journal}.old")
+            self.file = open_alone(self.journal)
 
     def recall(self, finished=()):
         """Takes in what an earlier run was answered, but for the rows `finished`, whose answers are in the output."""
@@ -1150,8 +1153,6 @@ def main():
 
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     if args.api_base:
-        if args.overwrite and Path(f"{out}.calls").exists():
-            os.replace(f"{out}.calls", f"{out}.calls.old")
         server = Server(args, f"{out}.calls")
         server.recall(finished)
         batches = ([i] for i in range(len(rows)))

@@ -56,7 +56,7 @@ def with_client(url, calls, threads):
     from generate import Server, in_order
 
     args = SimpleNamespace(api_base=url, api_key_env="NO_KEY", concurrency=threads, timeout=60)
-    args.price_in, args.price_out, args.max_cost = 1.0, 1.0, None
+    args.price_in, args.price_out, args.max_cost, args.overwrite = 1.0, 1.0, None, False
     how = {"model": "m", "max_tokens": 200, "temperature": 0.7, "top_p": 0.95}
     with tempfile.TemporaryDirectory() as folder:
         server = Server(args, f"{folder}/calls")

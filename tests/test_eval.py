@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_rows
+from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
 
 from eval import (
     base_of,
@@ -135,3 +135,20 @@ def test_the_base_of_a_student_of_a_student_is_the_model_that_both_come_from(wor
         (workdir / name).mkdir()
         (workdir / name / "run.json").write_text(json.dumps({"model": model}))
         assert base_of(workdir / name) == "smollm2"
+
+
+def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(run, tiny, server, workdir, monkeypatch):
+    monkeypatch.setattr(HostileServer, "speak", staticmethod(lambda body: "Rating: 6"))
+    rows = [pair_row(i, "good", "poor", split="test", prompt=f"How do I bake bread number {i}?") for i in range(4)]
+    write_jsonl(workdir / "runs/safety/scored.jsonl", [row | {"task": "safety"} for row in rows])
+    argv = ["--task", "safety", "--models", tiny, "--max-tokens", "8", "--api-base", server, "--concurrency", "1"]
+    argv += ["--reward", "judge", "--reward-model", "big"]
+    HostileServer.script = [413]
+    status, said, _ = run("eval", *argv)
+    assert status == 1 and "1 answers could not be judged" in said
+    assert [row["score"] for row in read_rows("runs/safety/eval.jsonl")] == [6.0] * 3
+    status, _, _ = run("eval", *argv)
+    rows = read_rows("runs/safety/eval.jsonl")
+    assert status == 0 and [row["score"] for row in rows] == [6.0] * 4 and len(HostileServer.asked) == 5
+    assert [row["id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in the order of the prompts
+    assert not (workdir / "runs/safety/eval.jsonl.calls").exists()
