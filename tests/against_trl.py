@@ -111,7 +111,9 @@ def run_ours(job):
     argv += ["--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR), "--beta", str(BETA)]
     argv += ["--epsilon", str(EPSILON), "--warmup", str(WARMUP), "--epochs", "1", "--batch-size", str(job["batch"])]
     argv += ["--max-length", "2048", "--seed", str(SEED), "--save-every", "1000000"]
-    sys.argv = argv + (["--no-share-prompt"] if job["off"] == "sharing" else [])
+    sys.argv = argv + {"sharing": ["--no-share-prompt"], "activations": ["--checkpoint-activations"]}.get(
+        job["off"], []
+    )
     train.main()
     log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
     speed = [json.loads(line) for line in (Path(job["out"]) / "speed.jsonl").read_text().splitlines()]
@@ -282,10 +284,11 @@ def bench(args):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = {"model": args.model, "data": str(data), "loss": "dpo", "dtype": "bfloat16", "batch": args.batch}
         job |= {"set": kind, "prompt_tokens": prompt}
-        who = [("trl", ""), ("trl", "activations"), ("ours", ""), *(("ours", off) for off in OFF)]
+        main = [("trl", ""), ("trl", "activations"), ("ours", ""), ("ours", "activations")]
+        who = main + [("ours", off) for off in OFF]
         runs = {one: [] for one in who}
-        for _ in range(args.rounds):  # in turns, so that a busy minute hits all
-            for one in who:
+        for turn in range(args.rounds):  # in turns, so that a busy minute hits all
+            for one in who if turn == 0 else main:
                 got = start({**job, "who": one[0], "off": one[1]}, args.work)
                 runs[one].append(got)
                 pace = 2 * answer * args.batch / statistics.median(got["seconds"][1:])
@@ -301,7 +304,7 @@ def bench(args):
         )
         for line in (m for m in measured if m["set"] == kind):
             name = {"trl": "TRL DPOTrainer", "ours": "train.py"}[line["who"]]
-            name += {"": "", "activations": ", gradient checkpointing"}.get(line["off"], f" without {line['off']}")
+            name += {"": "", "activations": ", activation checkpointing"}.get(line["off"], f" without {line['off']}")
             speed, memory = line["tokens_per_second"], line["peak_bytes"]
             row = [
                 f"{kind} ({prompt} + 2 x {answer})",
@@ -317,7 +320,8 @@ def bench(args):
     made = f"Made by `{facts['command']}` at commit {facts['commit']}, {facts['date']}, on {facts['hardware']}, "
     made += f"torch {facts['torch']}, transformers {facts['transformers']}, trl {facts['trl']}. Median of "
     made += (
-        f"{args.rounds} x {args.steps - 1} steps of {args.batch} pairs; memory is the process's largest resident set."
+        f"{args.rounds} x {args.steps - 1} steps of {args.batch} pairs, of {args.steps - 1} with a feature off; memory is "
+        "the process's largest resident set."
     )
     (args.out / "report.md").write_text(f"{text}\n\n{made}\n")
     draw(args.out / "bench.png", measured)
@@ -340,7 +344,7 @@ def draw(path, measured):
         names = [
             f"{'TRL' if m['who'] == 'trl' else 'train.py'}{' without ' + m['off'] if m['off'] else ''}" for m in mine
         ]
-        names = [name.replace("TRL without activations", "TRL, gradient checkpointing") for name in names]
+        names = [name.replace(" without activations", ", activation checkpointing") for name in names]
         colours = ["tab:gray" if m["who"] == "trl" else "tab:blue" if not m["off"] else "tab:cyan" for m in mine]
         for axis, key, unit in ((axes[0][column], "tokens_per_second", 1), (axes[1][column], "peak_bytes", 2**30)):
             axis.barh(names, [m[key] / unit for m in mine], color=colours)
@@ -362,7 +366,9 @@ def main():
     )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="bench: runs of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="bench: runs of each kind; with a feature off, one (default: %(default)s)"
+    )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="parity: which")
     parser.add_argument(
         "--sets", nargs="+", choices=["prompt-heavy", "answer-heavy"], default=["prompt-heavy", "answer-heavy"]
