@@ -358,8 +358,6 @@ def main():
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     how |= {"samples": args.samples, "reward": settings}
     done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), everything, ["prompt"])
-    if reward.server:
-        reward.server.recall()
     weights_of = {(row["model"], row["id"], row["sample"]): row["weights"] for row in done}
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -377,7 +375,6 @@ def main():
             model, tokenizer = load_model(path, device, dtype)
             check_model(model, path)
             mine, jobs = rows, [(i, k) for k in range(args.samples) for i in range(len(rows))]
-            costs = [len(encode(tokenizer, row["prompt"])[0]) + args.max_tokens for row in mine]
             made_by = dict.fromkeys(rows.ids, weights_digest(model)[:16])
             pairs = held_out_pairs(refined, source, tokenizer)
             sequences = (pair[side] for pair in pairs for side in SIDES)
@@ -386,6 +383,10 @@ def main():
                 base_logps = logps
             elif pairs:
                 accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
+            try:
+                costs = [len(encode(tokenizer, row["prompt"])[0]) + args.max_tokens for row in mine]
+            except ValueError as error:
+                fail(f"--models {path}: {error}")
         if any(key[0] == name and was != made_by.get(key[1], was) for key, was in weights_of.items()):
             fail(f"{out}: the answers of {name} came from other weights; pass --overwrite")
         # Batches are cut from all jobs, so that a continued run samples the same ones.
@@ -412,6 +413,9 @@ def main():
     if reward.server:
         reward.server.finish(whole=not unjudged)
 
+    if not out.stat().st_size:
+        print(f"{out}: none of the {unjudged} answers could be judged; the same command asks again")
+        raise SystemExit(1)
     answers = in_order_with_metric(out, names, everything, metric)
     measured, shown, asked = [], [], set(rows.ids)
     for row in answers:

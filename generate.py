@@ -113,13 +113,15 @@ def line_at(descriptor, place, size=1 << 14):
 
 
 def on_disk(rows):
-    """Rows of any iterable, in a file that has no name and goes with the last use of it."""
-    kept = Rows(tempfile.TemporaryFile())
-    place = 0
+    """Rows of any iterable, in a file of the temporary folder (TMPDIR) that has no name and goes with its last use."""
+    kept, place = Rows(tempfile.TemporaryFile()), 0
     for row in rows:
         kept.note(place, row.get("id"))
-        place += kept.file.write(json.dumps(row).encode() + b"\n")
-    kept.file.flush()
+        try:
+            place += kept.file.write(json.dumps(row).encode() + b"\n")
+            kept.file.flush()
+        except OSError as error:
+            fail(f"{tempfile.gettempdir()}: {error.strerror}; let TMPDIR name a folder with room for the input twice")
     return kept
 
 
@@ -537,18 +539,22 @@ def sample(model, tokenizer, conversations, *, seeds, pasts=None, **how):
     except torch.OutOfMemoryError:
         if len(conversations) == 1:
             raise
+    # outside of the handler, which would keep the failed batch alive
     tqdm.write(f"out of memory with {len(conversations)} rows at once; going on with halves", file=sys.stderr)
-    replies, middle = [], len(conversations) // 2  # outside of the handler, which would keep the failed batch alive
+    for past in pasts or ():
+        past.ids, past.layers = [], None
+    replies, middle = [], len(conversations) // 2
     for half in (slice(middle), slice(middle, None)):
-        own = pasts and pasts[half]
-        replies += sample(model, tokenizer, conversations[half], seeds=seeds[half], pasts=own, **how)
+        replies += sample(model, tokenizer, conversations[half], seeds=seeds[half], **how)
     return replies
 
 
 @dataclass
 class Past:
-    """What a model has read and said in a conversation: token ids, and of each layer (keys, values), (heads, T, d)."""
+    """What a model has read and said in a conversation: token ids, and of each layer (keys, values), (heads, T, d); for
+    as many turns as will be gone on from."""
 
+    turns: int
     ids: list = field(default_factory=list)
     layers: list | None = None
 
@@ -598,9 +604,11 @@ def sample_batch(
     def leave(rows):
         """Rows of the cache that are not needed here again, into the pasts of their conversations."""
         for k in rows if pasts else ():
-            columns = mask[k].nonzero().squeeze(-1)
-            pasts[live[k]].ids = (prompts[live[k]] + sampled[live[k]])[: len(columns)]
-            pasts[live[k]].layers = [(part.keys[k][:, columns], part.values[k][:, columns]) for part in cache.layers]
+            past, columns = pasts[live[k]], mask[k].nonzero().squeeze(-1)
+            if past.turns > 0:
+                layers = [(part.keys[k][:, columns], part.values[k][:, columns]) for part in cache.layers]
+                past.ids, past.layers = (prompts[live[k]] + sampled[live[k]])[: len(columns)], layers
+                past.turns -= 1
 
     for step in range(max_tokens):
         logits = logits.float()  # (rows still live, V)
@@ -716,7 +724,6 @@ def padded(pasts, lengths, width, layer, kind):
 # ---- the model on a server ------------------------------------------------------------------------------------
 
 
-KNOWN = 20_000  # answers of this run held in memory, newest first; all are on disk, and in their rows
 TRIES = 7  # of one call; the pauses between them add up to two minutes
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses worth another try
 WRONG = (401, 402, 403, 404)  # statuses that every call would meet
@@ -745,26 +752,18 @@ class Server:
         self.asked = self.repeated = self.reused = self.failed_in_a_row = 0
         self.spent = self.promised = 0.0  # in the prices' currency: paid, and at most due for calls under way
         self.stopped = None  # the exit status, once no further call may be made
-        self.replies = collections.OrderedDict()  # key of a call -> Future of its Reply
+        self.running = {}  # key of a call under way -> Future of its Reply
+        self.places = {}  # key of a call that was answered -> where its line begins in the journal
         self.journal = Path(journal)
-        self.file, self.room = open_alone(self.journal), KNOWN
+        self.file = open_alone(self.journal)
         if args.overwrite and self.journal.stat().st_size:
             os.replace(self.journal, f"{self.journal}.old")
             self.file = open_alone(self.journal)
-
-    def recall(self, finished=()):
-        """Takes in what an earlier run was answered, but for the rows `finished`, whose answers are in the output."""
-        whole = 0
-        with self.journal.open("rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                whole, call = whole + len(line), json.loads(line)
-                if call["row"] not in finished:
-                    self.replies[call["key"]] = Future()
-                    self.replies[call["key"]].set_result(Reply(**call["reply"]))
+        self.answers, whole = self.journal.open("rb"), 0
+        for line in self.answers:
+            if line.endswith(b"\n"):
+                self.places[json.loads(line)["key"]], whole = whole, whole + len(line)
         self.file.truncate(whole)
-        self.room += len(self.replies)
 
     def ask(self, messages, *, row, model, max_tokens, temperature, top_p, seed, **more):
         """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
@@ -772,23 +771,24 @@ class Server:
         body |= {"top_p": top_p, "seed": seed, **more}
         key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()[:24]
         with self.turn:
-            known = self.replies.get(key)
-            mine = self.replies.setdefault(key, Future())
-            self.reused += known is not None
-        if known is not None:  # answered in an earlier run, or being asked by another thread: the same call
-            return known.result()
+            place, running = self.places.get(key), self.running.get(key)
+            if place is None and running is None:
+                mine = self.running[key] = Future()
+            else:
+                self.reused += 1
+        if place is not None:  # answered in this run or an earlier one
+            return Reply(**json.loads(line_at(self.answers.fileno(), place))["reply"])
+        if running is not None:  # another thread is asking the same
+            return running.result()
         try:
-            reply = self.post(body, row, key)
+            mine.set_result(self.post(body, row, key))
         except BaseException as error:
             mine.set_exception(error)
             raise
-        mine.set_result(reply)
-        with self.turn:
-            if reply.finish.startswith("error"):
-                self.replies.pop(key)
-            elif len(self.replies) > self.room:
-                self.replies.popitem(last=False)
-        return reply
+        finally:
+            with self.turn:
+                del self.running[key]
+        return mine.result()
 
     def post(self, body, row, key):
         """The call itself: waits for its turn, tries until there is an answer, writes the answer down."""
@@ -821,6 +821,7 @@ class Server:
                     self.asked, self.failed_in_a_row = self.asked + 1, 0
                     self.limit = min(float(args.concurrency), self.limit + 1 / self.limit)
                     if reply.text:  # an empty one may be better another day
+                        self.places[key] = os.fstat(self.file.fileno()).st_size
                         append(self.file, {"key": key, "row": row, "reply": vars(reply)})
                     return reply
                 if slow:
@@ -1154,7 +1155,6 @@ def main():
     how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     if args.api_base:
         server = Server(args, f"{out}.calls")
-        server.recall(finished)
         batches = ([i] for i in range(len(rows)))
 
         def chat(conversations, seeds, ids):
@@ -1179,7 +1179,7 @@ def main():
             if form_name == "conversation":  # each call goes on where the one before has ended
                 if not pasts.keys() >= set(ids):
                     pasts.clear()
-                own = [pasts.setdefault(identity, Past()) for identity in ids]
+                own = [pasts.setdefault(identity, Past(turns=2)) for identity in ids]
             return sample(model, tokenizer, conversations, seeds=seeds, pasts=own, report=report, **how)
 
         def finish(batches):

@@ -142,9 +142,8 @@ def completion_logps(model, sequences, share_prompt=True):
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state[0]  # (T, D)
     head = model.get_output_embeddings()
-    dtype = head.weight.dtype  # on the CPU linear_logps computes in fp32 anyway: a bf16 copy would only cost
-    if device.type != "cpu" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
     bias = getattr(head, "bias", None)
     return linear_logps(
         hidden[rows].to(dtype),
@@ -527,8 +526,6 @@ def main():
     same = ["prompt", *SIDES]
     done, file = open_output(out, args.overwrite, settings, lambda row: row.get("reward"), everything, same)
     finished = set(done.ids)
-    if reward.server:
-        reward.server.recall(finished)
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
     made_at = commit()

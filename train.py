@@ -476,7 +476,7 @@ def draw_curves(path, log, pairs):
     panels = [("loss",), ("margin",), ("accuracy",), ("chosen_logps", "rejected_logps"), ("grad_norm",)]
     for axis, names in zip(axes.flat, panels, strict=False):
         for name, colour in zip(names, ("tab:blue", "tab:red"), strict=False):
-            if name not in steps[0]:  # sft knows no pairs
+            if not steps or name not in steps[0]:  # sft knows no pairs
                 continue
             axis.plot([row["step"] for row in steps], [row[name] for row in steps], colour, lw=1, label=name)
             if looks and name in looks[0]:

@@ -72,10 +72,12 @@ import functools
 import math
 import mmap
 import os
+import threading
 from types import SimpleNamespace
 
 import torch
 
+_one_at_a_time = threading.RLock()  # see _exact_products
 _run_as_is = torch._disable_dynamo  # torch.compiler.disable, without its 1.4 s of imports before the first call
 tl = None  # triton.language, put here by _kernels() at the first call that needs it
 BLOCK_V, NUM_WARPS = 4096, 8  # 16 logits a thread: two 16-byte loads in bf16, four in fp32
@@ -204,7 +206,7 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
     peak = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # finite, for the reason in _fold_kernel
     z.sub_(peak).exp_()
     torch.logaddexp(lse, z.sum(-1).log_().add_(peak.squeeze(-1)), out=lse)
-    if keep and e is not z:
+    if keep and e.data_ptr() != z.data_ptr():
         e.copy_(z)
     return peak
 
@@ -508,17 +510,22 @@ def _exact_products(operand):
     """Autocast off: it would turn fp32 products into bf16 ones. And bf16 operands on a CPU, which _widen makes fp32
     because a bf16 product would round its result: oneDNN may take them for the bf16 numbers that they are. Products
     are exact then, sums and results fp32, at the speed of bf16 on CPUs with AMX; with AVX-512 alone it multiplies in
-    fp32, and on an AMD EPYC 1.3 times as fast as MKL. The setting is the whole process's, for as long as this lasts.
+    fp32, and on an AMD EPYC 1.3 times as fast as MKL. The setting is the whole process's, so one call at a time.
     """
     settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    try:
-        if operand.dtype == torch.bfloat16 and not operand.is_cuda:
-            settings.fp32_precision = "bf16"
-        with torch.autocast(operand.device.type, enabled=False):
+    with torch.autocast(operand.device.type, enabled=False):
+        if _on_triton(operand):
             yield
-    finally:
-        settings.fp32_precision = before
+            return
+        with _one_at_a_time:
+            before = settings.fp32_precision
+            try:
+                if operand.dtype == torch.bfloat16:
+                    settings.fp32_precision = "bf16"
+                yield
+            finally:
+                if operand.dtype == torch.bfloat16:
+                    settings.fp32_precision = before
 
 
 def _is_half(x):

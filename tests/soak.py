@@ -4,8 +4,8 @@
 
 generate.py, then score.py with a judge, are started as a user would, killed at random moments (SIGKILL and SIGINT) and
 started again until they are done. The server counts whole answers by request. Prints and writes soak.json: rows, calls,
-calls answered more than once and the most that the kills explain, and the memory of the process at a fifth, half and all
-of the rows of an unbroken stretch.
+calls answered more than once and the most that the kills explain, and the resident memory of the last, unbroken stretch
+at half, three quarters and all of the rows.
 """
 
 import argparse
@@ -35,16 +35,16 @@ FAULTS = {
     "no json": 10,
     "no choices": 10,
 }
-FAULTS |= {"empty": 5, "slow": 1}  # weights; the two that slow all calls down are rare, as on a real server
+FAULTS |= {"slow": 1}  # weights; the two that slow all calls down are rare, as on a real server
 
 
-def serve(port, counts, share):
-    """Chat completions until the process ends. counts: what to answer to when asked with GET."""
+def serve(port, share):
+    """Chat completions until the process ends, of which `share` fail; GET tells how many. port: a queue for the port."""
     answered, faults, draw = collections.Counter(), collections.Counter(), random.Random(0)
 
-    def payload(body, empty):
+    def payload(body):
         text = hashlib.sha256(body).hexdigest() + " word" * 60 + " Rating: 7"
-        choice = {"message": {"role": "assistant", "content": "" if empty else text}, "finish_reason": "stop"}
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 50, "completion_tokens": 60}}).encode()
 
     async def answer(reader, writer):
@@ -67,7 +67,7 @@ def serve(port, counts, share):
                     await asyncio.sleep(4)
                 status, _, wait = kind.partition(" ") if kind[0].isdigit() else ("200", "", "")
                 extra = f"Retry-After: {wait}\r\n" if wait else ""
-                data = payload(body, kind == "empty") if status == "200" else b'{"error": "busy"}'
+                data = payload(body) if status == "200" else b'{"error": "busy"}'
                 data = b"<html>" if kind == "no json" else b'{"choices": []}' if kind == "no choices" else data
             head = (
                 f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\n{extra}Content-Length: {len(data)}\r\n\r\n"
@@ -109,19 +109,21 @@ def drive(command, out, rows, kills, draw):
     """Runs a stage until it is done, killed `kills` times in its first two fifths; (seconds, [(rows written, MB)])."""
     began, marks, memory = time.time(), sorted(draw.sample(range(rows // 50, 2 * rows // 5), kills)), []
     while True:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        start = lines_of(out)
+        with open(f"{out}.log", "a") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         while process.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.5)
             done = lines_of(out)
-            if marks and done >= marks[0]:
+            if marks and done >= marks[0] and done > start:
                 process.send_signal(signal.SIGINT if len(marks) % 2 else signal.SIGKILL)
                 process.wait()
                 marks.pop(0)
-            elif not marks:
-                memory.append((done, resident(process)))
+            elif not marks and (now := resident(process)):
+                memory.append((done, now))
         if process.returncode == 0:
             return time.time() - began, memory
-        assert process.returncode in (130, -signal.SIGKILL, 1), process.stderr.read()[-500:]
+        assert process.returncode in (130, -signal.SIGKILL, 1), f"status {process.returncode}, see {out}.log"
 
 
 def main():
@@ -143,7 +145,7 @@ def main():
     from generate import provenance, read_jsonl
 
     ports, draw = multiprocessing.Queue(), random.Random(1)
-    process = multiprocessing.Process(target=serve, args=(ports, None, args.faults), daemon=True)
+    process = multiprocessing.Process(target=serve, args=(ports, args.faults), daemon=True)
     process.start()
     url = f"http://127.0.0.1:{ports.get()}/v1"
     work = args.work.resolve()
