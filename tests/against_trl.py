@@ -348,9 +348,9 @@ def draw(path, measured):
         colours = ["tab:gray" if m["who"] == "trl" else "tab:blue" if not m["off"] else "tab:cyan" for m in mine]
         for axis, key, unit in ((axes[0][column], "tokens_per_second", 1), (axes[1][column], "peak_bytes", 2**30)):
             axis.barh(names, [m[key] / unit for m in mine], color=colours)
-            axis.invert_yaxis()
             axis.set_xlabel("answer tokens a second" if unit == 1 else "peak memory, GiB", fontsize=9)
         axes[0][column].set_title(kind, fontsize=10)
+    axes[0][0].invert_yaxis()  # all share it
     figure.savefig(path, dpi=120)
 
 
