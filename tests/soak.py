@@ -117,7 +117,7 @@ def drive(command, out, rows, kills, draw):
             done = lines_of(out)
             if marks and done >= marks[0] and done > start:
                 process.send_signal(signal.SIGINT if len(marks) % 2 else signal.SIGKILL)
-                process.wait()
+                assert process.wait() in (130, -signal.SIGKILL), "it did not end at the signal"
                 marks.pop(0)
             elif not marks and (now := resident(process)):
                 memory.append((done, now))
@@ -148,6 +148,7 @@ def main():
     process = multiprocessing.Process(target=serve, args=(ports, args.faults), daemon=True)
     process.start()
     url = f"http://127.0.0.1:{ports.get()}/v1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a run in a shell's background hands on its deafness
     work = args.work.resolve()
     work.mkdir(parents=True)
     prompts, pairs, scored = work / "in.jsonl", work / "pairs.jsonl", work / "scored.jsonl"
