@@ -417,19 +417,18 @@ def main():
         print(f"{out}: none of the {unjudged} answers could be judged; the same command asks again")
         raise SystemExit(1)
     answers = in_order_with_metric(out, names, everything, metric)
-    measured, shown, asked = [], [], set(rows.ids)
+    measured, shown, asked, first = [], [], set(rows.ids), rows.ids[:6]
     for row in answers:
         if row["model"] in names and row["id"] in asked:
-            shown += [row] if row["id"] in rows.ids[:6] and row["sample"] == 0 else []
-            words = len(row["answer"].split())
-            measured.append({k: row[k] for k in ("model", "group", "sample", "control", "finish", "score", "metric")})
-            measured[-1]["words"] = words
+            shown += [row] if row["id"] in first and row["sample"] == 0 else []
+            kept = {k: row[k] for k in ("model", "group", "sample", "control", "finish", "score", "metric")}
+            measured.append(kept | {"words": len(row["answer"].split())})
     table = summarise(names, measured, metric, accuracy)
     samples = make_samples(shown, names)
     (folder / "report.md").write_text(make_report(args, task, table, samples, settings, made), encoding="utf-8")
     draw(folder / "report.png", table, metric)
-    first = make_samples([row for row in shown if row["id"] in rows.ids[:3]], names)
-    print(f"\n{make_table(table, metric)}\n\n{first}\n")
+    short = make_samples([row for row in shown if row["id"] in first[:3]], names)
+    print(f"\n{make_table(table, metric)}\n\n{short}\n")
     print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
     if unjudged:
         print(f"{unjudged} answers could not be judged; the same command asks again")
