@@ -524,7 +524,7 @@ def parse_args():
     add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type=positive, default=1024, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
-    add("--attention", default="sdpa", choices=["sdpa", "flex_attention"], help="sdpa runs everywhere with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: %(default)s)")
+    add("--attention", default="auto", choices=["auto", "by_parts", "sdpa", "flex_attention"], help="by_parts runs everywhere, one prompt or answer after the other; sdpa with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: by_parts on a CPU, else sdpa)")
     add("--no-share-prompt", dest="share_prompt", action="store_false", help="compute the prompt of a pair twice, once for each answer; for comparison")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type=positive, default=1024, help="longest prompt + answer, in tokens; longer answers are shortened (default: %(default)s)")
@@ -618,6 +618,8 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dtype = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
+    if args.attention == "auto":
+        args.attention = "by_parts" if device.type == "cpu" else "sdpa"
 
     # -- data
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")

@@ -259,6 +259,40 @@ def test_flex_attention_gives_the_log_probs_of_sdpa(tiny):
     assert torch.allclose(*logps, atol=1e-4)
 
 
+def test_attention_by_parts_gives_the_log_probs_and_gradients_of_sdpa(tiny, monkeypatch):
+    monkeypatch.setattr(score, "BLOCK", 3)  # so that parts have several blocks
+    sequences = [*SEQUENCES, (SEQUENCES[-1][0], [7, 8, 9, 2])]  # two that share a prompt
+    found, computed, bmm = {}, [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: computed.append(b.shape[-1]) or bmm(a, b))
+    for kind in ("sdpa", "by_parts"):
+        model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation=kind)
+        score.check_model(model, tiny)
+        assert model.packs and model.config._attn_implementation == kind
+        computed.clear()
+        logps = completion_logps(model, sequences)
+        logps[::2].sum().backward()
+        found[kind] = [logps.detach(), *(parameter.grad for parameter in model.parameters())]
+        assert bool(computed) == (kind == "by_parts")
+    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    assert max(computed) <= longest  # no block meets more than a prompt and one answer
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_hands_nothing_on_to_its_attention_runs_with_sdpa(tiny, monkeypatch):
+    model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation="by_parts")
+    forward = type(model.base_model).forward
+
+    def strict(self, input_ids=None, position_ids=None, attention_mask=None, use_cache=None, **other):
+        if "parts" in other:
+            raise TypeError("unexpected keyword argument 'parts'")
+        return forward(self, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **other)
+
+    monkeypatch.setattr(type(model.base_model), "forward", strict)
+    score.check_model(model, tiny)
+    assert model.packs and model.config._attn_implementation == "sdpa"
+
+
 def judged(run, server, monkeypatch, said, *argv):
     """Scores two rows with a judge that says said(answer); (status, rows, output)."""
     monkeypatch.setattr(HostileServer, "speak", staticmethod(lambda body: said(body["messages"][-1]["content"])))
