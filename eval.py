@@ -14,7 +14,6 @@ the accuracy of the implicit reward, beta (log pi - log pi_ref).
 """
 
 import argparse
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -30,9 +29,11 @@ from generate import (
     check_sampling,
     check_server,
     check_task,
+    digest_of,
     encode,
     fail,
     find_model,
+    in_order,
     latest_task,
     load_model,
     load_task,
@@ -48,7 +49,7 @@ from generate import (
     sample,
     seed_of,
 )
-from score import SIDES, Failed, add_reward_flags, all_logps, check_model, make_reward, text_of
+from score import SIDES, Score, add_reward_flags, all_logps, check_model, make_reward, text_of
 from train import make_pairs, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
@@ -345,8 +346,8 @@ def main():
     made = next((row["reward"] for row in rows if row.get("reward")), {"kind": "contrast", "model": "smollm2"})
     if args.reward is None and args.reward_model is None:  # the same as the pairs'
         args.reward, args.reward_model, args.label = made["kind"], made["model"], args.label or made.get("label")
-        for flag in ("samples", "temperature", "logprobs") if made["kind"] == "judge" else ():
-            setattr(args, f"judge_{flag}", made.get(flag))
+        for flag in ("samples", "temperature", "max_tokens", "logprobs") if made["kind"] == "judge" else ():
+            setattr(args, f"judge_{flag.removeprefix('max_')}", made.get(flag))
         if "logprobs" in made and not args.api_base:
             fail(
                 f"{source}: scored by the judge {made['model']} on a server; name it with --api-base, or another --reward"
@@ -398,15 +399,15 @@ def main():
             batch = [(mine[i], k) for i, k in map(jobs.__getitem__, places)]
             answers = answers_of(batch, args, task["seed_by"], model, tokenizer, bar)
             spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
-            scores = iter(reward(*map(list, zip(*spoken, strict=True)))) if spoken else iter([])
+            scores = iter(scores_of(reward, spoken))
             for key, (row, k), (text, finish) in zip(keys, batch, answers, strict=True):
-                score, said = next(scores) if text else (None, None)  # an empty answer has no score, never 0
-                unjudged += isinstance(said, Failed)
-                if key in weights_of or isinstance(said, Failed):
+                score = next(scores) if text else Score(None)  # an empty answer has no score, never 0
+                unjudged += bool(score.fault)
+                if key in weights_of or score.fault:
                     continue
                 result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
                 result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
-                result |= {"weights": made_by[row["id"]], "score": score, "settings": how}
+                result |= {"weights": made_by[row["id"]], "score": score.value, "settings": how}
                 append(file, result)
     bar.close()
     file.close()
@@ -435,9 +436,12 @@ def main():
         raise SystemExit(1)
 
 
-def digest_of(value):
-    """16 hexadecimal digits that stand for a JSON value."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def scores_of(reward, spoken):
+    """A Score for each (row, answer), in order; where a server is asked, many of them at once."""
+    if reward.server:
+        return [score for (score,) in in_order(lambda pair: reward([pair[0]], [pair[1]]), spoken, reward.server)]
+    rows, answers = zip(*spoken, strict=True) if spoken else ((), ())
+    return reward(rows, answers) if spoken else []
 
 
 def in_order_with_metric(path, names, prompts, metric):

@@ -46,10 +46,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from requests.adapters import HTTPAdapter, Retry
+from requests.auth import AuthBase
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 from transformers.utils import logging as transformers_logging
-from urllib3.exceptions import InvalidHeader, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, InvalidHeader, NewConnectionError
 
 transformers_logging.disable_progress_bar()
 ROOT = Path(__file__).parent
@@ -164,7 +165,7 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_alone(path)
     if overwrite and path.stat().st_size:
-        os.replace(path, f"{path}.old")
+        put_aside(path)
         file = open_alone(path)
     mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
     made_of = {identity: number for number, identity in enumerate(source.ids)} if source is not None else {}
@@ -211,6 +212,12 @@ def open_alone(path):
             return file  # and not one that was replaced between the two calls
 
 
+def put_aside(path):
+    """Renames a file or folder to NAME.old, or NAME.old2, NAME.old3 ... where there is one already; it is never deleted."""
+    names = itertools.chain([f"{path}.old"], (f"{path}.old{n}" for n in itertools.count(2)))
+    os.rename(path, next(name for name in names if not os.path.lexists(name)))
+
+
 def rewrite(path, rows):
     """Puts `rows` in the place of a file's rows, all or nothing."""
     with open(f"{path}.part", "w", encoding="utf-8") as file:
@@ -233,6 +240,11 @@ def append(file, row):
     """Writes one row and hands it to the operating system, so that a killed run keeps it."""
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
+
+
+def digest_of(value, digits=16):
+    """A hash of anything that JSON can hold, in hexadecimal digits: to tell whether it is what it was."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 # ---- the task: instructions and prompt text -------------------------------------------------------------------
@@ -724,18 +736,81 @@ def padded(pasts, lengths, width, layer, kind):
 # ---- the model on a server ------------------------------------------------------------------------------------
 
 
+class Journal:
+    """What a server has answered, under a hash of all that it was asked: no call that was paid for is made again, not
+    even after a kill. Every answer is a line of the file before anything is done with it; in memory is only where each
+    line begins. Safe in threads."""
+
+    def __init__(self, path, overwrite):
+        """path: of the file, which is locked; with overwrite, what it holds is put aside as NAME.old."""
+        self.path, self.file = Path(path), open_alone(path)
+        if overwrite and self.path.stat().st_size:
+            put_aside(self.path)
+            self.file = open_alone(self.path)
+        self.lock, self.reused = threading.Lock(), 0
+        self.running = {}  # key of a call under way -> Future of its Reply
+        self.places = {}  # key of a call that was answered -> where its line begins
+        self.lines, whole = self.path.open("rb"), 0
+        for line in self.lines:
+            if line.endswith(b"\n"):
+                self.places[json.loads(line)["key"]], whole = whole, whole + len(line)
+        self.file.truncate(whole)  # a torn last line
+
+    def once(self, question, row, call):
+        """The Reply to `question`: as written down, as another thread is being given it, or by call()."""
+        key = digest_of(question, 24)
+        with self.lock:
+            place, running = self.places.get(key), self.running.get(key)
+            if place is None and running is None:
+                mine = self.running[key] = Future()
+            else:
+                self.reused += 1
+        if place is not None:
+            return Reply(**json.loads(line_at(self.lines.fileno(), place))["reply"])
+        if running is not None:
+            return running.result()
+        try:
+            reply = call()
+            with self.lock:
+                if reply.text or reply.tokens:  # not an empty one that cost nothing
+                    place = os.fstat(self.file.fileno()).st_size
+                    append(self.file, {"key": key, "row": row, "reply": vars(reply)})
+                    self.places[key] = place
+            mine.set_result(reply)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self.lock:
+                del self.running[key]
+        return reply
+
+
 TRIES = 7  # of one call; the pauses between them add up to two minutes
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses worth another try
+BUSY = (429, 503, 529)  # statuses of a server that has too much to do
+UNSENT, BROKEN = -1, 0  # in place of a status: no connection; a connection that broke off
+PASSING = (UNSENT, BROKEN, 200, 408, 409, 425, 500, 502, 504, 520, 522, 524, *BUSY)  # worth another try
 WRONG = (401, 402, 403, 404)  # statuses that every call would meet
+
+
+class Bearer(AuthBase):
+    """Puts the key into requests. Without it, or without a key, requests would look into a .netrc file."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def __call__(self, request):
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
 
 
 class Server:
     """Chat completions of an OpenAI-compatible server: ask() from many threads, each call paid once.
 
-    An answer is written down in `journal` before anything is done with it, under a hash of all that was asked, so a
-    killed run asks for nothing that it was given. Passing faults are tried again, after Retry-After or a growing,
-    jittered pause; a 429 holds all calls back for that time and halves how many run at once, which grows back with
-    the answers. The key comes from the environment and is cut out of every message.
+    Passing faults are tried again, after Retry-After or a growing, jittered pause; a busy server holds all calls back
+    for that time and halves how many run at once, which grows back with the answers. The key comes from the environment
+    and is cut out of every message.
     """
 
     def __init__(self, args, journal):
@@ -744,105 +819,62 @@ class Server:
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(pool_maxsize=args.concurrency))
-        self.key = os.environ.get(args.api_key_env)
-        if self.key:
-            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        self.key = os.environ.get(args.api_key_env, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            fail(f"--api-key-env {args.api_key_env}: that variable holds characters that no key has; set it again")
+        self.session.auth = Bearer(self.key)
+        self.journal = Journal(journal, args.overwrite)
         self.turn = threading.Condition()  # guards everything below
         self.limit, self.active, self.not_before = float(args.concurrency), 0, 0.0
-        self.asked = self.repeated = self.reused = self.failed_in_a_row = 0
+        self.asked = self.repeated = self.failed_in_a_row = self.read = self.written = 0
         self.spent = self.promised = 0.0  # in the prices' currency: paid, and at most due for calls under way
         self.stopped = None  # the exit status, once no further call may be made
-        self.running = {}  # key of a call under way -> Future of its Reply
-        self.places = {}  # key of a call that was answered -> where its line begins in the journal
-        self.journal = Path(journal)
-        self.file = open_alone(self.journal)
-        if args.overwrite and self.journal.stat().st_size:
-            os.replace(self.journal, f"{self.journal}.old")
-            self.file = open_alone(self.journal)
-        self.answers, whole = self.journal.open("rb"), 0
-        for line in self.answers:
-            if line.endswith(b"\n"):
-                self.places[json.loads(line)["key"]], whole = whole, whole + len(line)
-        self.file.truncate(whole)
 
     def ask(self, messages, *, row, model, max_tokens, temperature, top_p, seed, **more):
         """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         body |= {"top_p": top_p, "seed": seed, **more}
-        key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()[:24]
-        with self.turn:
-            place, running = self.places.get(key), self.running.get(key)
-            if place is None and running is None:
-                mine = self.running[key] = Future()
-            else:
-                self.reused += 1
-        if place is not None:  # answered in this run or an earlier one
-            return Reply(**json.loads(line_at(self.answers.fileno(), place))["reply"])
-        if running is not None:  # another thread is asking the same
-            return running.result()
-        try:
-            mine.set_result(self.post(body, row, key))
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        finally:
-            with self.turn:
-                del self.running[key]
-        return mine.result()
+        return self.journal.once([self.url, body], row, lambda: self.call(body))
 
-    def post(self, body, row, key):
-        """The call itself: waits for its turn, tries until there is an answer, writes the answer down."""
-        args, fault = self.args, "never asked"
-        most = (len(json.dumps(body["messages"])) / 2 * args.price_in + body["max_tokens"] * args.price_out) / 1e6
+    def call(self, body):
+        """Waits for its turn, and tries until there is an answer or no use in trying."""
+        where, price_in, price_out = f"--api-base {self.args.api_base}", self.args.price_in, self.args.price_out
+        most = (len(json.dumps(body["messages"])) / 2 * price_in + body["max_tokens"] * price_out) / 1e6
         for attempt in range(TRIES):
             self.begin(most)
-            reply, pause, slow = None, random.uniform(0.5, 1.0) * 2**attempt, False
-            try:
-                response = self.session.post(self.url, json=body, timeout=(10, args.timeout))
-                if response.status_code == 200:
-                    reply = reply_of(response)
-                fault = f"status {response.status_code}: {self.clean(response.text)[:200]}"
-                slow = response.status_code in (429, 503, 529)
-                pause = max(pause, retry_after(response)) if slow else pause
-            except requests.RequestException as error:
-                response, cause = None, getattr(error.args[0], "reason", None) if error.args else None
-                fault = f"{type(cause or error).__name__}"
-                if isinstance(cause, NewConnectionError) and not self.asked:
-                    self.stop(f"--api-base {args.api_base}: no server answers there")
-            status = response.status_code if response is not None else 0
-            with self.turn:
-                self.active, self.promised = self.active - 1, self.promised - most
-                self.turn.notify_all()
-                if reply and reply.tokens:
-                    self.spent += (reply.prompt_tokens * args.price_in + reply.tokens * args.price_out) / 1e6
-                elif status in (0, 200):  # no count, or an answer that broke off: it may be billed
-                    self.spent += most
-                if reply:
-                    self.asked, self.failed_in_a_row = self.asked + 1, 0
-                    self.limit = min(float(args.concurrency), self.limit + 1 / self.limit)
-                    if reply.text:  # an empty one may be better another day
-                        self.places[key] = os.fstat(self.file.fileno()).st_size
-                        append(self.file, {"key": key, "row": row, "reply": vars(reply)})
-                    return reply
-                if slow:
-                    self.limit = max(1.0, self.limit / 2)
-                    self.not_before = max(self.not_before, time.monotonic() + pause)
-                self.repeated += 1
-                exhausted = self.repeated > 100 + 2 * self.asked  # a server that fails most calls is not hammered on
+            reply, status, fault, pause = self.post(body)
+            pause = max(pause, random.uniform(0.5, 1.0) * 2**attempt)
+            self.end(most, reply, status, pause)
+            if reply:
+                return reply
             if status in WRONG:
-                self.stop(f"--api-base {args.api_base}: {fault}; check key, model, address")
-            if (status not in PASSING and status not in (0, 200)) or exhausted or attempt == TRIES - 1:
+                self.stop(f"{where}: {fault}; check key, model, address")
+            worn_out = self.repeated > 100 + 2 * self.asked  # a server that fails most calls is not hammered on
+            if status not in PASSING or worn_out or attempt == TRIES - 1:
                 break
             with self.turn:
                 self.turn.wait_for(lambda: self.stopped, pause)
         with self.turn:
             self.failed_in_a_row += 1
-            hopeless = self.failed_in_a_row >= max(20, 2 * args.concurrency)
-        if hopeless:
-            self.stop(
-                f"--api-base {args.api_base}: {self.failed_in_a_row} calls in a row failed, the last with {fault}"
-            )
+        if self.failed_in_a_row >= max(20, 2 * self.args.concurrency):
+            self.stop(f"{where}: {self.failed_in_a_row} calls in a row failed, the last with {fault}")
         return Reply("", f"error: {fault}")
+
+    def post(self, body):
+        """One try: (Reply or None, status, what is wrong, seconds that the server asks to wait)."""
+        try:
+            response = self.session.post(self.url, json=body, timeout=(10, self.args.timeout))
+        except requests.RequestException as error:
+            cause = getattr(error.args[0], "reason", None) if error.args else None
+            name, unsent = type(cause or error).__name__, isinstance(cause, NewConnectionError | ConnectTimeoutError)
+            if isinstance(error, requests.exceptions.SSLError | requests.exceptions.InvalidURL) or (
+                isinstance(cause, NewConnectionError) and not self.asked
+            ):
+                self.stop(f"--api-base {self.args.api_base}: no server answers there ({name})")
+            return None, UNSENT if unsent else BROKEN, name, 0.0
+        text = response.text.replace(self.key, "[key]") if self.key else response.text  # it may send the key back
+        reply = reply_of(response) if response.status_code == 200 else None
+        return reply, response.status_code, f"status {response.status_code}: {text[:200]}", retry_after(response)
 
     def begin(self, most):
         """Waits until a call may be made. `most` is what it may cost."""
@@ -855,6 +887,25 @@ class Server:
                 self.active, self.promised = self.active + 1, self.promised + most
                 return
         self.stop(f"--max-cost {self.args.max_cost}: the next call could exceed it; raise it to continue", 1)
+
+    def end(self, most, reply, status, pause):
+        """Keeps the books of a try that is over."""
+        with self.turn:
+            self.active, self.promised = self.active - 1, self.promised - most
+            self.turn.notify_all()
+            if reply and reply.tokens:
+                self.spent += (reply.prompt_tokens * self.args.price_in + reply.tokens * self.args.price_out) / 1e6
+            elif status in (BROKEN, 200):  # no count, or an answer that broke off: it may be billed
+                self.spent += most
+            if reply:
+                self.asked, self.failed_in_a_row = self.asked + 1, 0
+                self.read, self.written = self.read + reply.prompt_tokens, self.written + reply.tokens
+                self.limit = min(float(self.args.concurrency), self.limit + 1 / self.limit)
+                return
+            self.repeated += 1
+            if status in BUSY:
+                self.limit = max(1.0, self.limit / 2)
+                self.not_before = max(self.not_before, time.monotonic() + pause)
 
     def stop(self, message, status=2):
         """Ends the run, with one line from whichever thread comes first."""
@@ -871,16 +922,14 @@ class Server:
             self.stopped = self.stopped or 1
             self.turn.notify_all()
 
-    def clean(self, text):
-        """Text without the key, should the server have sent it back."""
-        return text.replace(self.key, "[key]") if self.key else text
-
     def finish(self, whole):
         """Says what was asked and paid. The journal goes where the output is whole: every answer is in its row then."""
-        text = f"{self.asked} calls answered, {self.reused} known already, {self.repeated} tries failed"
+        text = f"{self.asked} calls answered, {self.journal.reused} known already, {self.repeated} tries failed; "
+        text += f"{self.read:,} tokens read, {self.written:,} written"
         print(text + (f", cost {self.spent:.4f}" if self.args.price_in or self.args.price_out else ""))
+        self.journal.file.close()
         if whole:
-            self.journal.unlink()
+            self.journal.path.unlink()
 
 
 def reply_of(response):
@@ -917,8 +966,12 @@ def in_order(work, items, server):
                 if not jobs:
                     return
                 yield jobs.popleft().result()
-        except BaseException:  # Ctrl-C too
+        except BaseException as error:
             server.close()
+            if isinstance(error, KeyboardInterrupt):
+                tqdm.write(
+                    "\nstopping as soon as the calls under way are answered, since they are paid", file=sys.stderr
+                )
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -961,7 +1014,7 @@ def refine(rows, form, chat, seed, seed_by="id"):
             if reply.finish.startswith("error") or reply.finish == "content_filter":
                 return f"{name}: {reply.finish}"
             if not reply.text and name != "critique":
-                return f"{name}: empty"
+                return f"{name}: empty" + (", with all --max-tokens used" if reply.finish == "length" else "")
 
     for name, call in (("answer", "answer"), ("critique", "critique"), ("revision", "revise")):
         going = [row for row in rows if not fault(row)]
@@ -1084,20 +1137,25 @@ def run_stage(main):
         raise SystemExit(130) from None
 
 
-def dry_run(args, form, rows):
-    """Prints what would be asked. A token is taken for 4 characters, an answer for --max-tokens of them."""
-    for name, call in form.items():
-        print(f"---- {name} of {rows[0]['id']} ----")
-        for message in fill(call, rows[0]):
+def show_plan(args, first, settings, calls, read, written):
+    """Prints what would be asked. first: {name of a call: its messages}; read, written: tokens, at most about."""
+    for name, messages in first.items():
+        print(f"---- {name}: {json.dumps(settings)} ----")
+        for message in messages:
             print(f"[{message['role']}] {message['content']}")
-    calls, read = 3 * len(rows), 0
-    for text in (message["content"] for row in rows for call in form.values() for message in fill(call, row)):
-        read += len(text) // 4 + (text.count("{answer}") + text.count("{critique}")) * args.max_tokens
-    written = calls * args.max_tokens
     cost = (read * args.price_in + written * args.price_out) / 1e6
     minutes = written / (50 * args.concurrency) / 60
     print(f"---- {calls:,} calls, at most about {read:,} tokens read and {written:,} written: cost {cost:.2f}")
     print(f"---- {minutes:,.0f} minutes at 50 tokens a second and call, {args.concurrency} calls at a time")
+
+
+def dry_run(args, form, rows, settings):
+    """show_plan for the calls of every row. A token is taken for 4 characters, an answer for --max-tokens of them."""
+    first = {f"{name} of {rows[0]['id']}": fill(call, rows[0]) for name, call in form.items()}
+    read = 0
+    for text in (message["content"] for row in rows for call in form.values() for message in fill(call, row)):
+        read += len(text) // 4 + (text.count("{answer}") + text.count("{critique}")) * args.max_tokens
+    show_plan(args, first, settings, len(form) * len(rows), read, len(form) * len(rows) * args.max_tokens)
 
 
 def main():
@@ -1131,8 +1189,11 @@ def main():
     settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}
     settings |= {"temperature": args.temperature, "top_p": args.top_p}
     if args.dry_run:
-        return dry_run(args, form, rows)
-    settings["prompt_text"] = hashlib.sha256(json.dumps([form, task["seed_by"]]).encode()).hexdigest()[:12]
+        form = {name: form[name] for name in ("answer", "critique", "revise")}
+        return dry_run(
+            args, form, rows, {key: settings[key] for key in ("model", "max_tokens", "temperature", "top_p")}
+        )
+    settings["prompt_text"] = digest_of([form, task["seed_by"]])
     out = Path(args.out or f"runs/{args.task}/pairs.jsonl")
     if not args.api_base:  # before the output is touched: a model that cannot be loaded must cost nothing
         device = pick_device(args.device)

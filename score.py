@@ -16,12 +16,11 @@ Rewards:
     judge       a chat model rates the answer by the task's rubric, here or on a server (--api-base)
 """
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from array import array
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from generate import (
     check_server,
     check_task,
     commit,
+    digest_of,
     encode,
     fail,
     fill,
@@ -58,6 +58,7 @@ from generate import (
     run_stage,
     sample,
     seed_of,
+    show_plan,
     template_ids,
 )
 from kernels.logps import linear_logps
@@ -118,15 +119,16 @@ def sees(groups, branches):
 
 
 def attention_by_parts(module, query, key, value, mask, scaling=None, parts=None, **options):
-    """Attention of a stream, for models loaded with "by_parts": the scores that a (T, T) mask would hide are not computed.
+    """Attention of a stream, for models set to "by_parts": the scores that a (T, T) mask would hide are not computed.
 
     On a CPU this takes about half the time of SDPA with a mask, whose backward pass gains nothing from what is hidden.
+    In bf16 the scores are rounded to it, as in a plain implementation; SDPA keeps them in fp32.
     query, key, value: (1, heads, T, d), of key and value perhaps fewer heads; parts: as parts_of gives them, without
     them plain SDPA. Returns (1, T, heads, d) and None, as transformers asks for it.
     """
     if parts is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **options)
-    heads, groups, size = query.shape[1], key.shape[1], query.shape[-1]
+    heads, groups, size = query.shape[1], key.shape[1], query.shape[-1]  # of values the size may be another
     query = (query[0] * (size**-0.5 if scaling is None else scaling)).to(value.dtype)
     key, value = key[0].to(value.dtype), value[0]
     later = torch.full((BLOCK, BLOCK), -math.inf, dtype=value.dtype, device=value.device).triu(1)
@@ -146,7 +148,7 @@ def attention_by_parts(module, query, key, value, mask, scaling=None, parts=None
             scores = scores.view(heads, rows, known)
             scores[:, :, known - rows :] += later[:rows, :rows]
             weights = scores.softmax(-1).to(value.dtype).view(groups, -1, known)
-            seen.append(torch.bmm(weights, values[:, :known]).view(heads, rows, size))
+            seen.append(torch.bmm(weights, values[:, :known]).view(heads, rows, -1))
     return torch.cat(seen, 1).transpose(0, 1)[None], None
 
 
@@ -164,7 +166,7 @@ def parts_of(groups, branches):
 
 def attention_of(model, groups, branches):
     """Arguments that tell a model who sees whom in a stream of T tokens: a mask (1, 1, T, T) bool for SDPA; where the
-    model was loaded with "flex_attention" or "by_parts", which skip what is masked, FlexAttention's blocks or the parts.
+    model was set to "flex_attention" or "by_parts", which skip what is masked, FlexAttention's blocks or the parts.
     """
     size, rule, kind = len(groups), sees(groups, branches), model.config._attn_implementation
     if kind == "by_parts":
@@ -238,9 +240,10 @@ def head_options(config):
 
 
 @torch.no_grad()
-def check_model(model, name, logps=completion_logps):
+def check_model(model, name, logps=completion_logps, by_parts=False):
     """Stops where logps(model, sequences) would misread the model's head; sets model.packs where streams are exact for it.
 
+    by_parts: whether to go over from "sdpa" to attention_by_parts, where that is exact too.
     The known answer is the model's own logits, one sequence at a time. Streams are not exact for recurrent layers or
     for positions that come from the mask; such models, and those with a sliding window, run sequence by sequence.
     """
@@ -265,19 +268,37 @@ def check_model(model, name, logps=completion_logps):
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    model.packs = full = kinds == {"full_attention"} and not window
-    if full and model.config._attn_implementation == "by_parts":
-        try:
-            handed_on = exact()
-        except TypeError:  # no argument `parts`
-            handed_on = False
-        if not handed_on:
-            model.set_attn_implementation("sdpa")
-    if full:
+    model.packs = kinds == {"full_attention"} and not window
+    if model.packs:
         model.packs = exact()
+    if model.packs and by_parts:
+        try:
+            model.set_attn_implementation("by_parts")
+            by_parts = model.config._attn_implementation == "by_parts" and exact()
+        except (TypeError, KeyError, ValueError, RuntimeError):  # `parts` is not handed on, or meets another attention
+            by_parts = False
+        if not by_parts:
+            model.set_attn_implementation("sdpa")
 
 
-# ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of (score or None, what a judge said or None) --
+# ---- ALGORITHM: rewards. Each is a function (rows, answers) -> list of Score -----------------------------------
+
+
+@dataclass
+class Score:
+    """What a reward gives an answer: a number, or None where none could be had. Of a judge also its words, why it could not
+    be asked (the next run asks again), how many of its ratings could not be read, and what it read and wrote."""
+
+    value: float | None
+    said: str | None = None
+    fault: str | None = None
+    unread: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+    def __post_init__(self):
+        if self.value is not None and not math.isfinite(self.value):
+            self.value = None
 
 
 def contrast_reward(task, name, device, dtype, pack_tokens):
@@ -301,7 +322,7 @@ def contrast_reward(task, name, device, dtype, pack_tokens):
         scores = (principle - opposite) / lengths
         # Where both sides are one and the same prompt the score is 0 by definition, not the noise of two sums.
         same = [a == b for a, b in zip(sequences[: len(answers)], sequences[len(answers) :], strict=True)]
-        return [(score, None) for score in scores.masked_fill(torch.tensor(same), 0.0).tolist()]
+        return [Score(score) for score in scores.masked_fill(torch.tensor(same), 0.0).tolist()]
 
     return reward
 
@@ -342,14 +363,10 @@ def classifier_reward(name, label, device, dtype):
                 others = [k for k in range(logits.shape[1]) if k != good]
                 logits = (logits[:, good] - logits[:, others].logsumexp(1))[:, None]
             for i, value in zip(places, logits[:, 0].tolist(), strict=True):
-                scores[i] = value, None
+                scores[i] = Score(value)
         return scores
 
     return reward
-
-
-class Failed(str):
-    """Why a judge could not be asked, in place of its words. The next run asks again."""
 
 
 def judge_reward(task, args, chat):
@@ -372,10 +389,12 @@ def judge_reward(task, args, chat):
         for start in range(0, len(replies), args.judge_samples):
             said = replies[start : start + args.judge_samples]
             fault = next((reply.finish for reply in said if reply.finish.startswith("error")), None)
-            ratings = [rating_of(reply, table) for reply in said]
-            ratings = [rating for rating in ratings if rating is not None]
-            words = Failed(fault) if fault else "\n----\n".join(reply.text for reply in said)
-            scores.append((sum(ratings) / len(ratings) if ratings and not fault else None, words))
+            ratings = [rating for reply in said if (rating := rating_of(reply, table)) is not None]
+            score = Score(sum(ratings) / len(ratings) if ratings and not fault else None, fault=fault)
+            score.said, score.unread = "\n----\n".join(reply.text for reply in said), len(said) - len(ratings)
+            score.prompt_tokens = sum(reply.prompt_tokens for reply in said)
+            score.tokens = sum(reply.tokens for reply in said)
+            scores.append(score)
         return scores
 
     return reward
@@ -429,7 +448,7 @@ def make_reward(args, task, out):
     if args.reward == "contrast":
         if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
             fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
-        settings["prompt_text"] = hashlib.sha256(json.dumps(task["contrast"]).encode()).hexdigest()[:12]
+        settings["prompt_text"] = digest_of(task["contrast"])
         reward = contrast_reward(task, name, device, dtype, args.pack_tokens)
     else:
         if name == "smollm2":
@@ -440,16 +459,21 @@ def make_reward(args, task, out):
     return reward, settings
 
 
-def make_judge(args, task, out):
-    """make_reward for a judge: on a server, whose answers are kept beside `out` until it is whole, or on this machine."""
+def judge_settings(args, task):
+    """(the task's table [judge], sampling settings of the judge); stops where one of them will not do."""
     table = task.get("judge", {})
     if not {"scale", "prompt"} <= table.keys():
         fail(f"prompts/{args.task}.toml: the table [judge] needs scale and prompt")
     if args.judge_samples > 1 and args.judge_temperature == 0:
         fail("--judge-samples: above 1 they need a --judge-temperature above 0, else all are the same")
-    how = {"max_tokens": args.judge_tokens, "temperature": args.judge_temperature, "top_p": 1.0}
+    return table, {"max_tokens": args.judge_tokens, "temperature": args.judge_temperature, "top_p": 1.0}
+
+
+def make_judge(args, task, out):
+    """make_reward for a judge: on a server, whose answers are kept beside `out` until it is whole, or on this machine."""
+    table, how = judge_settings(args, task)
     settings = {"kind": "judge", "model": args.reward_model, "samples": args.judge_samples, **how}
-    settings["prompt_text"] = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:12]
+    settings["prompt_text"] = digest_of(table)
     server = None
     if args.api_base:
         server = Server(args, f"{out}.calls")
@@ -457,11 +481,8 @@ def make_judge(args, task, out):
         settings |= {"logprobs": args.judge_logprobs}
 
         def chat(conversations, ids, seeds):
-            def ask(call):
-                messages, row, seed = call
-                return server.ask(messages, row=row, model=args.reward_model, seed=seed, **how, **more)
-
-            return list(in_order(ask, zip(conversations, ids, seeds, strict=True), server))
+            calls = zip(conversations, ids, seeds, strict=True)
+            return [server.ask(m, row=i, model=args.reward_model, seed=k, **how, **more) for m, i, k in calls]
     else:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
@@ -481,23 +502,26 @@ def make_judge(args, task, out):
 
 def audit(rows):
     """(what a reader must know of the scores before training on them, as text; rows that failed; rows without scores)."""
-    gap, longer, failed, unscored, null_scores, teachers, judge = array("d"), array("d"), 0, 0, 0, set(), None
+    gap, longer, failed, unscored, teachers, judge = array("d"), array("d"), 0, 0, set(), None
+    counts = dict.fromkeys(("ratings", "unread", "prompt_tokens", "tokens"), 0)
     for row in rows:
         if row.get("reward", {}).get("kind") == "judge":
             judge = row["reward"]["model"]
+            counts["ratings"] += 2 * row["reward"]["samples"]
+            for name in ("unread", "prompt_tokens", "tokens"):
+                counts[name] += row["reward"].get(name, 0)
         if isinstance(row.get("teacher"), dict):
             teachers.add(row["teacher"].get("model") or "")
         if "error" in row:
             failed += 1
             continue
-        null_scores += sum(row[f"score_{side}"] is None for side in SIDES)
         if is_scored(row):
             gap.append(row["score_chosen"] - row["score_rejected"])
             longer.append(len(text_of(row["chosen"])) - len(text_of(row["rejected"])))
         else:
             unscored += 1
     gap, longer, total = np.array(gap), np.array(longer), len(gap) + failed + unscored
-    lines = [f"scored {len(gap)} of {total} pairs ({unscored} without a score, {failed} failed before)"]
+    lines = [f"scored {len(gap)} of {total} pairs ({unscored} without a score, {failed} failed)"]
     if len(gap):
         lines.append(f"mean gap (chosen - rejected) {gap.mean():+.3f}, standard deviation {gap.std():.3f}")
         lines.append(
@@ -507,8 +531,9 @@ def audit(rows):
             correlation = np.corrcoef(gap, longer)[0, 1]
             lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
     if judge:
-        unread = null_scores / max(1, 2 * (total - failed))
-        lines.append(f"ratings of the judge that could not be read {unread:.0%}")
+        unread, read, written = (counts[name] for name in ("unread", "prompt_tokens", "tokens"))
+        lines.append(f"ratings of the judge that could not be read {unread / counts['ratings']:.0%}")
+        lines.append(f"tokens of the judge: {read:,} read, {written:,} written")
         if family(judge) in {family(teacher) for teacher in teachers} - {""}:
             lines.append("judge and teacher are of one family: it may favour its own kind of answer")
     return "\n".join(lines), failed, unscored
@@ -548,14 +573,34 @@ def add_reward_flags(add, model_flag, default=None):
     add_server_flags(add)
 
 
+def dry_run(args, task, rows):
+    """Prints what the judge would be asked. A token is taken for 4 characters, a reply for --judge-tokens of them."""
+    table, how = judge_settings(args, task)
+    call, first, calls, read = [{"role": "user", "content": table["prompt"]}], {}, 0, 0
+    for row in rows.where(lambda row: "error" not in row):
+        for side in SIDES:
+            messages = fill(call, row, answer=text_of(row[side]))
+            first = first or {f"{side} of {row['id']}": messages}
+            calls += args.judge_samples
+            read += args.judge_samples * sum(len(message["content"]) // 4 for message in messages)
+    show_plan(args, first, {"model": args.reward_model, **how}, calls, read, calls * args.judge_tokens)
+
+
 def main():
     parser = parser_of(__doc__, latest_task("pairs.jsonl"))
     add_reward_flags(parser.add_argument, "--model")
     parser.add_argument("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     parser.add_argument("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the judge's sampling (default: %(default)s)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="judge: show the first request and an estimate of tokens, cost and time, and ask nothing",
+    )
     args = parser.parse_args()
     check_server(args)
+    if args.dry_run and args.reward != "judge":
+        fail("--dry-run: only a judge is asked anything; pass --reward judge")
 
     task = load_task(args.task)
     source, seen, failed = Path(args.input or f"runs/{args.task}/pairs.jsonl"), set(), set()
@@ -577,6 +622,8 @@ def main():
     if failed.issuperset(rows.ids):
         fail(f"{source}: every row has an error; nothing to score")
     out = Path(args.out or source.parent / "scored.jsonl")
+    if args.dry_run:
+        return dry_run(args, task, rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     reward, settings = make_reward(args, task, out)
     same = ["prompt", *SIDES]
@@ -585,23 +632,33 @@ def main():
     print(f"reward {args.reward} ({args.reward_model}), {len(rows)} pairs, {len(finished)} of them done -> {out}")
 
     made_at = commit()
+
+    def score(places):
+        """Some of the rows, with what the reward says of them."""
+        batch = [rows[i] for i in places]
+        whole = [row for row in batch if "error" not in row]
+        answers = [text_of(row[side]) for row in whole for side in SIDES]
+        scores = iter(reward([row for row in whole for _ in SIDES], answers) if whole else [])
+        for row in whole:
+            row["reward"] = {**settings, "commit": made_at}
+            both = [next(scores) for _ in SIDES]
+            for side, one in zip(SIDES, both, strict=True):
+                row[f"score_{side}"] = one.value
+                if one.fault:
+                    row["error"] = f"judge: {one.fault}"
+                elif one.said is not None:
+                    row["reward"][f"said_{side}"] = one.said
+            if args.reward == "judge":
+                for name in ("unread", "prompt_tokens", "tokens"):
+                    row["reward"][name] = sum(getattr(one, name) for one in both)
+        return batch
+
     todo = [i for i, identity in enumerate(rows.ids) if identity not in finished]
+    size = 1 if reward.server else args.batch_size
+    batches = (todo[start : start + size] for start in range(0, len(todo), size))
     with file, tqdm(total=len(rows), initial=len(finished), unit="pair") as bar:
-        for start in range(0, len(todo), args.batch_size):
-            batch = [rows[i] for i in todo[start : start + args.batch_size]]
-            whole = [row for row in batch if "error" not in row]
-            answers = [text_of(row[side]) for row in whole for side in SIDES]
-            values = iter(reward([row for row in whole for _ in range(2)], answers) if whole else [])
+        for batch in in_order(score, batches, reward.server) if reward.server else map(score, batches):
             for row in batch:
-                if "error" not in row:
-                    row["reward"] = {**settings, "commit": made_at}
-                    for side in SIDES:
-                        value, said = next(values)
-                        row[f"score_{side}"] = value if value is not None and math.isfinite(value) else None
-                        if isinstance(said, Failed):
-                            row["error"] = f"judge: {said}"
-                        elif said is not None:
-                            row["reward"][f"said_{side}"] = said
                 append(file, row)
                 bar.update()
     text, failed, unscored = audit(put_in_order(out, rows.ids))

@@ -20,11 +20,13 @@ which failed revisions turn round, ties teach nothing and every pair counts by h
 
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -65,6 +67,7 @@ from generate import (
     pick_dtype,
     positive,
     provenance,
+    put_aside,
     read_jsonl,
     rewrite,
     run_stage,
@@ -175,9 +178,14 @@ def split_row(row, where):
     """(prompt, chosen text, rejected text) of a row in one of the forms that preference data come in.
 
     prompt, chosen, rejected as plain text; as lists of messages; or chosen and rejected as whole conversations,
-    with or without a prompt beside them (as in UltraFeedback).
+    with or without a prompt beside them (as in UltraFeedback). Of plain text without a prompt, what both begin with is
+    the prompt (as in HH-RLHF), up to the last white space, so that no word is cut.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
+        prompt = re.match(r"(?s).*(?=\s)|", "".join(a for a, _ in same))[0].rstrip()
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
         return prompt, chosen, rejected
     if not is_conversation(chosen) or not is_conversation(rejected):
@@ -227,6 +235,8 @@ def make_pair(row, number, path, tokenizer, args, counts):
         chosen, rejected = (encode(tokenizer, prompt, answer) for answer in answers)
     except ValueError as error:
         fail(f"{where}: {error}")
+    if not chosen[0]:
+        fail(f"{where}: the prompt is empty, so nothing foretells the answer's first token; remove the pair")
     if len(chosen[0]) >= args.max_length:
         fail(f"{where}: the prompt has {len(chosen[0])} tokens; raise --max-length {args.max_length}, or remove it")
     room = args.max_length - len(chosen[0])
@@ -250,6 +260,8 @@ def load_student(name, device, dtype, attention="sdpa", share_prompt=True, check
     layer is put together, in `dtype`, while it is computed. The model is built without memory and each process reads
     its own slices of the safetensors, so that none ever holds the whole.
     """
+    by_parts = attention == "by_parts"
+    attention = "sdpa" if by_parts else attention
     if WORLD == 1:
         model, tokenizer = load_model(name, device, torch.float32, attn_implementation=attention)
     else:
@@ -284,7 +296,7 @@ def load_student(name, device, dtype, attention="sdpa", share_prompt=True, check
             cause = next(iter(error.failures.values()))[0]
             fail(f"--model {name}: its safetensors cannot be read in slices: {str(cause).splitlines()[0]}")
         model.eval()
-    check_model(model, name, lambda model, sequences: model.logps(sequences))
+    check_model(model, name, lambda model, sequences: model.logps(sequences), by_parts)
     return model, tokenizer
 
 
@@ -359,6 +371,7 @@ def reference_logps(model, digest, pairs, path, args):
     0 notices a file that holds other numbers. The first process alone looks for the file, so that all do the same.
     """
     how = f"{args.dtype} {model.device.type} {'cut' if WORLD > 1 else 'whole'} {torch.__version__}"
+    how += f" {model.config._attn_implementation}"
     key = hashlib.sha256(f"{how} {digest}".encode())
     for pair in pairs:
         key.update(json.dumps([pair["chosen"], pair["rejected"]]).encode())
@@ -458,6 +471,14 @@ def save_student(model, tokenizer, out, dtype):
         part.rmdir()
 
 
+def tidy(out, keep):
+    """Leaves a finished run its newest `keep` checkpoints and no lock."""
+    for old in checkpoints(out)[: -keep or None] if RANK == 0 else ():
+        shutil.rmtree(old, ignore_errors=True)
+    if RANK == 0:
+        (out / "lock").unlink(missing_ok=True)
+
+
 def finished(out):
     """Whether the folder holds a trained model."""
     return (out / "model.safetensors").exists() or (out / "model.safetensors.index.json").exists()
@@ -545,26 +566,45 @@ def parse_args():
         fail("--keep: must be at least 0")
     if not 0 <= args.epsilon < 0.5:
         fail("--epsilon: must be at least 0 and below 0.5")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        fail("--tensorboard: the package tensorboard is missing; pip install tensorboard")
     if args.dtype == "float16":
         fail("--dtype float16: gradients would need loss scaling, which is not here; use bfloat16 or float32")
     return args
 
 
-def check_folder(out, run, overwrite):
-    """Whether `out` holds the finished model of this very run. Stops where it holds that of another one."""
+def claim(out, run, overwrite, keep, device):
+    """Takes the folder of a run, which is new or holds this very run (`run`: what it hangs on), begun or finished.
+
+    Returns whether it is finished, and else, for the first process, the lock that keeps others out. Stops where the folder
+    holds another run, or is another process's.
+    """
     record = out / "run.json"
     if overwrite and out.exists() and any(out.iterdir()) and not record.exists():
         fail(f"--out {out}: not a folder of this script (it has no run.json), so --overwrite does not move it")
-    if overwrite or not record.exists():
-        return False
-    before, now = json.loads(record.read_text()), json.loads(json.dumps(run))
-    changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
-    if changed:
-        was = before.get(changed[0])
-        fail(
-            f"{out}: was trained with {changed[0]} = {was}, not {now[changed[0]]}; choose another --out, or --overwrite"
-        )
-    return finished(out)
+    if record.exists() and not overwrite:
+        before, now = json.loads(record.read_text()), json.loads(json.dumps(run))
+        changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
+        if changed:
+            values = f"{changed[0]} = {before.get(changed[0])}, not {now[changed[0]]}"
+            fail(f"{out}: was trained with {values}; choose another --out, or --overwrite")
+        if finished(out):
+            tidy(out, keep)
+            return True, None
+    wait()  # all have looked, so the first may change what is there
+    lock = None
+    if RANK == 0:
+        if overwrite and out.exists():
+            open_alone(out / "lock").close()  # a folder that another process works in stays where it is
+            put_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open_alone(out / "lock")
+        if not record.exists():
+            text = json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1)
+            (out / "run.json.part").write_text(text + "\n")
+            os.replace(out / "run.json.part", record)
+    wait()
+    return False, lock
 
 
 # settings that a continued run may change, since they do not change the result beyond rounding
@@ -572,14 +612,36 @@ FREE = ("task", "out", "overwrite", "device", "pack_tokens", "attention", "share
 FREE += ("save_every", "eval_every", "keep", "tensorboard")
 
 
-def open_log(path, start):
-    """A file of JSON lines to append to, cut back to the first `start` steps; None on all processes but the first."""
-    if RANK > 0:
-        return None
-    lines = path.read_text().splitlines() if path.exists() and start else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    rewrite(path, map(json.loads, kept))
-    return path.open("a")
+class Log:
+    """log.jsonl, a line a step, speed.jsonl beside it, and the same for TensorBoard; written by the first process alone."""
+
+    def __init__(self, out, start, tensorboard):
+        """start: steps that are done, whose lines stay."""
+        self.board = self.files = None
+        if RANK > 0:
+            return
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out, purge_step=start + 1)
+        self.files = {name: out / f"{name}.jsonl" for name in ("log", "speed")}
+        for name, path in self.files.items():
+            lines = path.read_text().splitlines() if path.exists() and start else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            rewrite(path, map(json.loads, kept))
+            self.files[name] = path.open("a")
+
+    def write(self, step, row, speed=None):
+        """A line for a step; a row may have a part "held_out". speed: what another machine would not repeat."""
+        if self.files:
+            append(self.files["log"], {"step": step, **row})
+        if self.files and speed:
+            append(self.files["speed"], {"step": step, **speed})
+        part = "held_out" if "held_out" in row else "train"
+        for key, value in row.get("held_out", row).items() if self.board else ():
+            self.board.add_scalar(f"{part}/{key}", value, step)
+        if self.board:
+            self.board.flush()  # else the last two minutes would be lost
 
 
 def model_flops(model, pairs, sides):
@@ -658,24 +720,13 @@ def main():
     model, tokenizer = load_student(
         args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
     )
+    run["attention"] = model.config._attn_implementation
     weights = weights_digest(model)
     run["weights"] = weights[:16]
-    if check_folder(out, run, args.overwrite):
+    done, lock = claim(out, run, args.overwrite, args.keep, device)
+    if done:
         say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
         return
-    wait()  # all have looked, so the first may change what is there
-    if RANK == 0:
-        if args.overwrite and out.exists():
-            open_alone(out / "lock").close()  # a folder that another process works in stays where it is
-            shutil.rmtree(f"{out}.old", ignore_errors=True)
-            out.rename(f"{out}.old")
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open_alone(out / "lock")
-        if not (out / "run.json").exists():
-            text = json.dumps({**run, **provenance(device), "processes": WORLD}, indent=1)
-            (out / "run.json.part").write_text(text + "\n")
-            os.replace(out / "run.json.part", out / "run.json")
-    wait()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
@@ -685,24 +736,10 @@ def main():
         if args.loss != "sft":
             reference = reference_logps(model, weights, train + held_out, source, args)
     start, skipped = load_checkpoint(out, model, optimizer)
-    log, speed = open_log(out / "log.jsonl", start), open_log(out / "speed.jsonl", start)
-    board = None
-    if args.tensorboard and RANK == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("--tensorboard: the package tensorboard is missing; pip install tensorboard")
-        board = SummaryWriter(out, purge_step=start + 1)
+    log = Log(out, start, args.tensorboard)
     peak = next(
         (PEAK[gpu] for gpu in PEAK if device.type == "cuda" and gpu in torch.cuda.get_device_name(device)), None
     )
-
-    def record(step, row, part="train"):
-        """One line of log.jsonl; the same to TensorBoard."""
-        if RANK == 0:
-            append(log, {"step": step, **row})
-            for key, value in row.get("held_out", row).items() if board else ():
-                board.add_scalar(f"{part}/{key}", value, step)
 
     def look_at_held_out(step):
         """The diagnostics on pairs of groups that training never saw; (p, sigmoid(z)) of each."""
@@ -710,7 +747,7 @@ def main():
             policy = all_pair_logps(model, held_out, args.pack_tokens, sides)
         means, beliefs = diagnose(args.loss, policy, reference[len(train) :], held_out, settings)
         say(f"held out  {step:4d}/{steps} | {as_text(means)}")
-        record(step, {"held_out": means}, "held_out")
+        log.write(step, {"held_out": means})
         return beliefs
 
     # -- ALGORITHM: the training loop
@@ -743,7 +780,7 @@ def main():
             if skipped > 2:
                 fail(f"step {step + 1}: {said}; the third such step, so training stops")
             say(f"step {step + 1:4d}/{steps} | skipped: {said}")
-            record(step + 1, {"skipped": skipped})
+            log.write(step + 1, {"skipped": skipped})
             continue
         if step == 0 and args.loss != "sft":  # the policy is the reference still, so the loss is known beforehand
             delta = torch.tensor([pair["delta"] for pair in batch])
@@ -771,23 +808,20 @@ def main():
             f"{1000 * seconds:,.0f} ms | {tokens / seconds:,.0f} tok/s"
             + (f" | {pace['utilisation']:.0%} of peak" if peak else "")
         )
-        record(step + 1, {**means, "grad_norm": norm, "lr": rate})
-        if RANK == 0:
-            append(speed, {"step": step + 1, **pace})
+        log.write(step + 1, {**means, "grad_norm": norm, "lr": rate}, pace)
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             beliefs = look_at_held_out(step + 1)
         if (step + 1) % args.save_every == 0 and (step + 1 < steps or args.keep):
             save_checkpoint(out, step + 1, skipped, model, optimizer, args.keep)
 
     # -- save in the number format that the student came in
-    save_student(model, tokenizer, out, AutoConfig.from_pretrained(find_model(args.model)).dtype or torch.float32)
     if RANK == 0:
         draw_curves(out / "train.png", read_jsonl(out / "log.jsonl"), beliefs.cpu())
-        for old in checkpoints(out)[: -args.keep or None]:
-            shutil.rmtree(old)
+    save_student(model, tokenizer, out, AutoConfig.from_pretrained(find_model(args.model)).dtype or torch.float32)
+    tidy(out, args.keep)
+    if lock:
         lock.close()
-        (out / "lock").unlink()
-        say(f"{out}: saved; {out / 'train.png'} shows how it went")
+    say(f"{out}: saved; {out / 'train.png'} shows how it went")
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
-OFF = ("sharing", "caching", "completion-only head", "kernel")
+OFF = ("sharing", "caching", "completion-only head", "kernel", "attention by parts")
 LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
 
 
@@ -111,9 +111,11 @@ def run_ours(job):
     argv += ["--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR), "--beta", str(BETA)]
     argv += ["--epsilon", str(EPSILON), "--warmup", str(WARMUP), "--epochs", "1", "--batch-size", str(job["batch"])]
     argv += ["--max-length", "2048", "--seed", str(SEED), "--save-every", "1000000"]
-    sys.argv = argv + {"sharing": ["--no-share-prompt"], "activations": ["--checkpoint-activations"]}.get(
-        job["off"], []
-    )
+    sys.argv = argv + {
+        "sharing": ["--no-share-prompt"],
+        "activations": ["--checkpoint-activations"],
+        "attention by parts": ["--attention", "sdpa"],
+    }.get(job["off"], [])
     train.main()
     log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
     speed = [json.loads(line) for line in (Path(job["out"]) / "speed.jsonl").read_text().splitlines()]

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
 from transformers import AutoModelForCausalLM
+from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
 
 import generate
 from generate import encode, fill, load_task, read_instructions, sample
@@ -453,6 +456,54 @@ def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workd
     status, _, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
     assert status == 1 and error in rows[0]["error"] and "chosen" in rows[1]
+
+
+def test_an_empty_answer_that_was_paid_is_not_asked_for_again(run, server, workdir):
+    HostileServer.script = ["empty"]
+    for _ in range(2):
+        assert ask(run, server, "--limit", "1")[0] == 1
+    assert len(HostileServer.asked) == 1
+
+
+def test_the_key_comes_from_the_environment_alone(run, server, workdir, monkeypatch):
+    (workdir / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(workdir / "netrc"))
+    assert ask(run, server, "--limit", "1")[0] == 0
+    assert {key for key, _ in HostileServer.asked} == {None}
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\u201d")
+    status, _, err = ask(run, server, "--limit", "1", "--overwrite")
+    assert status == 2 and "OPENAI_API_KEY" in err and "secret" not in err
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")  # as from a file with the line ends of Windows
+    gc.collect()
+    assert ask(run, server, "--limit", "1", "--overwrite")[0] == 0
+    assert HostileServer.asked[-1][0] == "Bearer secret"
+
+
+@pytest.mark.parametrize(("cause", "paid"), [(NewConnectionError, False), (ProtocolError, True)])
+def test_a_try_is_charged_only_if_it_reached_the_server(workdir, monkeypatch, cause, paid):
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)
+    args = SimpleNamespace(api_base="http://127.0.0.1:9/v1", api_key_env="NONE", concurrency=1, timeout=1)
+    args.price_in, args.price_out, args.max_cost, args.overwrite = 1.0, 1.0, None, False
+    server = generate.Server(args, workdir / "calls")
+    server.asked = 1  # it was there before
+
+    def broken(*args, **kwargs):
+        reason = cause(None, "refused") if cause is NewConnectionError else cause("broke off")
+        raise requests.ConnectionError(MaxRetryError(None, "", reason))
+
+    monkeypatch.setattr(server.session, "post", broken)
+    how = {"max_tokens": 10, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    reply = server.ask([{"role": "user", "content": "Hi"}], row="a", model="m", **how)
+    assert reply.finish == f"error: {cause.__name__}" and bool(server.spent) == paid
+
+
+def test_overwriting_twice_keeps_what_was_there_at_first(run, server, workdir):
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    assert ask(run, server, "--limit", "2")[0] == 0
+    before = path.read_bytes()
+    for _ in range(2):
+        assert ask(run, server, "--limit", "1", "--overwrite")[0] == 0
+    assert (path.parent / "pairs.jsonl.old").read_bytes() == before and (path.parent / "pairs.jsonl.old2").exists()
 
 
 def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):

@@ -112,7 +112,7 @@ def pairs(workdir):
 
 def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tiny, pairs, workdir):
     status, said, _ = scored(run, tiny)
-    assert status == 1 and "scored 5 of 6" in said and "1 failed before" in said
+    assert status == 1 and "scored 5 of 6" in said and "1 failed" in said
     scored(run, tiny, "--batch-size", "1", "--out", "single.jsonl")
     many, single = read_rows(workdir / "runs/sentiment/scored.jsonl"), read_rows(workdir / "single.jsonl")
     for a, b in zip(many[:5], single[:5], strict=True):
@@ -135,7 +135,7 @@ def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
     rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
     rows.append(rows[0] | {"prompt": "Review the film Heat."})  # plain text, as in other data sets
     reward = score.contrast_reward(task, tiny, torch.device("cpu"), torch.bfloat16, 100)
-    (same, _), (other, _), (plain, _) = reward(rows, ["Lovely film."] * 3)
+    same, other, plain = (one.value for one in reward(rows, ["Lovely film."] * 3))
     assert same == plain == 0.0 and other != 0.0
 
 
@@ -199,7 +199,7 @@ def test_an_encoder_classifier_scores_plain_text(run, pairs, workdir):
 
 def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(run, tiny, pairs, workdir, monkeypatch):
     def broken(args, task, out):
-        scores = lambda rows, answers: [(float("nan"), None), *[(1.0, None)] * (len(answers) - 1)]  # noqa: E731
+        scores = lambda rows, answers: [score.Score(float("nan")), *[score.Score(1.0)] * (len(answers) - 1)]  # noqa: E731
         scores.server = None
         return scores, {"kind": "contrast", "model": "x"}
 
@@ -265,8 +265,8 @@ def test_attention_by_parts_gives_the_log_probs_and_gradients_of_sdpa(tiny, monk
     found, computed, bmm = {}, [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: computed.append(b.shape[-1]) or bmm(a, b))
     for kind in ("sdpa", "by_parts"):
-        model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation=kind)
-        score.check_model(model, tiny)
+        model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
+        score.check_model(model, tiny, by_parts=kind == "by_parts")
         assert model.packs and model.config._attn_implementation == kind
         computed.clear()
         logps = completion_logps(model, sequences)
@@ -280,7 +280,7 @@ def test_attention_by_parts_gives_the_log_probs_and_gradients_of_sdpa(tiny, monk
 
 
 def test_a_model_that_hands_nothing_on_to_its_attention_runs_with_sdpa(tiny, monkeypatch):
-    model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation="by_parts")
+    model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
     forward = type(model.base_model).forward
 
     def strict(self, input_ids=None, position_ids=None, attention_mask=None, use_cache=None, **other):
@@ -289,7 +289,7 @@ def test_a_model_that_hands_nothing_on_to_its_attention_runs_with_sdpa(tiny, mon
         return forward(self, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **other)
 
     monkeypatch.setattr(type(model.base_model), "forward", strict)
-    score.check_model(model, tiny)
+    score.check_model(model, tiny, by_parts=True)
     assert model.packs and model.config._attn_implementation == "sdpa"
 
 
@@ -314,7 +314,17 @@ def test_a_judges_rating_is_the_number_behind_the_phrase_or_null_with_its_words(
     assert all(row["score_chosen"] == 9 and row["score_rejected"] is None for row in rows)
     assert rows[0]["reward"]["said_rejected"] == "It is poor, 2 of 10 at most."
     assert "could not be read 50%" in out and len(HostileServer.asked) == 4
+    assert "20 read, 12 written" in out and rows[0]["reward"]["tokens"] == 6  # 5 and 3 a call
     assert HostileServer.asked[0][1]["temperature"] == 0
+
+
+def test_a_dry_run_shows_what_the_judge_would_be_asked(run, server, workdir, monkeypatch):
+    write_jsonl(workdir / "runs/safety/pairs.jsonl", [pair_row(0, "gold", "dross") | {"task": "safety"}])
+    argv = ["--task", "safety", "--reward", "judge", "--model", "big", "--api-base", server, "--dry-run"]
+    status, out, err = run("score", *argv, "--price-out", "1000")
+    assert status == 0, err
+    assert "gold" in out and '"model": "big"' in out and "2 calls" in out and "cost 0.60" in out
+    assert not HostileServer.asked and not (workdir / "runs/safety/scored.jsonl").exists()
 
 
 def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(run, server, workdir, monkeypatch):
@@ -326,8 +336,9 @@ def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(run, 
 
 def test_a_judge_of_the_teachers_family_is_noted(run, server, workdir, monkeypatch):
     rows = [
-        pair_row(0, "a", "b") | {"teacher": {"model": name}, "reward": {"kind": "judge", "model": "Org/Qwen2.5-7B"}}
-        for name in ("qwen/Qwen3-8B",)
+        pair_row(0, "a", "b")
+        | {"teacher": {"model": "qwen/Qwen3-8B"}}
+        | {"reward": {"kind": "judge", "model": "Org/Qwen2.5-7B", "samples": 1}}
     ]
     assert "one family" in audit(rows)[0]
     assert "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])[0]

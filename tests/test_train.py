@@ -150,6 +150,13 @@ def test_plain_text_pairs_train_without_a_template_and_end_with_one_eos(workdir,
     assert tokenizer.decode(pairs[0]["chosen"][0]) == "Review the film"
 
 
+def test_plain_text_pairs_without_a_prompt_share_what_they_begin_with_up_to_a_word(workdir, tokenizer):
+    row = {"chosen": "Q: Which film?\nA: Titanic.", "rejected": "Q: Which film?\nA: Titan."}
+    explicit = {"prompt": "Q: Which film?\nA:", "chosen": " Titanic.", "rejected": " Titan."}
+    pairs, _, _ = load(write_jsonl(workdir / "in.jsonl", [row, explicit]), tokenizer, loss="dpo")
+    assert pairs[0] | {"id": 0} == pairs[1] | {"id": 0}
+
+
 def test_what_is_left_out_is_counted_by_reason(workdir, tokenizer):
     cut = pair_row(1, "a long answer", "b") | {"teacher": {"finish": {"answer": "length", "revision": "stop"}}}
     null = pair_row(2, "a", "b") | {"score_chosen": None}
@@ -292,6 +299,21 @@ def test_a_model_that_takes_no_streams_trains_in_two_processes_too(run, pairs_fi
     torchrun("--model", workdir / "window", "--out", workdir / "two", *FAST, *more)
     together = [row for row in read_rows(workdir / "two" / "log.jsonl") if "loss" in row]
     assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in together], abs=1e-5)
+
+
+def test_attention_by_parts_is_not_for_a_model_with_a_window(workdir, tokenizer):
+    """transformers gives an attention that it does not know no mask, so the window would be lost in silence."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=8, eos_token_id=2, **sizes)
+    MistralForCausalLM(config).save_pretrained(workdir / "window")
+    tokenizer.save_pretrained(workdir / "window")
+    logps = {}
+    for attention in ("eager", "by_parts"):
+        model, _ = train.load_student(str(workdir / "window"), torch.device("cpu"), torch.float32, attention)
+        logps[attention] = model.logps([(list(range(5, 25)), list(range(30, 50)))])
+    assert model.config._attn_implementation == "sdpa" and not model.packs
+    torch.testing.assert_close(*logps.values())
 
 
 def test_a_student_that_changed_since_the_run_began_is_refused(run, tiny, pairs_file, workdir, tokenizer):
