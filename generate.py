@@ -867,14 +867,14 @@ class Server:
         except requests.RequestException as error:
             cause = getattr(error.args[0], "reason", None) if error.args else None
             name, unsent = type(cause or error).__name__, isinstance(cause, NewConnectionError | ConnectTimeoutError)
-            if isinstance(error, requests.exceptions.SSLError | requests.exceptions.InvalidURL) or (
-                isinstance(cause, NewConnectionError) and not self.asked
-            ):
+            never = isinstance(error, requests.exceptions.SSLError | requests.exceptions.InvalidURL)
+            if never or (isinstance(cause, NewConnectionError) and not self.asked):
                 self.stop(f"--api-base {self.args.api_base}: no server answers there ({name})")
             return None, UNSENT if unsent else BROKEN, name, 0.0
+        if response.status_code == 200 and (reply := reply_of(response)):
+            return reply, 200, "", 0.0
         text = response.text.replace(self.key, "[key]") if self.key else response.text  # it may send the key back
-        reply = reply_of(response) if response.status_code == 200 else None
-        return reply, response.status_code, f"status {response.status_code}: {text[:200]}", retry_after(response)
+        return None, response.status_code, f"status {response.status_code}: {text[:200]}", retry_after(response)
 
     def begin(self, most):
         """Waits until a call may be made. `most` is what it may cost."""

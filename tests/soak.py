@@ -171,7 +171,7 @@ def main():
         "generate": (pairs, ["generate.py", *common, "--prompts", prompts, "--out", pairs], 3),
         "score": (
             scored,
-            ["score.py", *common, "--reward", "judge", "--in", pairs, "--out", scored, "--batch-size", 256],
+            ["score.py", *common, "--reward", "judge", "--in", pairs, "--out", scored],
             2,
         ),
     }

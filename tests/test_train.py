@@ -396,6 +396,9 @@ def test_keep_bounds_the_checkpoints_and_leaves_them_after_the_finish(run, tiny,
     for keep, names in ((0, []), (2, ["checkpoint-3", "checkpoint-4"])):
         trained(run, tiny, workdir / f"out{keep}", "--save-every", "1", "--keep", str(keep))
         assert [folder.name for folder in train.checkpoints(workdir / f"out{keep}")] == names
+    (workdir / "out2" / "lock").touch()  # as a kill between the saved model and the end leaves it
+    trained(run, tiny, workdir / "out2", "--save-every", "1", "--keep", "0")
+    assert not train.checkpoints(workdir / "out2") and not (workdir / "out2" / "lock").exists()
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(run, tiny, pairs_file, workdir, monkeypatch):
