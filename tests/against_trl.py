@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
 OFF = ("sharing", "caching", "completion-only head", "kernel", "attention by parts")
+WITH = {"activations": "activation checkpointing", "streams": "2,048 tokens a stream"}  # in place of the default
 LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
 
 
@@ -114,6 +115,7 @@ def run_ours(job):
     sys.argv = argv + {
         "sharing": ["--no-share-prompt"],
         "activations": ["--checkpoint-activations"],
+        "streams": ["--pack-tokens", "2048"],
         "attention by parts": ["--attention", "sdpa"],
     }.get(job["off"], [])
     train.main()
@@ -144,6 +146,7 @@ def run_trl(job):
         prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         plain.append({"prompt": prompt, **{side: row[side][0]["content"] for side in ("chosen", "rejected")}})
     seconds, steps_seen, steps = [], [], len(rows) // job["batch"]
+    at_once = 1 if "one pair" in job["off"] else job["batch"]  # the rest by accumulation
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, *args, **kwargs):
@@ -169,7 +172,8 @@ def run_trl(job):
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         args=DPOConfig(
             output_dir=job["out"],
-            per_device_train_batch_size=job["batch"],
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=job["batch"] // at_once,
             num_train_epochs=1,
             learning_rate=LR,
             beta=BETA,
@@ -182,7 +186,7 @@ def run_trl(job):
             max_length=2048,
             logging_steps=1,
             precompute_ref_log_probs=True,
-            gradient_checkpointing=job["off"] == "activations",
+            gradient_checkpointing="activations" in job["off"],
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
@@ -194,6 +198,9 @@ def run_trl(job):
     )
     trainer.train()
     names = {"loss": "loss", "margin": "rewards/margins", "chosen": "logps/chosen", "rejected": "logps/rejected"}
+    seconds = [sum(part) for part in zip(*[iter(seconds)] * (job["batch"] // at_once), strict=True)]
+    if at_once < job["batch"]:
+        return [], seconds  # the curves would be those of single pairs
     norms = [float(row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
     curves = [{key: float(row[name]) for key, name in names.items()} for row in steps_seen]
     return [curve | {"norm": norm} for curve, norm in zip(curves, norms, strict=True)], seconds
@@ -286,7 +293,7 @@ def bench(args):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = {"model": args.model, "data": str(data), "loss": "dpo", "dtype": "bfloat16", "batch": args.batch}
         job |= {"set": kind, "prompt_tokens": prompt}
-        main = [("trl", ""), ("trl", "activations"), ("ours", ""), ("ours", "activations")]
+        main = [("trl", ""), ("trl", "activations"), ("ours", ""), ("ours", "activations"), ("ours", "streams")]
         who = main + [("ours", off) for off in OFF]
         runs = {one: [] for one in who}
         for turn in range(args.rounds):  # in turns, so that a busy minute hits all
@@ -306,7 +313,7 @@ def bench(args):
         )
         for line in (m for m in measured if m["set"] == kind):
             name = {"trl": "TRL DPOTrainer", "ours": "train.py"}[line["who"]]
-            name += {"": "", "activations": ", activation checkpointing"}.get(line["off"], f" without {line['off']}")
+            name += line["off"] and (f", {WITH[line['off']]}" if line["off"] in WITH else f" without {line['off']}")
             speed, memory = line["tokens_per_second"], line["peak_bytes"]
             row = [
                 f"{kind} ({prompt} + 2 x {answer})",
@@ -343,10 +350,8 @@ def draw(path, measured):
     )
     for column, kind in enumerate(sets):
         mine = [line for line in measured if line["set"] == kind]
-        names = [
-            f"{'TRL' if m['who'] == 'trl' else 'train.py'}{' without ' + m['off'] if m['off'] else ''}" for m in mine
-        ]
-        names = [name.replace(" without activations", ", activation checkpointing") for name in names]
+        names = [m["off"] and (f", {WITH[m['off']]}" if m["off"] in WITH else f" without {m['off']}") for m in mine]
+        names = [f"{'TRL' if m['who'] == 'trl' else 'train.py'}{name}" for m, name in zip(mine, names, strict=True)]
         colours = ["tab:gray" if m["who"] == "trl" else "tab:blue" if not m["off"] else "tab:cyan" for m in mine]
         for axis, key, unit in ((axes[0][column], "tokens_per_second", 1), (axes[1][column], "peak_bytes", 2**30)):
             axis.barh(names, [m[key] / unit for m in mine], color=colours)
