@@ -9,7 +9,8 @@ own, and they take turns. TRL is a development dependency (requirements-dev.txt)
 parity  float32, for dpo, ipo and robust: loss, margin, log-probs and gradient norm of every step, side by side; it fails
         where a loss differs by more than --tolerance.
 bench   bfloat16 compute, cached reference: tokens of answers a second and peak memory, on a prompt-heavy and on an
-        answer-heavy set, for TRL, for train.py, and for train.py with one of its features switched off at a time.
+        answer-heavy set, for TRL with all pairs of a step at once or one by one, for train.py, and for train.py with one of
+        its features switched off at a time.
 """
 
 import argparse
@@ -28,7 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
 OFF = ("sharing", "caching", "completion-only head", "kernel", "attention by parts")
-WITH = {"activations": "activation checkpointing", "streams": "2,048 tokens a stream"}  # in place of the default
+WITH = {"activations": "activation checkpointing", "streams": "2,048 tokens a stream", "one pair": "pair by pair"}
+WITH["one pair, activations"] = "pair by pair, activation checkpointing"
+MAIN = [("trl", "activations"), ("trl", "one pair"), ("trl", "one pair, activations")]  # all pairs at once was slowest
+MAIN += [("ours", ""), ("ours", "activations"), ("ours", "streams")]
 LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
 
 
@@ -293,11 +297,10 @@ def bench(args):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = {"model": args.model, "data": str(data), "loss": "dpo", "dtype": "bfloat16", "batch": args.batch}
         job |= {"set": kind, "prompt_tokens": prompt}
-        main = [("trl", ""), ("trl", "activations"), ("ours", ""), ("ours", "activations"), ("ours", "streams")]
-        who = main + [("ours", off) for off in OFF]
+        who = MAIN + [("ours", off) for off in OFF]
         runs = {one: [] for one in who}
         for turn in range(args.rounds):  # in turns, so that a busy minute hits all
-            for one in who if turn == 0 else main:
+            for one in who if turn == 0 else MAIN:
                 got = start({**job, "who": one[0], "off": one[1]}, args.work)
                 runs[one].append(got)
                 pace = 2 * answer * args.batch / statistics.median(got["seconds"][1:])
