@@ -252,7 +252,7 @@ In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of th
 - **difference**: from {table[0]["model"]} on the same prompts.
 - **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
 - **accuracy**: share of held-out pairs on which the implicit reward, log pi - log pi of {table[0]["model"]}, prefers the chosen \
-answer, and the answer with the higher score.
+answer, and the answer with the higher score; "-" where there is none (pairs that the teacher was cut off in are left out).
 {refine}
 ![report](report.png)
 

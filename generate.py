@@ -167,7 +167,7 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     if overwrite and path.stat().st_size:
         put_aside(path)
         file = open_alone(path)
-    mend = "repeat what made them to continue, choose another --out, or pass --overwrite"
+    mend = "go back to what they were made with to continue them, choose another --out, or pass --overwrite"
     made_of = {identity: number for number, identity in enumerate(source.ids)} if source is not None else {}
     done, place, whole = Rows(path.open("rb")), 0, True
     for number, line in enumerate(done.file, 1):
@@ -182,15 +182,17 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
         made_with = settings_of(row)
         for key in settings:
             if made_with is not None and made_with.get(key) != settings[key]:
-                was, now = made_with.get(key), settings[key]
-                fail(f"{path}: its rows were made with {key} = {was!r}, not {now!r}; {mend}")
+                made = f"{key} = {made_with.get(key)!r}, not {settings[key]!r}"
+                if key == "prompt_text":
+                    made = "other words than prompts/TASK.toml has now"
+                fail(f"{path}: its rows were made with {made}; {mend}")
         if source is not None:
             if row["id"] not in made_of:
                 fail(f"{path}:{number}: row {row['id']} is not among the input's rows; {mend}")
             origin = source[made_of[row["id"]]] if same else {}
             changed = [name for name in same if row.get(name) != origin.get(name)]
             if changed:
-                fail(f"{path}:{number}: row {row['id']} was made of another {changed[0]} than it has now; {mend}")
+                fail(f"{path}:{number}: the input's '{changed[0]}' of row {row['id']} has changed since; {mend}")
         done.note(start, row["id"])
     if not whole:
         rewrite(path, done)
@@ -265,18 +267,65 @@ def load_task(name):
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         fail(f"{path}: not TOML ({error})")
-    metric = task.get("metric", {})
-    needed = {"match": ["want"], "positive": [], "spread": []}
-    if metric.get("kind") not in needed:
-        fail(f"{path}: [metric] needs kind, one of {', '.join(needed)}")
-    lacking = [key for key in ("better", "meaning", *needed[metric["kind"]]) if key not in metric]
-    if metric["kind"] == "match" and not {"patterns", "field"} & metric.keys():
-        lacking.append("patterns, or field")
-    if lacking or "about" not in task:
-        fail(
-            f"{path}: " + (f"[metric] lacks {lacking[0]}" if lacking else "'about', a sentence on the task, is missing")
-        )
+    check_words(path, task)
     return task
+
+
+CALLS = {"answer": (), "critique": ("answer",), "revise": ("answer", "critique")}  # and what fills placeholders in them
+SIDES_OF_CONTRAST = {"principle": (), "opposite": ()}
+
+
+def check_words(path, task):
+    """Stops where a task file lacks something, or holds a word that no stage would understand."""
+
+    def table_of(name, table, needed):
+        if not isinstance(table, dict) or set(table) - {"control"} != set(needed):
+            fail(f"{path}: [{name}] needs {', '.join(needed)}, and has {', '.join(table) or 'nothing'}")
+        for key, filled in needed.items():
+            roles = {"system", "user", "assistant"}
+            if not is_conversation(table[key]) or not {message["role"] for message in table[key]} <= roles:
+                fail(
+                    f"{path}: [{name}] {key}: a list of messages is needed, with role ({', '.join(roles)}) and content"
+                )
+            placeholders(f"[{name}] {key}", " ".join(message["content"] for message in table[key]), filled)
+
+    def placeholders(where, text, filled):
+        known = ("prompt", "request", *filled)
+        for name in re.findall(r"\{(\w+)\}", text):
+            if name not in known:
+                fail(f"{path}: {where}: nothing is put in for {{{name}}}; there are {{{'}, {'.join(known)}}}")
+
+    for name in {"conversation", "fresh"} & task.keys():
+        table_of(name, task[name], CALLS)
+    if "contrast" in task:
+        table_of("contrast", task["contrast"], SIDES_OF_CONTRAST)
+        table_of("contrast.control", task["contrast"].get("control", task["contrast"]), SIDES_OF_CONTRAST)
+    if judge := task.get("judge"):
+        scale = judge.get("scale")
+        if not isinstance(scale, list) or len(scale) != 2 or not scale[0] < scale[1] or not judge.get("prompt"):
+            fail(f"{path}: [judge] needs prompt, and scale = [lowest, highest]")
+        placeholders("[judge] prompt", judge["prompt"], ("answer",))
+        if "{answer}" not in judge["prompt"]:
+            fail(f"{path}: [judge] prompt: without {{answer}} the judge would not see what it rates")
+    metric = task.get("metric", {})
+    words = {"kind": ("match", "positive", "spread"), "better": ("higher", "lower")}
+    words |= {"want": ("any", "none")} if metric.get("kind") == "match" else {}
+    for key, known in words.items():
+        if metric.get(key) not in known:
+            fail(f"{path}: [metric] needs {key}, one of {', '.join(known)}")
+    if metric["kind"] == "match" and not {"patterns", "field"} & metric.keys():
+        fail(f"{path}: [metric] needs patterns, or field")
+    patterns = metric.get("patterns", [])
+    try:
+        for pattern in patterns if isinstance(patterns, list) else [None]:
+            re.compile(pattern)
+    except (re.error, TypeError) as error:
+        fail(f"{path}: [metric] patterns: a list of regular expressions is needed ({error})")
+    if "meaning" not in metric or "about" not in task:
+        fail(
+            f"{path}: "
+            + ("[metric] lacks meaning" if "about" in task else "'about', a sentence on the task, is missing")
+        )
 
 
 def check_task(name, row, path):
@@ -311,16 +360,22 @@ def instructions(raw, path, task):
             field = next((name for name in TEXT_FIELDS if name in given), None)
             if field is None:
                 there = ", ".join(map(str, given))
-                fail(f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {there}")
+                fail(
+                    f"{path}:1: none of the columns {', '.join(TEXT_FIELDS)} is there, only {there} (names in lower case; "
+                    "CSV with commas)"
+                )
         prompt = given.get(field)
         if isinstance(prompt, str) and prompt.strip():
             prompt = messages_of(prompt)
         if not is_conversation(prompt):
-            fail(f"{path}: row {number}: '{field}' must be text or a list of messages with role and content")
+            found = "is missing" if prompt is None else "must be text or a list of messages with role and content"
+            fail(f"{path}: row {number}: '{field}' {found}")
         if None in given:
             fail(f"{path}: row {number}: more cells than the header has; put text with commas in quotes")
-        if not isinstance(given.get("request", ""), str) or given.get("split") not in (None, "", "train", "test"):
-            fail(f"{path}: row {number}: 'request' must be text, and 'split' train or test")
+        if not isinstance(given.get("request", ""), str):
+            fail(f"{path}: row {number}: 'request' must be text")
+        if given.get("split") not in (None, "", "train", "test"):
+            fail(f"{path}: row {number}: 'split' train or test is needed, not {given['split']!r}")
         identity = str(given.get("id") or f"{task}-{number:05d}")
         if identity in seen:
             fail(f"{path}: row {number}: the id '{identity}' is there twice; ids must differ")
@@ -834,7 +889,7 @@ class Server:
         """One Reply; its finish is 'error: ...' where there was no answer. row: the id that it is asked for."""
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         body |= {"top_p": top_p, "seed": seed, **more}
-        return self.journal.once([self.url, body], row, lambda: self.call(body))
+        return self.journal.once(body, row, lambda: self.call(body))
 
     def call(self, body):
         """Waits for its turn, and tries until there is an answer or no use in trying."""
@@ -848,7 +903,9 @@ class Server:
             if reply:
                 return reply
             if status in WRONG:
-                self.stop(f"{where}: {fault}; check key, model, address")
+                look = "the model's name, and the address, which mostly ends in /v1" if status == 404 else "the key"
+                look += "" if status == 404 else f" in the environment variable {self.args.api_key_env}"
+                self.stop(f"{where}: {fault}; check {look}")
             worn_out = self.repeated > 100 + 2 * self.asked  # a server that fails most calls is not hammered on
             if status not in PASSING or worn_out or attempt == TRIES - 1:
                 break
@@ -1099,9 +1156,14 @@ def positive(text):
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help explains the flags)")
+
+
 def parser_of(doc, task):
-    """argparse.ArgumentParser with the flags that mean the same in every stage. task: default of --task."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser with the flags that mean the same in every stage. task: default of --task."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
     add("--task", default=task, help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
@@ -1116,6 +1178,11 @@ def parser_of(doc, task):
 def check_sampling(args):
     if not 0 <= args.temperature < float("inf") or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, --top-p above 0 and at most 1")
+
+
+def check_served(model, flag="--model"):
+    if model == "smollm2":
+        fail(f"--api-base: a server is asked for a model by name; pass that of one that it serves with {flag}")
 
 
 def check_server(args):
@@ -1145,8 +1212,9 @@ def show_plan(args, first, settings, calls, read, written):
             print(f"[{message['role']}] {message['content']}")
     cost = (read * args.price_in + written * args.price_out) / 1e6
     minutes = written / (50 * args.concurrency) / 60
-    print(f"---- {calls:,} calls, at most about {read:,} tokens read and {written:,} written: cost {cost:.2f}")
-    print(f"---- {minutes:,.0f} minutes at 50 tokens a second and call, {args.concurrency} calls at a time")
+    print(f"---- {calls:,} calls, at most about {read:,} tokens read and {written:,} written")
+    if args.api_base:
+        print(f"---- cost {cost:.2f}; {minutes:,.0f} minutes at 50 tokens a second, {args.concurrency} calls at a time")
 
 
 def dry_run(args, form, rows, settings):
@@ -1177,13 +1245,15 @@ def main():
     args = parser.parse_args()
     check_sampling(args)
     check_server(args)
+    if args.api_base:
+        check_served(args.model)
 
     task = load_task(args.task)
     rows = read_instructions(args.prompts or ROOT / "prompts" / f"{args.task}.jsonl", args.task)
     source, rows = rows, rows[: args.limit]
     form_name = args.form if args.form != "auto" else "fresh" if args.model == "smollm2" else "conversation"
-    if not {"answer", "critique", "revise"} <= task.get(form_name, {}).keys():
-        fail(f"prompts/{args.task}.toml: the table [{form_name}] needs answer, critique and revise")
+    if form_name not in task:
+        fail(f"prompts/{args.task}.toml: the table [{form_name}] is missing; write it, or choose the other --form")
     form = task[form_name]
 
     settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}

@@ -34,6 +34,7 @@ from generate import (
     Server,
     add_server_flags,
     append,
+    check_served,
     check_server,
     check_task,
     commit,
@@ -446,8 +447,8 @@ def make_reward(args, task, out):
     name = args.reward_model
     settings = {"kind": args.reward, "model": name, "dtype": str(dtype).removeprefix("torch.")}
     if args.reward == "contrast":
-        if not {"principle", "opposite"} <= task.get("contrast", {}).keys():
-            fail(f"prompts/{args.task}.toml: the table [contrast] needs principle and opposite")
+        if "contrast" not in task:
+            fail(f"prompts/{args.task}.toml: the table [contrast] is missing; write it, or choose another --reward")
         settings["prompt_text"] = digest_of(task["contrast"])
         reward = contrast_reward(task, name, device, dtype, args.pack_tokens)
     else:
@@ -462,8 +463,8 @@ def make_reward(args, task, out):
 def judge_settings(args, task):
     """(the task's table [judge], sampling settings of the judge); stops where one of them will not do."""
     table = task.get("judge", {})
-    if not {"scale", "prompt"} <= table.keys():
-        fail(f"prompts/{args.task}.toml: the table [judge] needs scale and prompt")
+    if not table:
+        fail(f"prompts/{args.task}.toml: the table [judge] is missing; write it, or choose another --reward")
     if args.judge_samples > 1 and args.judge_temperature == 0:
         fail("--judge-samples: above 1 they need a --judge-temperature above 0, else all are the same")
     return table, {"max_tokens": args.judge_tokens, "temperature": args.judge_temperature, "top_p": 1.0}
@@ -476,6 +477,7 @@ def make_judge(args, task, out):
     settings["prompt_text"] = digest_of(table)
     server = None
     if args.api_base:
+        check_served(args.reward_model, "--model (eval.py: --reward-model)")
         server = Server(args, f"{out}.calls")
         more = {"logprobs": True, "top_logprobs": 20} if args.judge_logprobs else {}
         settings |= {"logprobs": args.judge_logprobs}

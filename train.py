@@ -691,7 +691,10 @@ def main():
     train, held_out, counts = make_pairs(rows, source, load_tokenizer(args.model), args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not train:
-        fail(f"{source}: no pair left to train on ({left_out})")
+        cut_off = (
+            "; --keep-cut trains on these too, generate.py --max-tokens makes room" if "cut off" in left_out else ""
+        )
+        fail(f"{source}: no pair left to train on ({left_out}){cut_off}")
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out" + (f"; {left_out}" if left_out else ""))
 
     # -- what the loss is told of the scores

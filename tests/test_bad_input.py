@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import pair_row, write_jsonl
 
+import generate
+
 GOOD = pair_row(0, "Lovely.", "Bad.")
 
 
@@ -48,7 +50,7 @@ CASES = [
     case("another task's rows", "score", ["--in", "in.jsonl", "--task", "safety"], "pass --task sentiment", rows=[GOOD]),
     case("temperature", "generate", ["--temperature", "nan"], "--temperature"),
     case("cells too many", "generate", ["--prompts", "in2.csv"], "more cells"),
-    case("a split of its own", "generate", ["--prompts", "in.jsonl"], "'split' train or test", rows=[
+    case("a split of its own", "generate", ["--prompts", "in.jsonl"], "'split' train or test is needed", rows=[
         {"prompt": "a", "split": "validation"}]),
     case("float16 training", "train", ["--dtype", "float16"], "--dtype float16"),
     case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
@@ -70,6 +72,13 @@ CASES = [
     case("negative price", "generate", ["--price-in", "-1"], "--price-in"),
     case("negative warm-up", "train", ["--in", "in.jsonl", "--warmup", "-1"], "--warmup", rows=[GOOD]),
     case("top-p above 1", "eval", ["--top-p", "2"], "--top-p"),
+    case("a server without a model's name", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--model", "smollm2"],
+         "pass that of one that it serves"),
+    case("a flag that does not exist", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
+    case("a choice that does not exist", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
+    case("a split that does not exist", "generate", ["--prompts", "in.jsonl"], "'tset'", rows=[{"prompt": "a", "split": "tset"}]),
+    case("a prompt that is missing", "generate", ["--prompts", "in.jsonl"], "'prompt' is missing", rows=[{"prompt": "a"}, {"promt": "b"}]),
+    case("semicolons", "generate", ["--prompts", "in3.csv"], "CSV with commas"),
     case("negative keep", "train", ["--keep", "-1"], "--keep"),
 ]  # fmt: skip
 
@@ -82,6 +91,7 @@ def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypa
         (workdir / "in.jsonl").write_text(raw)
     (workdir / "in.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
     (workdir / "in2.csv").write_text("prompt\nHi, there\n")
+    (workdir / "in3.csv").write_text("prompt;split\nHi;train\n")
     argv = [tiny if word == "TINY" else word for word in argv]
     if "--model" not in argv and "classifier" not in argv and stage != "eval":
         argv = [*argv, "--model", tiny]
@@ -94,3 +104,30 @@ def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypa
     assert "Traceback" not in err
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
     assert after == before
+
+
+WORDS = [
+    ('want = "any"', 'want = "some"', "[metric] needs want, one of any, none"),
+    ('better = "higher"', 'better = "more"', "[metric] needs better, one of higher, lower"),
+    ("{answer}", "{anser}", "nothing is put in for {anser}"),
+    ('role = "user"', 'role = "usr"', "a list of messages is needed"),
+    ("revise = [", "revice = [", "needs answer, critique, revise, and has answer, critique, revice"),
+    ("principle = [", "principal = [", "needs principle, opposite"),
+    ("scale = [1, 10]", "scale = [10]", "[judge] needs prompt, and scale"),
+    ('prompt = """', 'prompt = """{critique}', "nothing is put in for {critique}"),
+    ("patterns = [", 'patterns = ["(open", ', "[metric] patterns"),
+    ('about = "', 'abuot = "', "'about'"),
+    ('kind = "match"', 'kind = "mach"', "[metric] needs kind"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "said"), WORDS)
+def test_a_slip_in_a_task_file_is_found_before_anything_is_asked(monkeypatch, tmp_path, capsys, right, wrong, said):
+    text = (generate.ROOT / "prompts/safety.toml").read_text()
+    assert right in text
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/safety.toml").write_text(text.replace(right, wrong))
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        generate.load_task("safety")
+    assert stop.value.code == 2 and said in capsys.readouterr().err

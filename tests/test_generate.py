@@ -306,7 +306,7 @@ def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
         write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
     assert generated(run, tiny, "--prompts", "a.jsonl")[0] in (0, 1)
     status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
-    assert status == 2 and "made of another prompt" in err
+    assert status == 2 and "'prompt' of row sentiment-00001 has changed since" in err
 
 
 def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):

@@ -146,7 +146,7 @@ def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs,
     rows[2]["chosen"][0]["content"] += " Truly."
     write_jsonl(pairs, rows)
     status, _, err = scored(run, tiny)
-    assert status == 2 and "row-2 was made of another chosen" in err
+    assert status == 2 and "'chosen' of row row-2 has changed since" in err
     assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
 
 
