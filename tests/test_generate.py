@@ -465,6 +465,14 @@ def test_an_empty_answer_that_was_paid_is_not_asked_for_again(run, server, workd
     assert len(HostileServer.asked) == 1
 
 
+def test_an_answer_is_known_at_another_address_too(run, server, workdir):
+    HostileServer.script = [200, 200, 413]
+    assert ask(run, server, "--limit", "1")[0] == 1
+    status, said, err = ask(run, server.replace("127.0.0.1", "localhost"), "--limit", "1")
+    assert status == 0, err
+    assert "1 calls answered, 2 known already" in said and len(HostileServer.asked) == 4
+
+
 def test_the_key_comes_from_the_environment_alone(run, server, workdir, monkeypatch):
     (workdir / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(workdir / "netrc"))
