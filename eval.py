@@ -330,7 +330,9 @@ def main():
     rows = everything[: args.limit]
     refined = rows.where(lambda row: "error" not in row and "chosen" in row and "rejected" in row)
     if not args.models:
-        found = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.suffix != ".old")
+        found = sorted(
+            path.parent for path in folder.glob("*/config.json") if not path.parent.suffix.startswith(".old")
+        )
         found = [path for path in found if (path / "run.json").exists()]
         bases = set(map(base_of, found)) or {"smollm2"}
         if len(bases) > 1:

@@ -282,8 +282,8 @@ def check_words(path, task):
         if not isinstance(table, dict) or set(table) - {"control"} != set(needed):
             fail(f"{path}: [{name}] needs {', '.join(needed)}, and has {', '.join(table) or 'nothing'}")
         for key, filled in needed.items():
-            roles = {"system", "user", "assistant"}
-            if not is_conversation(table[key]) or not {message["role"] for message in table[key]} <= roles:
+            roles = ("system", "user", "assistant")
+            if not is_conversation(table[key]) or any(message["role"] not in roles for message in table[key]):
                 fail(
                     f"{path}: [{name}] {key}: a list of messages is needed, with role ({', '.join(roles)}) and content"
                 )

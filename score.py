@@ -509,14 +509,15 @@ def audit(rows):
     for row in rows:
         if row.get("reward", {}).get("kind") == "judge":
             judge = row["reward"]["model"]
-            counts["ratings"] += 2 * row["reward"]["samples"]
-            for name in ("unread", "prompt_tokens", "tokens"):
-                counts[name] += row["reward"].get(name, 0)
         if isinstance(row.get("teacher"), dict):
             teachers.add(row["teacher"].get("model") or "")
         if "error" in row:
             failed += 1
             continue
+        if judge:
+            counts["ratings"] += len(SIDES) * row["reward"]["samples"]
+            for name in ("unread", "prompt_tokens", "tokens"):
+                counts[name] += row["reward"].get(name, 0)
         if is_scored(row):
             gap.append(row["score_chosen"] - row["score_rejected"])
             longer.append(len(text_of(row["chosen"])) - len(text_of(row["rejected"])))
@@ -534,7 +535,7 @@ def audit(rows):
             lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
     if judge:
         unread, read, written = (counts[name] for name in ("unread", "prompt_tokens", "tokens"))
-        lines.append(f"ratings of the judge that could not be read {unread / counts['ratings']:.0%}")
+        lines.append(f"ratings of the judge that could not be read {unread / max(1, counts['ratings']):.0%}")
         lines.append(f"tokens of the judge: {read:,} read, {written:,} written")
         if family(judge) in {family(teacher) for teacher in teachers} - {""}:
             lines.append("judge and teacher are of one family: it may favour its own kind of answer")
