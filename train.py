@@ -41,6 +41,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -463,8 +464,11 @@ def save_student(model, tokenizer, out, dtype):
         model.generation_config = generation_config
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
-        model.to(dtype).save_pretrained(part, state_dict=state)
-        tokenizer.save_pretrained(part)
+        try:
+            model.to(dtype).save_pretrained(part, state_dict=state)
+            tokenizer.save_pretrained(part)
+        except (OSError, SafetensorError) as error:
+            fail(f"{part}: could not be written ({error}); make room, and repeat the command to continue")
         # the weights last, and last of them what finished() looks for
         for file in sorted(part.iterdir(), key=lambda file: (file.name.startswith("model"), file.name)):
             os.replace(file, out / file.name)

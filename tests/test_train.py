@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import ROOT, make_model, pair_row, read_rows, write_jsonl
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -417,6 +418,19 @@ def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(run, tiny, pa
     trained(run, tiny, workdir / "out", "--save-every", "1")
     trained(run, tiny, workdir / "whole", "--save-every", "1")
     assert (workdir / "whole" / "log.jsonl").read_bytes() == (workdir / "out" / "log.jsonl").read_bytes()
+
+
+def test_a_full_disk_at_the_end_costs_no_training(run, tiny, pairs_file, workdir, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST, "--save-every", "1")
+    assert status == 2 and "No space left" in err and "continue" in err
+    trained(run, tiny, workdir / "out", "--save-every", "1")
+    trained(run, tiny, workdir / "whole", "--save-every", "1")
+    assert_same_weights(workdir / "whole", workdir / "out")
 
 
 def test_steps_that_are_not_finite_are_skipped_twice_and_then_stop_with_their_rows(
