@@ -17,9 +17,11 @@ from conftest import ROOT, pair_row, read_rows, write_jsonl
 WORDS = "warm dull moving long bright slow tender loud".split()
 
 
-# A stage that takes 20 ms to write a row, so that on a fast machine too it is at work when it is killed
+# A stage that takes 20 ms to write a row, so that on a fast machine too it is at work when it is killed, and that hears
+# SIGINT where the tests run in a shell's background, which is deaf to it and hands that on
 SLOWED = """
-import importlib, sys, time, generate
+import importlib, signal, sys, time, generate
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write = generate.append
 generate.append = lambda file, row: (time.sleep(0.02), write(file, row))
 generate.run_stage(importlib.import_module(sys.argv.pop(1)).main)
