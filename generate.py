@@ -163,10 +163,7 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open_alone(path)
-    if overwrite and path.stat().st_size:
-        put_aside(path)
-        file = open_alone(path)
+    file = open_alone(path, overwrite)
     mend = "go back to what they were made with to continue them, choose another --out, or pass --overwrite"
     made_of = {identity: number for number, identity in enumerate(source.ids)} if source is not None else {}
     done, place, whole = Rows(path.open("rb")), 0, True
@@ -200,8 +197,9 @@ def open_output(path, overwrite, settings, settings_of, source=None, same=()):
     return done, file
 
 
-def open_alone(path):
-    """The file opened to append, locked for as long as it is open: a second process on the same output is refused."""
+def open_alone(path, overwrite=False):
+    """The file opened to append, locked for as long as it is open: a second process on the same output is refused. With
+    overwrite, a new file, and what was there is put aside."""
     if Path(path).is_dir():
         fail(f"--out {path}: is a folder; name a file in it")
     while True:
@@ -211,7 +209,11 @@ def open_alone(path):
         except OSError:
             fail(f"{path}: another process is writing it; wait for that one, or choose another --out")
         if Path(path).exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file  # and not one that was replaced between the two calls
+            break  # and not one that was replaced between the two calls
+    if overwrite and Path(path).stat().st_size:
+        put_aside(path)
+        return open_alone(path)
+    return file
 
 
 def put_aside(path):
@@ -798,10 +800,7 @@ class Journal:
 
     def __init__(self, path, overwrite):
         """path: of the file, which is locked; with overwrite, what it holds is put aside as NAME.old."""
-        self.path, self.file = Path(path), open_alone(path)
-        if overwrite and self.path.stat().st_size:
-            put_aside(self.path)
-            self.file = open_alone(self.path)
+        self.path, self.file = Path(path), open_alone(path, overwrite)
         self.lock, self.reused = threading.Lock(), 0
         self.running = {}  # key of a call under way -> Future of its Reply
         self.places = {}  # key of a call that was answered -> where its line begins
@@ -1259,7 +1258,7 @@ def main():
     settings = {"model": args.model, "form": form_name, "max_tokens": args.max_tokens, "seed": args.seed}
     settings |= {"temperature": args.temperature, "top_p": args.top_p}
     if args.dry_run:
-        form = {name: form[name] for name in ("answer", "critique", "revise")}
+        form = {name: form[name] for name in CALLS}
         return dry_run(
             args, form, rows, {key: settings[key] for key in ("model", "max_tokens", "temperature", "top_p")}
         )
