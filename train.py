@@ -279,6 +279,10 @@ def load_student(name, device, dtype, attention="sdpa", share_prompt=True, check
     if checkpoint_activations:  # a layer keeps its input only, and is computed once more in the backward pass
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if WORLD == 1 and device.type == "cpu" and head is not None and head.weight is embedding.weight:
+        # to the head's gradient that of the tokens at hand is added, and not a whole second one (CUDA: not measured)
+        embedding.sparse = True
     model.logps = types.MethodType(functools.partial(completion_logps, share_prompt=share_prompt), model)
     if WORLD > 1:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -548,7 +552,7 @@ def parse_args():
     add("--epochs", type=positive, default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type=positive, default=1024, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type=positive, default=2048, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--attention", default="auto", choices=["auto", "by_parts", "sdpa", "flex_attention"], help="by_parts runs everywhere, one prompt or answer after the other; sdpa with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: by_parts on a CPU, else sdpa)")
     add("--no-share-prompt", dest="share_prompt", action="store_false", help="compute the prompt of a pair twice, once for each answer; for comparison")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
