@@ -159,7 +159,7 @@ class ByParts(torch.autograd.Function):
             own += scores.new_full((size, size), -math.inf).triu(1)[:, None]
             weights = scores.softmax(-1)
             seen[:, rows] = torch.bmm(weights, join(value, columns)).unflatten(1, (size, -1))
-            kept.append(weights)
+            kept += [weights] if any(ctx.needs_input_grad) else []
         ctx.parts = parts
         ctx.save_for_backward(query, key, value, *kept)
         return seen

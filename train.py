@@ -145,24 +145,48 @@ def sides_of(kind):
     return SIDES[:1] if kind == "sft" else SIDES
 
 
+def gaps(pairs):
+    """score_chosen - score_rejected of each pair, (B,) fp64; NaN where there are no scores."""
+    known = array("d", (math.nan if pair["delta"] is None else pair["delta"] for pair in pairs))
+    return torch.tensor(known, dtype=torch.float64)
+
+
+def loss_settings(args, pairs, source):
+    """What preference_loss is told beside the log-probs; --tau is in standard deviations of the gap over these pairs."""
+    deltas = gaps(pairs)
+    deltas = deltas[~deltas.isnan()]
+    spread = deltas.std(correction=0).item() if len(deltas) else 0.0
+    tau = args.tau * (spread or 1.0)
+    belief = torch.sigmoid(deltas / tau)
+    mean_weight = (2 * belief - 1).clamp(min=0).mean().item()
+    if args.loss in SCORE_AWARE:
+        say(f"tau {args.tau} x standard deviation of the gaps = {tau:.4g}; mean belief p {belief.mean():.3f}")
+    if args.loss == "rdpo-weight" and mean_weight == 0:
+        fail(f"{source}: no revision won, so rdpo-weight has nothing to learn from")
+    return {"beta": args.beta, "epsilon": args.epsilon, "tau": tau, "mean_weight": mean_weight}
+
+
 def pair_losses(kind, policy, reference, pairs, settings):
     """preference_loss for pairs whose log-probs are the rows of policy and reference: (B, 2), chosen and rejected, or
     (B, 1) where the loss looks at the chosen ones alone; z means nothing then."""
-    delta = torch.tensor([pair["delta"] for pair in pairs], device=policy.device)
+    delta = gaps(pairs).to(policy)
     tokens = torch.tensor([[len(pair[side][1]) for side in SIDES] for pair in pairs]).to(policy.device)
     both = (F.pad(logps, (0, 2 - logps.shape[1])).unbind(1) for logps in (policy, reference))
     return preference_loss(kind, *itertools.chain(*both), delta=delta, tokens=tokens, **settings)
 
 
 def diagnose(kind, policy, reference, pairs, settings):
-    """Means over pairs for people to look at, and (p, sigmoid(z)) of each: the reward's belief and the student's."""
+    """Means over pairs for people to look at, and (p, sigmoid(z)) of each: the reward's belief and the student's.
+
+    p is known of pairs with scores alone: where no pair has them, there is no "belief"."""
     losses, z = pair_losses(kind, policy, reference, pairs, settings)
     if kind == "sft":
         return {"loss": losses.mean().item(), "chosen_logps": policy.mean().item()}, torch.zeros(0, 2)
-    belief = torch.sigmoid(torch.tensor([pair["delta"] for pair in pairs], device=z.device) / settings["tau"])
-    means = {"loss": losses, "margin": z, "accuracy": (z > 0).float(), "belief": belief, "student": z.sigmoid()}
-    means |= {"chosen_logps": policy[:, 0], "rejected_logps": policy[:, 1]}
-    return {name: value.double().mean().item() for name, value in means.items()}, torch.stack([belief, z.sigmoid()], 1)
+    belief, student = torch.sigmoid(gaps(pairs).to(z) / settings["tau"]), z.sigmoid()
+    means = {"loss": losses, "margin": z, "accuracy": (z > 0).float(), "belief": belief[~belief.isnan()]}
+    means |= {"student": student, "chosen_logps": policy[:, 0], "rejected_logps": policy[:, 1]}
+    means = {name: value.double().mean().item() for name, value in means.items() if len(value)}
+    return means, torch.stack([belief, student], 1)
 
 
 def schedule(step, steps, warmup):
@@ -246,8 +270,8 @@ def make_pair(row, number, path, tokenizer, args, counts):
     if chosen == rejected and args.loss != "sft":
         counts["identical"] += 1
         return None
-    delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else 0.0
-    pair = {"id": row.get("id", number), "chosen": chosen, "rejected": rejected, "delta": float(delta)}
+    delta = float(row["score_chosen"] - row["score_rejected"]) if is_scored(row) else None
+    pair = {"id": row.get("id", number), "chosen": chosen, "rejected": rejected, "delta": delta}
     return {**pair, "held_out": row.get("split") == "test"}
 
 
@@ -305,6 +329,9 @@ def load_student(name, device, dtype, attention="sdpa", share_prompt=True, check
     return model, tokenizer
 
 
+# ---- ALGORITHM: log-probs and gradients of a batch ------------------------------------------------------------------
+
+
 def pair_logps(model, pairs, sides=SIDES):
     """log pi of the answers of each pair, chosen and rejected or one of them: (B, len(sides)) fp32."""
     return model.logps([pair[side] for pair in pairs for side in sides]).view(-1, len(sides))
@@ -328,17 +355,24 @@ def shares(model, pairs, budget, sides=SIDES):
     return [(places, 1.0) for places in cuts[RANK]] + [([0], 0.0)] * surplus
 
 
-def summed(tensor):
-    """The sum over all processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+def backward(model, batch, known, args, settings, autocast):
+    """Adds the gradient of a batch's mean loss, stream by stream; returns the log-probs that it met, (B, sides) fp32.
 
-
-def wait():
-    """Until all processes are here."""
-    if WORLD > 1:
-        dist.barrier()
+    known: those of the reference, (B, 2); autocast: what the forward pass runs in.
+    """
+    sides = sides_of(args.loss)
+    policy = torch.zeros(len(batch), len(sides), device=known.device)
+    for places, weight in shares(model, batch, args.pack_tokens, sides):
+        pairs = [batch[i] for i in places]
+        with autocast:
+            logps = pair_logps(model, pairs, sides)
+        losses, _ = pair_losses(args.loss, logps, known[places], pairs, settings)
+        # A sum over pairs, divided by the whole batch: streams and processes do not change the result.
+        # WORLD, because FSDP takes the mean over the processes where the sum is meant.
+        (losses.sum() * (weight * WORLD / len(batch))).backward()
+        if weight:
+            policy[places] = logps.detach()
+    return summed(policy)
 
 
 @torch.no_grad()
@@ -352,20 +386,6 @@ def all_pair_logps(model, pairs, budget, sides=SIDES, what=None):
                 logps[places] = values
                 bar.update(len(places) * WORLD)
     return summed(logps)
-
-
-def whole(tensor):
-    """A weight in one piece. Where it is cut, all processes must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def weights_digest(model):
-    """SHA-256 of all weights, in hexadecimal: two models that differ in one number differ in it."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def reference_logps(model, digest, pairs, path, args):
@@ -389,6 +409,47 @@ def reference_logps(model, digest, pairs, path, args):
         save_file({"logps": logps.cpu()}, f"{cache}.{os.getpid()}.part")
         os.replace(f"{cache}.{os.getpid()}.part", cache)
     return logps
+
+
+def check_first_loss(loss, batch, args, settings, source):
+    """Stops where the loss of the first step is not that of policy = reference, which is known beforehand."""
+    expected = loss_at_reference(args.loss, gaps(batch), **settings).mean().item()
+    slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z, at most
+    if abs(loss - expected) > (1e-3 if args.dtype == "float32" else 0.05) * slope:
+        fail(
+            f"step 0: loss {loss:.5f}, but policy = reference gives {expected:.5f}; "
+            f"delete {source.parent}/*.reference-* and see whether the model is what was meant"
+        )
+
+
+# ---- between processes ----------------------------------------------------------------------------------------
+
+
+def summed(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    """Until all processes are here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def whole(tensor):
+    """A weight in one piece. Where it is cut, all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights_digest(model):
+    """SHA-256 of all weights, in hexadecimal: two models that differ in one number differ in it."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # ---- checkpoints and the finished model -------------------------------------------------------------------------
@@ -552,7 +613,7 @@ def parse_args():
     add("--epochs", type=positive, default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type=positive, help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type=positive, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type=positive, default=2048, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type=positive, default=1024, help="micro-batch: tokens of one forward pass, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--attention", default="auto", choices=["auto", "by_parts", "sdpa", "flex_attention"], help="by_parts runs everywhere, one prompt or answer after the other; sdpa with a (tokens, tokens) mask; flex_attention skips the masked blocks, needs CUDA and a C++ compiler, and pays with long streams (default: by_parts on a CPU, else sdpa)")
     add("--no-share-prompt", dest="share_prompt", action="store_false", help="compute the prompt of a pair twice, once for each answer; for comparison")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
@@ -579,6 +640,9 @@ def parse_args():
     if args.dtype == "float16":
         fail("--dtype float16: gradients would need loss scaling, which is not here; use bfloat16 or float32")
     return args
+
+
+# ---- the folder of a run ----------------------------------------------------------------------------------------
 
 
 def claim(out, run, overwrite, keep, device):
@@ -705,16 +769,7 @@ def main():
         fail(f"{source}: no pair left to train on ({left_out}){cut_off}")
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out" + (f"; {left_out}" if left_out else ""))
 
-    # -- what the loss is told of the scores
-    deltas = torch.tensor(array("d", (pair["delta"] for pair in train)), dtype=torch.float64)
-    tau = args.tau * (deltas.std(correction=0).item() or 1.0)
-    belief = torch.sigmoid(deltas / tau)
-    mean_weight = (2 * belief - 1).clamp(min=0).mean().item()
-    settings = {"beta": args.beta, "epsilon": args.epsilon, "tau": tau, "mean_weight": mean_weight}
-    if args.loss in SCORE_AWARE:
-        say(f"tau {args.tau} x standard deviation of the gaps = {tau:.4g}; mean belief p {belief.mean():.3f}")
-        if args.loss == "rdpo-weight" and mean_weight == 0:
-            fail(f"{source}: no revision won, so rdpo-weight has nothing to learn from")
+    settings = loss_settings(args, train, source)
 
     # -- steps; the order of the data is a function of seed and epoch alone
     per_epoch = math.ceil(len(train) / args.batch_size)
@@ -726,8 +781,8 @@ def main():
     digest = hashlib.sha256()
     for pair in train + held_out:
         digest.update(json.dumps(pair).encode())
-    run = {**vars(args), "input": str(source), "data": digest.hexdigest()[:12], "steps": steps, "tau_absolute": tau}
-    run |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
+    run = {**vars(args), "input": str(source), "data": digest.hexdigest()[:12], "steps": steps}
+    run |= {"tau_absolute": settings["tau"], "pairs": len(train), "held_out": len(held_out), "left_out": counts}
     model, tokenizer = load_student(
         args.model, device, dtype, args.attention, args.share_prompt, args.checkpoint_activations
     )
@@ -771,19 +826,9 @@ def main():
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
         batch, known = [train[i] for i in picks], reference[picks]
 
-        policy = torch.zeros(len(batch), len(sides), device=device)
-        for places, weight in shares(model, batch, args.pack_tokens, sides):
-            pairs = [batch[i] for i in places]
-            with autocast:
-                logps = pair_logps(model, pairs, sides)
-            losses, _ = pair_losses(args.loss, logps, known[places], pairs, settings)
-            # A sum over pairs, divided by the whole batch: streams and processes do not change the result.
-            # WORLD, because FSDP takes the mean over the processes where the sum is meant.
-            (losses.sum() * (weight * WORLD / len(batch))).backward()
-            if weight:
-                policy[places] = logps.detach()
+        policy = backward(model, batch, known, args, settings, autocast)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)).item()
-        means, _ = diagnose(args.loss, summed(policy), known, batch, settings)
+        means, _ = diagnose(args.loss, policy, known, batch, settings)
         if not math.isfinite(means["loss"]) or not math.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             skipped += 1
@@ -793,15 +838,8 @@ def main():
             say(f"step {step + 1:4d}/{steps} | skipped: {said}")
             log.write(step + 1, {"skipped": skipped})
             continue
-        if step == 0 and args.loss != "sft":  # the policy is the reference still, so the loss is known beforehand
-            delta = torch.tensor([pair["delta"] for pair in batch])
-            expected = loss_at_reference(args.loss, delta, **settings).mean().item()
-            slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z, at most
-            if abs(means["loss"] - expected) > (1e-3 if dtype == torch.float32 else 0.05) * slope:
-                fail(
-                    f"step 0: loss {means['loss']:.5f}, but policy = reference gives {expected:.5f}; "
-                    f"delete {source.parent}/*.reference-* and see whether the model is what was meant"
-                )
+        if step == 0 and args.loss != "sft":
+            check_first_loss(means["loss"], batch, args, settings, source)
         rate = args.lr * schedule(step, steps, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate

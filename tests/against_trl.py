@@ -116,10 +116,10 @@ def run_ours(job):
     argv += ["--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR), "--beta", str(BETA)]
     argv += ["--epsilon", str(EPSILON), "--warmup", str(WARMUP), "--epochs", "1", "--batch-size", str(job["batch"])]
     argv += ["--max-length", "2048", "--seed", str(SEED), "--save-every", "1000000"]
+    argv += ["--pack-tokens", "1" if "one pair" in job["off"] else "2048"]
     sys.argv = argv + {
         "sharing": ["--no-share-prompt"],
-        "one pair": ["--pack-tokens", "1"],
-        "one pair, activations": ["--pack-tokens", "1", "--checkpoint-activations"],
+        "one pair, activations": ["--checkpoint-activations"],
         "attention by parts": ["--attention", "sdpa"],
     }.get(job["off"], [])
     train.main()

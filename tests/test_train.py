@@ -158,6 +158,23 @@ def test_plain_text_pairs_without_a_prompt_share_what_they_begin_with_up_to_a_wo
     assert pairs[0] | {"id": 0} == pairs[1] | {"id": 0}
 
 
+def test_pairs_without_scores_have_no_say_in_tau_and_in_the_mean_belief():
+    deltas = [1.0, None, -3.0]
+    pairs = [{"chosen": ([1], [2]), "rejected": ([1], [3]), "delta": delta} for delta in deltas]
+    args = type("Args", (), {"tau": 0.5, "loss": "dpo", "beta": 0.1, "epsilon": 0.1})
+    settings = train.loss_settings(args, pairs, "in.jsonl")
+    assert settings["tau"] == 0.5 * 2.0  # the standard deviation of 1 and -3
+    logps = torch.tensor([[-1.0, -2.0]] * 3)
+    means, both = train.diagnose("dpo", logps, logps, pairs, settings)
+    assert means["belief"] == pytest.approx(sum(1 / (1 + math.exp(-delta)) for delta in (1, -3)) / 2)
+    assert both[:, 0].isnan().tolist() == [False, True, False]
+    unscored = [pair | {"delta": None} for pair in pairs]
+    settings = train.loss_settings(args, unscored, "in.jsonl")
+    means, _ = train.diagnose("dpo", logps, logps, unscored, settings)
+    assert "belief" not in means and means["loss"] == pytest.approx(math.log(2))
+    assert settings["tau"] == 0.5
+
+
 def test_what_is_left_out_is_counted_by_reason(workdir, tokenizer):
     cut = pair_row(1, "a long answer", "b") | {"teacher": {"finish": {"answer": "length", "revision": "stop"}}}
     null = pair_row(2, "a", "b") | {"score_chosen": None}
