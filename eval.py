@@ -19,7 +19,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -50,7 +49,7 @@ from generate import (
     seed_of,
 )
 from score import SIDES, Score, add_reward_flags, all_logps, check_model, make_reward, text_of
-from train import make_pairs, weights_digest
+from train import gaps, make_pairs, weights_digest
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
 
@@ -133,12 +132,12 @@ def answers_of(jobs, args, seed_by, model, tokenizer, bar):
 def implicit_accuracy(logps, base_logps, pairs):
     """Share of pairs on which log pi - log pi_ref prefers the chosen answer, and the one with the higher score.
 
-    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs that are no tie; NaN without any.
+    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs with scores that are no tie; NaN without any.
     """
     ratio = logps - base_logps
     z = ratio[:, 0] - ratio[:, 1]
-    delta = torch.tensor([pair["delta"] for pair in pairs])
-    decided = delta != 0
+    delta = gaps(pairs)
+    decided = delta.abs() > 0  # NaN, so without scores, is not
     by_score = (z[decided].sign() == delta[decided].sign()).double().mean().item()
     return (z > 0).double().mean().item(), by_score
 

@@ -52,6 +52,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils import logging as transformers_logging
 from urllib3.exceptions import ConnectTimeoutError, InvalidHeader, NewConnectionError
 
+from kernels.logps import multiplies_bf16
+
 transformers_logging.disable_progress_bar()
 ROOT = Path(__file__).parent
 TEXT_FIELDS = ("prompt", "question", "instruction", "goal", "text")
@@ -489,7 +491,7 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        fast = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        fast = multiplies_bf16()
     else:
         fast = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -358,7 +358,7 @@ def shares(model, pairs, budget, sides=SIDES):
 def backward(model, batch, known, args, settings, autocast):
     """Adds the gradient of a batch's mean loss, stream by stream; returns the log-probs that it met, (B, sides) fp32.
 
-    known: those of the reference, (B, 2); autocast: what the forward pass runs in.
+    known: those of the reference, (B, 2), or (B, 1) of zeros for sft; autocast: what the forward pass runs in.
     """
     sides = sides_of(args.loss)
     policy = torch.zeros(len(batch), len(sides), device=known.device)

@@ -356,9 +356,9 @@ def linear_logps(
 
     Gradients flow to hidden, weight and bias, each only if it asks (a frozen one costs nothing), in its own type and
     for any upstream gradient, once: a second backward through a kept graph works, by recomputing. On the CPU products
-    skip ignored tokens and those whose upstream gradient is 0, and run in fp32 (see _exact_products), those of the
-    gradients in bf16 where the operands are and the CPU has the instructions (see _gradients). On CUDA half operands enter the products as halves and fp32 comes out; dZ, between -1 and 1, is fp16 for bf16 operands too
-    (see _gradients).
+    skip ignored tokens and those whose upstream gradient is 0, and run in fp32 (see _exact_products) but for dW's of bf16
+    operands, where the CPU has the instructions (see _gradients). On CUDA half operands enter the products as halves
+    and fp32 comes out; dZ, between -1 and 1, is fp16 for bf16 operands too (see _gradients).
     fp32 operands follow torch.backends.cuda.matmul (TF32 if you allowed it). Autocast is off in here. Raises as
     gather_logps does, and for a cu_seqlens that is not as above.
     """
@@ -436,10 +436,11 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, logit_scal
     Half operands under Triton: dZ and c H are rounded to fp16, whose 11 bits fit numbers that are at most 1; W goes
     from bf16 to fp16 for it, exactly between 6e-5 and 65504. dZ in bf16 would cost 1.5e-3 of the norm of dH, as
     much again as rounding dH itself (SmolLM2-135M, 512 tokens); in fp16 the difference is lost in that rounding.
-    Elsewhere c goes into dZ. For a CPU that multiplies bf16, at twice the speed of fp32, c dZ is rounded to it; most of
-    the norm of a row of dZ is p[y] - 1, so the labels' entries stay out of the products and are added in fp32: 0.7e-3.
-    Such a product is rounded to bf16 too, which is what dW is rounded to anyway; dH, summed over slabs in fp32, is
-    then off by 2.0e-3 of its norm, where rounding it to bf16 alone costs 1.7e-3 (SmolLM2-135M, 256 tokens).
+    Elsewhere c goes into dZ. A CPU that multiplies bf16 (see _exact_products) rounds c dZ to it; most of the norm of a
+    row of dZ is p[y] - 1, so the labels' entries stay out of the products and are added in fp32: 0.7e-3.
+    A product of bf16 operands takes half the time of one in fp32, but its result is rounded to bf16. That is what
+    becomes of dW anyway. dH stays in fp32: what it sums over the vocabulary is large where the rows of W have much
+    in common, and cancels against the labels' entries, its rounding not.
     """
     want_hidden, want_weight, want_bias = wanted[:3]
     coef = coef.to(lse.dtype)
@@ -447,39 +448,39 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, logit_scal
     h, labels, lse, target, coef = _widen(hidden[rows]), labels[rows], lse[rows], target[rows], coef[rows]
     dz_label = _dz_of_labels(lse, target, coef, softcap)
     half, labels_apart = _is_half(h), hidden.dtype == torch.bfloat16 and not _on_triton(hidden)
-    narrow = labels_apart and _multiplies_bf16()  # products of bf16 operands
     dz_in_product = torch.zeros_like(dz_label) if labels_apart else dz_label
     scaled = coef * logit_scale
+    narrow = labels_apart and multiplies_bf16()  # the product of dW
     if half:
         ch = torch.where(coef[:, None] != 0, scaled[:, None] * h, 0)
         unit = ch.abs().amax().clamp(min=1e-30) if len(h) else 1.0  # a tensor: the host does not wait for it
         right, c = (ch / unit).half(), (coef != 0).to(lse.dtype)
     else:
         right, c = torch.where(coef[:, None] != 0, h, 0), scaled
-    right = right.bfloat16() if narrow else right
     dhidden = lse.new_zeros(h.shape) if want_hidden else None  # fp32: it is a sum over slabs
     dweight = torch.empty_like(weight) if want_weight else None  # each slab of it is written once
     dbias = torch.empty_like(bias) if want_bias else None
     slabs, tile = _slabs(h, weight, columns)
-    rounded = torch.empty_like(tile, dtype=torch.bfloat16) if narrow else None
+    if narrow:
+        rounded, h_rounded = torch.empty_like(tile, dtype=torch.bfloat16), right.bfloat16()
     for slab in slabs:
-        w = weight[slab]
+        w = _widen(weight[slab])
         if slab.start in kept:
             x, peak = (part[picked] for part in kept.pop(slab.start))
         else:
-            x, peak = _logits(h, _widen(w), bias, slab, tile), None
+            x, peak = _logits(h, w, bias, slab, tile), None
         dz = x
-        if x.dtype != lse.dtype or half:
+        if x.dtype != right.dtype:
             dz = torch.empty_like(x, dtype=right.dtype) if tile is None else tile[:, : len(w)]
         _dz(x, peak, labels, slab.start, lse, dz_in_product, c, dz, logit_scale, softcap)
         del x, peak
         if want_bias:
             dbias[slab] = scaled @ dz.to(scaled.dtype) if half else dz.sum(0)
-        if narrow:
-            dz = rounded[:, : len(w)].copy_(dz)
         if want_hidden:
-            _add_mm_(dhidden, dz, w.half() if half else w if narrow else _widen(w))
-        if want_weight and dweight.dtype == right.dtype and not half:
+            _add_mm_(dhidden, dz, w.half() if half else w)
+        if want_weight and narrow:
+            torch.mm(rounded[:, : len(w)].copy_(dz).t(), h_rounded, out=dweight[slab])
+        elif want_weight and dweight.dtype == right.dtype and not half:
             torch.mm(dz.t(), right, out=dweight[slab])  # a sum over all tokens, inside one product
         elif want_weight and half:
             torch.mul(_mm(dz.t(), right), unit, out=dweight[slab])  # the same, rounded once
@@ -562,17 +563,15 @@ def _mm(a, b):
 
 def _add_mm_(total, a, b):
     """total += a b, inside the product: at D = 4,096 a pass over fp32 dH for every slab would be seen."""
-    if a.dtype == torch.bfloat16:
-        total.add_(a @ b)
-    elif a.is_cuda and a.dtype == torch.float16:
+    if a.is_cuda and a.dtype == torch.float16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 @functools.cache
-def _multiplies_bf16():
-    """Whether the CPU has instructions for products of bf16 numbers, which PyTorch then uses."""
+def multiplies_bf16():
+    """Whether an x86 CPU has instructions for products of bf16 numbers."""
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -79,10 +79,10 @@ def test_a_paired_difference_is_narrower_than_its_parts():
 
 
 def test_implicit_accuracy_counts_pairs_by_name_and_by_score():
-    base = torch.zeros(3, 2)
-    logps = torch.tensor([[2.0, 1.0], [1.0, 3.0], [5.0, 4.0]])  # prefers chosen, rejected, chosen
-    pairs = [{"delta": 1.0}, {"delta": -1.0}, {"delta": 0.0}]
-    assert implicit_accuracy(logps, base, pairs) == (pytest.approx(2 / 3), 1.0)
+    base = torch.zeros(4, 2)
+    logps = torch.tensor([[2.0, 1.0], [1.0, 3.0], [5.0, 4.0], [2.0, 1.0]])  # prefers chosen, rejected, chosen, chosen
+    pairs = [{"delta": 1.0}, {"delta": -1.0}, {"delta": 0.0}, {"delta": None}]
+    assert implicit_accuracy(logps, base, pairs) == (pytest.approx(3 / 4), 1.0)
     assert implicit_accuracy(logps, logps, pairs)[0] == 0.0  # the reference itself prefers nothing
 
 

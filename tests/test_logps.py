@@ -63,8 +63,8 @@ RETAIN, RECOMPUTE = 1 << 40, 0  # retain_bytes: more than any test needs, and no
 
 def compare_with_fp64(hidden, weight, labels, cu=None, *, tol, grad_tol, bias=None, chunk_bytes=None, **settings):
     """Value and gradients of linear_logps in both modes, a different coefficient per output, against the fp64
-    reference; what is retained may cost the gradients another 1.5e-4, and products in bf16 as much as 1.2e-3 beside
-    the rounding of the result. Returns the errors of the last, RETAIN."""
+    reference; what is retained may cost the gradients another 1.5e-4, a dZ in bf16 dW another 0.75e-3. Returns the
+    errors of the last, RETAIN."""
     operands = [t for t in (hidden, weight, bias) if t is not None]
     exact = leaves(*operands, dtype=torch.float64)
     want = reference_logps(*exact[:2], labels, cu, **({"bias": exact[2]} if bias is not None else {}), **settings)
@@ -81,8 +81,8 @@ def compare_with_fp64(hidden, weight, labels, cu=None, *, tol, grad_tol, bias=No
         for g, w in zip(ours, exact, strict=True):
             assert g.grad.dtype == g.dtype
             rounding = (w.grad.to(g.dtype) - w.grad).norm()  # 1.7e-3 in bf16, whoever computes it
-            if g.dtype == torch.bfloat16 and g.device.type == "cpu" and not INTERPRETED and L._multiplies_bf16():
-                rounding = torch.hypot(rounding, 1.2e-3 * w.grad.norm())
+            if g is ours[1] and g.dtype == torch.bfloat16 and g.device.type == "cpu" and L.multiplies_bf16():
+                rounding = torch.hypot(rounding, 0.75e-3 * w.grad.norm())
             error, allowed = (g.grad - w.grad).norm(), grad_tol + (1.5e-4 if retain_bytes else 0)
             assert error <= 1.02 * rounding + allowed * w.grad.norm() + 1e-7, f"retain_bytes {retain_bytes}"
     return [rel(g.grad, w.grad) for g, w in zip(ours, exact, strict=True)]
@@ -195,7 +195,7 @@ def test_half_operands_are_within_a_hundredth_of_a_nat_over_128_tokens(dtype, se
     hidden, weight, labels = head(256, 64, 8192, dtype)
     cu = torch.tensor([0, 128, 256])
     errors = compare_with_fp64(hidden, weight, labels, cu, tol=0.01, grad_tol=1e-4, chunk_bytes=1 << 20, **settings)
-    assert max(errors) < 2.1e-3
+    assert max(errors) < 2e-3
     bf16_logits = reference_logps(hidden @ weight.t(), None, labels, cu)  # and what it is that we avoid:
     if dtype == torch.bfloat16 and not settings:
         assert (bf16_logits - reference_logps(hidden.double(), weight.double(), labels, cu)).abs().max() > 0.02
@@ -778,13 +778,13 @@ def check_smollm2(device, length=128, **settings):
         assert (got - want).abs().max() < 0.01
         got.backward(coef)
         errors = rel(h.grad, grads[0]), rel(w.grad, grads[1])
-        assert max(errors) < 2.1e-3, errors
+        assert max(errors) < 2e-3, errors
     return want
 
 
 @needs_smollm2
 @pytest.mark.parametrize("settings", [{}, {"softcap": 30.0, "logit_scale": 0.7}], ids=["plain", "softcap"])
-def test_real_hidden_states_are_exact_to_a_hundredth_of_a_nat_and_gradients_to_2_1e_3(settings):
+def test_real_hidden_states_are_exact_to_a_hundredth_of_a_nat_and_gradients_to_2e_3(settings):
     want = check_smollm2("cpu", **settings)
     if not settings:
         hidden, weight, labels = smollm2()
@@ -794,25 +794,39 @@ def test_real_hidden_states_are_exact_to_a_hundredth_of_a_nat_and_gradients_to_2
 
 
 @needs_smollm2
-@pytest.mark.parametrize("narrow", [True, False])
-def test_gradients_keep_their_bounds_whether_or_not_the_cpu_multiplies_bf16(narrow, monkeypatch):
-    """The logits with AMX by hand: oneDNN rounds operands to bf16 for a product, the sums are fp32."""
-    products, mm = [], torch.mm
+def test_a_cpu_that_multiplies_bf16_keeps_the_same_bounds(monkeypatch):
+    """What oneDNN does with AMX, here by hand: operands rounded to bf16 for a product, the sums in fp32."""
+    products = []
 
-    def logits(h, w, bias, slab, tile):
+    def narrow(*operands):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        return mm(h.bfloat16().float(), w.t().bfloat16().float(), out=tile[:, : len(w)])
+        products.append(operands[0].shape)
+        return [x.bfloat16().float() for x in operands]
 
-    def counted(a, b, **options):
-        products.append(a.dtype)
-        return mm(a, b, **options)
-
-    monkeypatch.setattr(L, "_logits", logits)
-    monkeypatch.setattr(L, "_multiplies_bf16", lambda: narrow)
-    monkeypatch.setattr(torch, "mm", counted)
+    monkeypatch.setattr(L, "_logits", lambda h, w, bias, slab, tile: torch.mm(*narrow(h, w.t()), out=tile[:, : len(w)]))
+    monkeypatch.setattr(L, "_add_mm_", lambda total, a, b: total.addmm_(*narrow(a, b)))
+    monkeypatch.setattr(L, "_mm", lambda a, b: torch.mm(*narrow(a, b)))
     check_smollm2("cpu")
-    assert (torch.bfloat16 in products) == narrow  # dW's
+    assert len(products) > 6
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+@needs_smollm2
+@pytest.mark.parametrize("narrow", [True, False])
+def test_the_product_of_dw_may_be_one_of_bf16_operands(narrow, monkeypatch):
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **options: products.append(a.dtype) or mm(a, b, **options))
+    monkeypatch.setattr(L, "multiplies_bf16", lambda: narrow)
+    check_smollm2("cpu")
+    assert (torch.bfloat16 in products) == narrow
+
+
+@pytest.mark.parametrize("common", [1.0, 10.0])
+def test_what_the_rows_of_the_weight_have_in_common_costs_no_digits(common):
+    """It cancels in dH, and a sum over the vocabulary that was rounded to bf16 before would be off by 1e-2."""
+    hidden, weight, labels = head(128, 64, 8192, torch.bfloat16)
+    weight = (weight + common * weight.std() * torch.randn(1, 64)).bfloat16()
+    compare_with_fp64(hidden, weight, labels, tol=0.01, grad_tol=1e-4)
 
 
 @runs_triton

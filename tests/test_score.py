@@ -279,6 +279,28 @@ def test_attention_by_parts_gives_the_log_probs_and_gradients_of_sdpa(tiny, monk
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("heads", "groups", "size", "value_size"), [(4, 4, 8, 8), (6, 2, 8, 5), (3, 1, 4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_by_parts_is_dense_attention_for_any_heads(heads, groups, size, value_size, dtype, monkeypatch):
+    monkeypatch.setattr(score, "BLOCK", 4)
+    labels = torch.tensor([1] * 12 + [2] * 4), torch.tensor([0] + [1] * 7 + [2] * 4 + [0] * 3 + [1])
+    draw = torch.Generator().manual_seed(heads)
+    shapes = (heads, size), (groups, size), (groups, value_size)
+    operands = [torch.randn(1, n, 16, d, generator=draw).to(dtype).requires_grad_() for n, d in shapes]
+    seen, _ = score.attention_by_parts(None, *operands, None, parts=score.parts_of(*labels))
+    place = torch.arange(16)
+    mask = score.sees(*labels)(0, 0, place[:, None], place)
+    exact = [operand.detach().double().requires_grad_() for operand in operands]
+    key, value = (part.repeat_interleave(heads // groups, 1) for part in exact[1:])
+    dense = torch.nn.functional.scaled_dot_product_attention(exact[0], key, value, mask).transpose(1, 2)
+    above = torch.randn(dense.shape, generator=draw)
+    seen.backward(above.to(dtype))
+    dense.backward(above.double())
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, want in [(seen, dense), *((a.grad, b.grad) for a, b in zip(operands, exact, strict=True))]:
+        assert got.dtype == dtype and (got.double() - want).norm() <= error * want.norm()
+
+
 def test_a_model_that_hands_nothing_on_to_its_attention_runs_with_sdpa(tiny, monkeypatch):
     model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
     forward = type(model.base_model).forward
