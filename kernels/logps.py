@@ -356,9 +356,9 @@ def linear_logps(
 
     Gradients flow to hidden, weight and bias, each only if it asks (a frozen one costs nothing), in its own type and
     for any upstream gradient, once: a second backward through a kept graph works, by recomputing. On the CPU products
-    skip ignored tokens and those whose upstream gradient is 0, and run in fp32 (see _exact_products) but for dW's of bf16
-    operands, where the CPU has the instructions (see _gradients). On CUDA half operands enter the products as halves
-    and fp32 comes out; dZ, between -1 and 1, is fp16 for bf16 operands too (see _gradients).
+    skip ignored tokens and those whose upstream gradient is 0. They run in fp32 (see _exact_products), but that of dW
+    in bf16 where the operands are bf16 and the CPU multiplies it (see _gradients). On CUDA half operands enter the
+    products as halves and fp32 comes out; dZ, between -1 and 1, is fp16 for bf16 operands too (see _gradients).
     fp32 operands follow torch.backends.cuda.matmul (TF32 if you allowed it). Autocast is off in here. Raises as
     gather_logps does, and for a cu_seqlens that is not as above.
     """

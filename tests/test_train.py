@@ -158,6 +158,25 @@ def test_plain_text_pairs_without_a_prompt_share_what_they_begin_with_up_to_a_wo
     assert pairs[0] | {"id": 0} == pairs[1] | {"id": 0}
 
 
+def test_a_tied_embedding_adds_only_the_tokens_at_hand_to_the_gradient_of_the_head(tiny, tokenizer, workdir):
+    pair = {"chosen": ([5, 6, 7], [8, 9]), "rejected": ([5, 6, 7], [10, 2]), "delta": 1.0}
+    grads = []
+    for sparse in (True, False):
+        model, _ = train.load_student(tiny, torch.device("cpu"), torch.float32)
+        embedding = model.get_input_embeddings()
+        assert embedding.sparse
+        embedding.sparse = sparse
+        for _ in range(2):
+            train.pair_logps(model, [pair]).sum().backward()
+        assert embedding.weight.grad.layout == torch.strided
+        grads.append(embedding.weight.grad)
+    torch.testing.assert_close(*grads)
+    make_model(len(tokenizer), tie_word_embeddings=False).save_pretrained(workdir / "untied")
+    tokenizer.save_pretrained(workdir / "untied")
+    model, _ = train.load_student(str(workdir / "untied"), torch.device("cpu"), torch.float32)
+    assert not model.get_input_embeddings().sparse
+
+
 def test_pairs_without_scores_have_no_say_in_tau_and_in_the_mean_belief():
     deltas = [1.0, None, -3.0]
     pairs = [{"chosen": ([1], [2]), "rejected": ([1], [3]), "delta": delta} for delta in deltas]
