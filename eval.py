@@ -132,7 +132,8 @@ def answers_of(jobs, args, seed_by, model, tokenizer, bar):
 def implicit_accuracy(logps, base_logps, pairs):
     """Share of pairs on which log pi - log pi_ref prefers the chosen answer, and the one with the higher score.
 
-    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs with scores that are no tie; NaN without any.
+    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs with scores that are no tie; NaN
+    without any.
     """
     ratio = logps - base_logps
     z = ratio[:, 0] - ratio[:, 1]
