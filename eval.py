@@ -1,19 +1,19 @@
 """Stage 4 of 4: did the behaviour change, on prompts that training never saw, and at what cost?
 
-    python eval.py --task sycophancy                                        # base model and all of runs/sycophancy/
+    python eval.py --task sycophancy                                 # base model and all of runs/sycophancy/
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
-runs/TASK/scored.jsonl (its rows with split "test") + models -> runs/TASK/eval.jsonl, every answer with its scores;
-report.md, the table, what each number means, answers side by side; report.png.
+runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer with
+its scores; report.md: the table, what each number means, answers side by side; report.png.
 
-Each model answers each test prompt --samples times. Three things are measured on every answer: the reward that
-training listened to; the task's own metric, which training never saw (a lexicon, or phrases, see prompts/TASK.toml);
-and its length. Differences are taken from the first model, prompt by prompt, with a 95 % interval from a bootstrap
-over groups, because variants of one text are not independent. Chosen and rejected answers of the held-out pairs give
-the accuracy of the implicit reward, beta (log pi - log pi_ref).
+Every model answers every test prompt --samples times. Each answer has three measures: the task's own
+metric, which training never saw (a lexicon or marker phrases, see prompts/TASK.toml), the reward that
+training listened to, and its length. Differences are taken from the first model, prompt by prompt,
+with a 95 % interval from a bootstrap over groups, since variants of one text are not independent.
 """
 
 import argparse
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -22,246 +22,192 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import (
-    append,
-    batches_of,
-    check_sampling,
-    check_server,
-    check_task,
-    digest_of,
-    encode,
-    fail,
-    find_model,
-    in_order,
-    latest_task,
-    load_model,
-    load_task,
-    open_output,
-    parser_of,
-    pick_device,
-    pick_dtype,
-    positive,
-    provenance,
-    read_jsonl,
-    rewrite,
-    run_stage,
-    sample,
-    seed_of,
-)
-from score import SIDES, Score, add_reward_flags, all_logps, check_model, make_reward, text_of
-from train import gaps, make_pairs, weights_digest
+from generate import LocalModel, Output, Parser, digest_of, model_folder, provenance, run
+from kernels.packed import all_logps, check_model
+from prompts import BadInput, load_task, read_rows
+from score import add_reward_flags, make_reward
+from train import make_pairs
 
-SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts, from --in
+SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
-# ---- ALGORITHM: metrics and intervals -------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
-def positivity(text, analyzer=SentimentIntensityAnalyzer()):  # noqa: B008 (one lexicon, read once)
-    """VADER compound score, -1 to 1 (Hutto & Gilbert 2014)."""
-    return analyzer.polarity_scores(text)["compound"]
+def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa: B008 (read once)
+    """The task's metric of one answer, a number; a spread is made of these later, for each group.
+
+    positive: whether the VADER compound score (Hutto & Gilbert 2014), -1 to 1, is at least 0.05, the
+    lexicon's own threshold. spread: the compound score. match: whether a pattern occurs as whole
+    words, in either case, or, with want = "none", whether none does.
+    """
+    if metric["kind"] in ("positive", "spread"):
+        compound = lexicon.polarity_scores(answer)["compound"]
+        return compound if metric["kind"] == "spread" else float(compound >= 0.05)
+    patterns = metric.get("patterns")
+    if patterns is None:  # the row's own markers, a list or a single text
+        markers = row[metric["field"]]
+        patterns = [re.escape(m) for m in ([markers] if isinstance(markers, str) else markers)]
+    text = answer.replace("\u2019", "'")
+    found = any(re.search(rf"(?i)(?<!\w)(?:{pattern})(?!\w)", text) for pattern in patterns)
+    return float(found == {"any": True, "none": False}[metric["want"]])
 
 
-def matches(text, patterns):
-    """Whether any pattern occurs in the text: case-insensitive, as whole words, straight apostrophes."""
-    text = text.replace("\u2019", "'")
-    return any(re.search(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE) for pattern in patterns)
-
-
-def measure(metric, row, answer):
-    """The task's metric of one answer: a number; `spread` is made of these later, per group."""
-    if metric["kind"] == "positive":
-        return float(positivity(answer) >= 0.05)
-    if metric["kind"] == "spread":
-        return positivity(answer)
-    patterns = metric.get("patterns") or [re.escape(marker) for marker in row[metric["field"]]]
-    return float(matches(answer, patterns) == (metric["want"] == "any"))
-
-
-def per_group(kind, rows, value=lambda row: row["metric"]):
-    """{(group, sample): number} of a model's rows: the mean of value(row), or for the metric kind `spread` the largest
-    less the smallest."""
-    groups = {}
+def by_group(rows, field, kind="mean"):
+    """{group: value}, the mean over the group's samples of the mean (for a spread: largest less smallest)
+    over its prompts. Rows without a value are left out."""
+    samples = {}
     for row in rows:
-        groups.setdefault((row["group"], row["sample"]), []).append(value(row))
-    reduce = (lambda v: max(v) - min(v)) if kind == "spread" else (lambda v: sum(v) / len(v))
-    return {key: reduce(values) for key, values in groups.items()}
-
-
-def group_means(values):
-    """{group: mean over its samples} of {(group, sample): value}."""
+        if row[field] is not None:
+            samples.setdefault((row["group"], row["sample"]), []).append(row[field])
     groups = {}
-    for (group, _), value in values.items():
+    for (group, _), values in samples.items():
+        value = max(values) - min(values) if kind == "spread" else np.mean(values)
         groups.setdefault(group, []).append(value)
-    return {group: float(np.mean(of_group)) for group, of_group in groups.items()}
+    return {group: float(np.mean(values)) for group, values in groups.items()}
 
 
 def bootstrap(values, seed=0, draws=10_000):
-    """(mean, low, high): the mean over groups and its 95 % percentile interval, groups drawn with replacement."""
-    values = np.asarray(values, dtype=float)
+    """(mean, low, high): the mean over groups and its 95 % interval, by the percentiles of the means
+    of `draws` samples of as many groups, drawn with replacement."""
+    values = np.asarray(list(values), dtype=float)
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
 
-def difference(values, baseline):
+def difference(values, first):
     """bootstrap() of the paired difference of two {group: value}, over the groups that both have."""
-    return bootstrap([values[group] - baseline[group] for group in values if group in baseline])
+    return bootstrap([values[group] - first[group] for group in values if group in first])
 
 
-# ---- answers --------------------------------------------------------------------------------------------------
-
-
-def answers_of(jobs, args, seed_by, model, tokenizer, bar):
-    """(text, finish) for each of a few jobs (row, sample number): sampled, or without a model the teacher's revision."""
-    if model is None:
-        bar.update(len(jobs))
-        return [(text_of(row["chosen"]), row.get("teacher", {}).get("finish", {}).get("revision")) for row, _ in jobs]
-    replies = sample(
-        model,
-        tokenizer,
-        [row["prompt"] for row, _ in jobs],
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seeds=[seed_of(args.seed, row[seed_by], "eval", k) for row, k in jobs],
-        report=lambda reply: bar.update(),
-    )
-    return [(reply.text, reply.finish) for reply in replies]
-
-
-def implicit_accuracy(logps, base_logps, pairs):
-    """Share of pairs on which log pi - log pi_ref prefers the chosen answer, and the one with the higher score.
-
-    logps, base_logps: (B, 2), chosen and rejected. The second share is over pairs with scores that are no tie; NaN
-    without any.
-    """
-    ratio = logps - base_logps
-    z = ratio[:, 0] - ratio[:, 1]
-    delta = gaps(pairs)
-    decided = delta.abs() > 0  # NaN, so without scores, is not
-    by_score = (z[decided].sign() == delta[decided].sign()).double().mean().item()
-    return (z > 0).double().mean().item(), by_score
-
-
-# ---- report ---------------------------------------------------------------------------------------------------
-
-
-def summarise(names, rows, metric, accuracy):
-    """One dictionary a model, with everything that the table and the plot show. rows: answers, without their text."""
+def summarise(names, rows, kind):
+    """One dictionary a model: (mean, low, high) of every measure and of its difference from the first."""
     table, first = [], {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
-        if not mine:
-            continue
-        real = [row for row in mine if not row.get("control")]
-        control = [row for row in mine if row.get("control")]
-        scored = [row for row in mine if row["score"] is not None]
+        line = {"model": name, "answers": len(mine)}
+        line["cut"] = np.mean([row["finish"] == "length" for row in mine])
         measures = {
-            "metric": group_means(per_group(metric["kind"], real)),
-            "reward": group_means(per_group("mean", scored, lambda row: row["score"])),
-            "words": group_means(per_group("mean", mine, lambda row: row["words"])),
+            "metric": by_group([row for row in mine if not row["control"]], "metric", kind),
+            "control": by_group([row for row in mine if row["control"]], "metric", kind),
+            "reward": by_group(mine, "score"),
+            "words": by_group(mine, "words"),
         }
-        if control:
-            measures["control"] = group_means(per_group(metric["kind"], control))
-        line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
-        line["cut"] = float(np.mean([row["finish"] == "length" for row in mine]))
         for key, values in measures.items():
-            line[key] = bootstrap(list(values.values())) if values else None
+            line[key] = bootstrap(values.values()) if values else None
+            paired = {group for group in values if group in first.get(key, {})}
+            line[f"{key} difference"] = difference(values, first[key]) if paired else None
             first.setdefault(key, values)
-            if name != names[0] and values and first[key]:
-                line[f"{key}_difference"] = difference(values, first[key])
-        line["accuracy"] = accuracy.get(name)
+        line["groups"] = len(measures["metric"])
         table.append(line)
     return table
 
 
-def interval(triple, percent, signed=False):
-    """'0.41 [0.30, 0.52]', in per cent where the metric is a share."""
+def implicit_accuracy(logps, base_logps, pairs):
+    """Shares of pairs on which log pi - log pi_ref prefers chosen, and the answer with the higher score.
+
+    logps, base_logps: (B, 2), chosen and rejected. The second is over pairs whose scores differ, and
+    NaN without any.
+    """
+    log_ratios = logps - base_logps
+    z = (log_ratios[:, 0] - log_ratios[:, 1]).numpy()
+    delta = np.array([pair.delta for pair in pairs])
+    decided = np.abs(delta) > 0  # not where there are no scores, since NaN compares false
+    agree = np.sign(z[decided]) == np.sign(delta[decided])
+    return np.mean(z > 0), agree.mean() if len(agree) else float("nan")
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def interval(triple, percent, sign=""):
+    """'0.413 [0.301, 0.520]', in per cent where the metric is a share."""
     if triple is None:
         return "-"
-    scale, places = (100, 0) if percent else (1, 3)
-    mean, low, high = (scale * value for value in triple)
-    sign = "+" if signed else ""
-    return f"{mean:{sign}.{places}f} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+    form = f"{sign}.0f" if percent else f"{sign}.3f"
+    mean, low, high = (f"{100 * value if percent else value:{form}}" for value in triple)
+    return f"{mean} [{low}, {high}]"
 
 
-def make_table(table, metric):
+def make_table(table, metric, accuracy):
     """The result table in Markdown."""
     percent = metric["kind"] != "spread"
-    unit = ", %" if percent else ""
-    head = ["model", f"metric{unit} ({metric['better']} is better)", "difference from the first", "mean reward"]
-    head += ["difference", "words", "cut off", "accuracy: chosen", "accuracy: by score"]
-    control = any("control" in line for line in table)
-    if control:
-        head.insert(3, "control, %")
-    lines = [head, ["---"] * len(head)]
-    for line in table:
-        row = [line["model"], interval(line["metric"], percent), interval(line.get("metric_difference"), percent, True)]
-        if control:
-            row.append(interval(line.get("control"), True))
-        row += [interval(line["reward"], False), interval(line.get("reward_difference"), False, True)]
-        row += [f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"]
-        row += [f"{value:.2f}" for value in line["accuracy"]] if line["accuracy"] else ["-", "-"]
-        lines.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    columns = {
+        "model": lambda line: line["model"],
+        f"metric{', %' if percent else ''} ({metric['better']} is better)": lambda line: interval(
+            line["metric"], percent
+        ),
+        "difference": lambda line: interval(line["metric difference"], percent, "+"),
+        "control, %": lambda line: interval(line["control"], True),
+        "mean reward": lambda line: interval(line["reward"], False),
+        "difference ": lambda line: interval(line["reward difference"], False, "+"),
+        "words": lambda line: f"{line['words'][0]:.0f}" if line["words"] else "-",
+        "cut off": lambda line: f"{line['cut']:.0%}",
+        "accuracy: chosen, by score": lambda line: (
+            "{:.2f}, {:.2f}".format(*accuracy[line["model"]]) if line["model"] in accuracy else "-"
+        ),
+    }
+    if not any(line["control"] for line in table):
+        del columns["control, %"]
+    rows = [list(columns), ["---"] * len(columns)]
+    rows += [[cell(line) for cell in columns.values()] for line in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def make_samples(rows, names):
-    """Answers of all models to the same prompts, side by side, in Markdown."""
+def make_samples(rows, names, count):
+    """The first answers of all models to the first `count` prompts, side by side, in Markdown."""
     by_prompt = {}
     for row in rows:
-        by_prompt.setdefault(row["id"], {})[row["model"]] = row
+        if row["sample"] == 0:
+            by_prompt.setdefault(row["prompt_id"], {})[row["model"]] = row
     parts = []
-    for answers in by_prompt.values():
-        if names[0] not in answers:
-            continue
-        given = answers[names[0]]["prompt"]
-        parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in given))
-        for name in names:
-            if name in answers:
-                row = answers[name]
-                score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
-                parts.append(f"> **{name}** ({score}): " + row["answer"].replace("\n", "\n> "))
-        parts.append("---")
+    for answers in list(by_prompt.values())[:count]:
+        prompt = next(iter(answers.values()))["prompt"]
+        parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
+        for name in filter(answers.get, names):
+            score, text = answers[name]["score"], answers[name]["answer"].replace("\n", "\n> ")
+            reward = "no score" if score is None else f"reward {score:+.2f}"
+            parts.append(f"> **{name}** ({reward}): {text}")
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, samples, settings, trained_on):
-    """Text of report.md. samples: answers side by side, as make_samples writes them."""
-    metric = task["metric"]
-    facts = provenance(pick_device(args.device))
-    alike = all(trained_on.get(key) == value for key, value in settings.items())
-    others = f"{trained_on['kind']} of {trained_on['model']}"
-    scored = "the one that the pairs were scored with" if alike else f"the pairs were scored with {others}"
-    control = "- **control**: the same on harmless prompts that only look harmful; lower is better there.\n"
-    control = control if "control" in table[0] else ""
-    refine = (
-        f"- **{SELF_REFINE}**: not a trained model but the teacher's revisions of the same prompts, three calls each.\n"
-    )
-    refine = refine if any(line["model"] == SELF_REFINE for line in table) else ""
-    few = "" if table[0]["groups"] >= 10 else f" With {table[0]['groups']} groups the intervals say little."
+def make_report(args, task, table, lines, samples, reward, facts):
+    """Text of report.md. lines: the table in Markdown; reward: its settings."""
+    metric, count = task["metric"], table[0]["groups"]
+    few = f" With {count} groups the intervals say little." if count < 10 else ""
+    notes = [f"- **metric**: {metric['meaning']}. Training never saw it."]
+    if any(line["control"] for line in table):
+        notes.append(
+            "- **control**: the same on harmless prompts that look harmful; lower is better."
+        )
+    notes += [
+        f"- **mean reward**: {reward['kind']} reward of {reward['model']}.",
+        f"- **difference**: from {table[0]['model']}, on the same prompts.",
+        f"- **words**, **cut off**: mean length; share of answers that reached {args.max_tokens} tokens.",
+        "- **accuracy**: share of held-out pairs on which log pi - log pi of the first model prefers the "
+        "chosen answer, and the answer with the higher score.",
+    ]
+    if any(line["model"] == SELF_REFINE for line in table):
+        notes.append(
+            f"- **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts."
+        )
+    made = ", ".join([facts["date"], facts["hardware"], facts["versions"]])
     return f"""# Task {args.task}: {task["about"]}
 
-{make_table(table, metric)}
+{lines}
 
-In brackets: 95 % bootstrap intervals over the {table[0]["groups"]} groups of the test split.{few} \
-{table[0]["answers"]} answers a model, {args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
+In brackets: 95 % bootstrap intervals over {count} groups.{few} {table[0]["answers"]} answers a model, \
+{args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
 
-- **metric**: {metric["meaning"]}. Training never saw it.
-{control}- **mean reward**: {settings["kind"]} reward of {settings["model"]}; {scored}.
-- **difference**: from {table[0]["model"]} on the same prompts.
-- **words**, **cut off**: mean length of an answer; share that reached {args.max_tokens} tokens.
-- **accuracy**: share of held-out pairs on which the implicit reward, log pi - log pi of {table[0]["model"]}, prefers the chosen \
-answer, and the answer with the higher score; "-" where there is none (pairs that the teacher was cut off in are left out).
-{refine}
-![report](report.png)
+{chr(10).join(notes)}
+
+![metric and reward of every model](report.png)
 
 ## Answers side by side
 
 {samples}
 
-Made by `{facts["command"]}` at commit {facts["commit"]}, {facts["date"]}, on {facts["hardware"]}, \
-torch {facts["torch"]}, transformers {facts["transformers"]}.
+Made by `{facts["command"]}` at commit {facts["commit"]}, {made}.
 """
 
 
@@ -272,206 +218,170 @@ def draw(path, table, metric):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(table) + 1.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 0.35 * len(table) + 1.6), sharey=True, layout="constrained"
+    )
     titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
-            if line[key] is None:  # no answer of this model has a score
-                continue
-            mean, low, high = line[key]
-            colour = "tab:gray" if y == 0 or line["model"] == SELF_REFINE else "tab:blue"
-            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
+            if line[key]:
+                mean, low, high = line[key]
+                errors = [[mean - low], [high - mean]]
+                axis.errorbar(mean, y, xerr=errors, fmt="o", capsize=3, color=f"C{min(y, 1)}")
         if table[0][key]:
-            axis.axvline(table[0][key][0], color="tab:gray", linewidth=0.8, linestyle=":")
+            axis.axvline(table[0][key][0], color="C0", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
     axes[0].set_ylim(len(table) - 0.5, -0.5)
-    figure.supxlabel("with 95 % bootstrap intervals over groups; dotted: the first model", fontsize=9)
+    figure.supxlabel("95 % bootstrap intervals over groups; dotted: the first model", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
-
-
-def main():
-    parser = parser_of(__doc__, latest_task("scored.jsonl"))
-    add_reward_flags(parser.add_argument, "--reward-model", "that of the pairs")
-    add = parser.add_argument
-    # fmt: off
-    add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished folder in runs/TASK)")
-    add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
-    add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
-    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    add("--samples", type=positive, default=1, help="answers a prompt (default: %(default)s)")
-    add("--batch-tokens", type=positive, default=49152, help="prompts of like length are answered together up to this many tokens, with their answers; out of memory halves them (default: %(default)s)")
-    add("--max-tokens", type=positive, default=200, help="longest answer, in tokens (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    # fmt: on
-    args = parser.parse_args()
-    check_sampling(args)
-    check_server(args)
-
-    task = load_task(args.task)
-    metric = task["metric"]
-    source = Path(args.input or f"runs/{args.task}/scored.jsonl")
-    folder = Path(args.out or source.parent)
-
-    def check(number, row):
-        check_task(args.task, row, source)
-        if row.get("split") == "test" and metric.get("field", "id") not in row:
-            reads = f"which the metric of prompts/{args.task}.toml reads"
-            fail(f"{source}: row {row['id']} has no '{metric['field']}', {reads}")
-
-    everything = read_jsonl(source, ["id", "group", "prompt"], check).where(lambda row: row.get("split") == "test")
-    if not everything:
-        fail(f"{source}: no row with split 'test'; nothing to evaluate on")
-    rows = everything[: args.limit]
-    refined = rows.where(lambda row: "error" not in row and "chosen" in row and "rejected" in row)
-    if not args.models:
-        found = sorted(
-            path.parent for path in folder.glob("*/config.json") if not path.parent.suffix.startswith(".old")
-        )
-        found = [path for path in found if (path / "run.json").exists()]
-        bases = set(map(base_of, found)) or {"smollm2"}
-        if len(bases) > 1:
-            fail(f"{folder}: its students have different bases ({', '.join(sorted(bases))}); name some with --models")
-        args.models = [*bases, *[SELF_REFINE][: len(refined)], *map(str, found)]
-    names = [name if name == SELF_REFINE else Path(name).name for name in args.models]
-    if len(set(names)) < len(names):
-        fail("--models: two of them have the same last name; their rows could not be told apart")
-
-    for path in args.models:  # before the output is touched
-        if path != SELF_REFINE:
-            find_model(path)
-    made = next((row["reward"] for row in rows if row.get("reward")), {"kind": "contrast", "model": "smollm2"})
-    if args.reward is None and args.reward_model is None:  # the same as the pairs'
-        args.reward, args.reward_model, args.label = made["kind"], made["model"], args.label or made.get("label")
-        for flag in ("samples", "temperature", "max_tokens", "logprobs") if made["kind"] == "judge" else ():
-            setattr(args, f"judge_{flag.removeprefix('max_')}", made.get(flag))
-        if "logprobs" in made and not args.api_base:
-            fail(
-                f"{source}: scored by the judge {made['model']} on a server; name it with --api-base, or another --reward"
-            )
-    args.reward, args.reward_model = args.reward or "contrast", args.reward_model or "smollm2"
-    out = folder / "eval.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    reward, settings = make_reward(args, task, out)
-    how = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    how |= {"samples": args.samples, "reward": settings}
-    done, file = open_output(out, args.overwrite, how, lambda row: row.get("settings"), everything, ["prompt"])
-    weights_of = {(row["model"], row["id"], row["sample"]): row["weights"] for row in done}
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-
-    accuracy, base_logps, unjudged = {}, None, 0
-    bar = tqdm(total=len(refined) * (SELF_REFINE in names), unit="answer")
-    bar.total += len(rows) * args.samples * sum(name != SELF_REFINE for name in names)
-    for path, name in zip(args.models, names, strict=True):
-        if name == SELF_REFINE:
-            model = tokenizer = None
-            mine, jobs = refined, [(i, 0) for i in range(len(refined))]
-            costs = [args.max_tokens] * len(mine)
-            made_by = {row["id"]: digest_of(row["chosen"]) for row in mine}  # what an answer hangs on
-        else:
-            model, tokenizer = load_model(path, device, dtype)
-            check_model(model, path)
-            mine, jobs = rows, [(i, k) for k in range(args.samples) for i in range(len(rows))]
-            made_by = dict.fromkeys(rows.ids, weights_digest(model)[:16])
-            pairs = held_out_pairs(refined, source, tokenizer)
-            sequences = (pair[side] for pair in pairs for side in SIDES)
-            logps = all_logps(model, sequences, args.pack_tokens).view(-1, 2)
-            if base_logps is None:
-                base_logps = logps
-            elif pairs:
-                accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
-            try:
-                costs = [len(encode(tokenizer, row["prompt"])[0]) + args.max_tokens for row in mine]
-            except ValueError as error:
-                fail(f"--models {path}: {error}")
-        if any(key[0] == name and was != made_by.get(key[1], was) for key, was in weights_of.items()):
-            fail(f"{out}: the answers of {name} came from other weights; pass --overwrite")
-        # Batches are cut from all jobs, so that a continued run samples the same ones.
-        for places in batches_of([costs[i] for i, _ in jobs], args.batch_tokens):
-            keys = [(name, mine.ids[i], k) for i, k in map(jobs.__getitem__, places)]
-            if all(key in weights_of for key in keys):
-                bar.update(len(keys))
-                continue
-            batch = [(mine[i], k) for i, k in map(jobs.__getitem__, places)]
-            answers = answers_of(batch, args, task["seed_by"], model, tokenizer, bar)
-            spoken = [(row, text) for (row, _), (text, _) in zip(batch, answers, strict=True) if text]
-            scores = iter(scores_of(reward, spoken))
-            for key, (row, k), (text, finish) in zip(keys, batch, answers, strict=True):
-                score = next(scores) if text else Score(None)  # an empty answer has no score, never 0
-                unjudged += bool(score.fault)
-                if key in weights_of or score.fault:
-                    continue
-                result = {"model": name, "id": row["id"], "sample": k, "group": row["group"], "prompt": row["prompt"]}
-                result |= {"control": bool(row.get("control")), "answer": text, "finish": finish}
-                result |= {"weights": made_by[row["id"]], "score": score.value, "settings": how}
-                append(file, result)
-    bar.close()
-    file.close()
-    if reward.server:
-        reward.server.finish(whole=not unjudged)
-
-    if not out.stat().st_size:
-        print(f"{out}: none of the {unjudged} answers could be judged; the same command asks again")
-        raise SystemExit(1)
-    answers = in_order_with_metric(out, names, everything, metric)
-    measured, shown, asked, first = [], [], set(rows.ids), rows.ids[:6]
-    for row in answers:
-        if row["model"] in names and row["id"] in asked:
-            shown += [row] if row["id"] in first and row["sample"] == 0 else []
-            kept = {k: row[k] for k in ("model", "group", "sample", "control", "finish", "score", "metric")}
-            measured.append(kept | {"words": len(row["answer"].split())})
-    table = summarise(names, measured, metric, accuracy)
-    samples = make_samples(shown, names)
-    (folder / "report.md").write_text(make_report(args, task, table, samples, settings, made), encoding="utf-8")
-    draw(folder / "report.png", table, metric)
-    short = make_samples([row for row in shown if row["id"] in first[:3]], names)
-    print(f"\n{make_table(table, metric)}\n\n{short}\n")
-    print(f"{out}: every answer\n{folder / 'report.md'}\n{folder / 'report.png'}")
-    if unjudged:
-        print(f"{unjudged} answers could not be judged; the same command asks again")
-        raise SystemExit(1)
-
-
-def scores_of(reward, spoken):
-    """A Score for each (row, answer), in order; where a server is asked, many of them at once."""
-    if reward.server:
-        return [score for (score,) in in_order(lambda pair: reward([pair[0]], [pair[1]]), spoken, reward.server)]
-    rows, answers = zip(*spoken, strict=True) if spoken else ((), ())
-    return reward(rows, answers) if spoken else []
-
-
-def in_order_with_metric(path, names, prompts, metric):
-    """Measures every answer of a file by the task's metric as it is now, and puts models, samples and prompts in order."""
-    answers, number = read_jsonl(path), {identity: i for i, identity in enumerate(prompts.ids)}
-    model = {name: i for i, name in enumerate(names)}
-    keys = [(model.get(row["model"], len(names)), row["sample"], number[row["id"]]) for row in answers]
-
-    def measured():
-        for i in sorted(range(len(answers)), key=keys.__getitem__):
-            row = answers[i]
-            yield row | {"metric": measure(metric, prompts[number[row["id"]]], row["answer"])}
-
-    rewrite(path, measured())
-    return read_jsonl(path)
+# ---- command line --------------------------------------------------------------------------------
 
 
 def base_of(folder):
-    """The model that a student was trained from; where that is a student too, the one that it was trained from."""
+    """The model that a student comes from; where that is a student too, the one before it."""
     name = json.loads((folder / "run.json").read_text())["model"]
     return base_of(Path(name)) if (Path(name) / "run.json").exists() else name
 
 
-def held_out_pairs(rows, source, tokenizer):
-    """The held-out pairs as train.py would make them, whatever loss is asked for."""
-    options = argparse.Namespace(loss="dpo", accept=False, keep_cut=False, max_length=1 << 30)
-    return make_pairs(rows, source, tokenizer, options)[1]
+def fingerprint(model):
+    """A hash of a model's weights on disk, or of its name where it is on the hub."""
+    files = sorted(Path(model_folder(model)).glob("*.safetensors"))
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return digest_of(hashes or model)
+
+
+def main():
+    parser = Parser(__doc__, reads="scored.jsonl")
+    add = parser.add_argument
+    add_reward_flags(parser, None, None)
+    # fmt: off
+    add("--reward-model", metavar="NAME", help="model of the reward (default: that of the pairs)")
+    add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
+    add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
+    add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
+    add("--samples", type="count", default=1, help="answers a prompt (default: %(default)s)")
+    add("--batch-size", type="count", default=64, help="answers that are sampled, and written, together (default: %(default)s)")
+    add("--max-tokens", type="count", default=200, help="longest answer, in tokens (default: %(default)s)")
+    add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    # fmt: on
+    args = parser.parse_args()
+    task = load_task(args.task)
+    path = Path(args.input or f"runs/{args.task}/scored.jsonl")
+    folder = Path(args.out or path.parent)
+    rows = [row for row in read_rows(path, "id", "group", "prompt") if row.get("split") == "test"]
+    rows = rows[: args.limit]
+    refined = [row for row in rows if not row.get("error") and "chosen" in row]
+    if not rows or rows[0].get("task", args.task) != args.task:
+        raise BadInput(f"{path}: no row of the task {args.task} with split 'test'; see --task")
+    if not args.models:
+        found = [file.parent for file in sorted(folder.glob("*/model*.safetensors*"))]
+        found = [
+            run
+            for run in dict.fromkeys(found)
+            if (run / "run.json").exists() and run.suffix != ".bak"
+        ]
+        bases = set(map(base_of, found)) or {"smollm2"}
+        if len(bases) > 1:
+            raise BadInput(
+                f"{folder}: its students have several bases, {sorted(bases)}; pass --models"
+            )
+        args.models = [*bases, *[SELF_REFINE][: len(refined)], *map(str, found)]
+    names = [Path(name).name for name in args.models]
+    if len(set(names)) < len(names):
+        raise BadInput(
+            "--models: two have the same last name, so their rows could not be told apart"
+        )
+    made = next((row["reward"] for row in rows if row.get("reward")), {})
+    kind, reward_model = args.reward or made.get("kind", "contrast"), args.reward_model
+    reward_model = (
+        reward_model or (made.get("model") if kind == made.get("kind") else None) or "smollm2"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "eval.jsonl"
+    reward, reward_settings, judge = make_reward(
+        kind, reward_model, args.label or made.get("label"), args, task, f"{out}.calls"
+    )
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    settings = {**sampling, "seed": args.seed, "reward": reward_settings}
+    jobs = []  # one row for each answer
+    for model, name in zip(args.models, names, strict=True):
+        weights = "" if name == SELF_REFINE else fingerprint(model)
+        for k in range(1 if name == SELF_REFINE else args.samples):
+            for row in refined if name == SELF_REFINE else rows:
+                job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
+                job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
+                job["weights"] = weights or digest_of(row["chosen"])
+                jobs.append(job | {"control": bool(row.get("control"))})
+    output = Output(out, args.overwrite, "settings", settings, jobs)
+    by_id, accuracy, base_logps = {row["id"]: row for row in rows}, {}, None
+
+    def score(jobs):
+        """Jobs with their scores; an empty answer has none."""
+        spoken = [job for job in jobs if job["answer"]]
+        given = [by_id[job["prompt_id"]] for job in spoken]
+        scores = reward(given, [job["answer"] for job in spoken]) if spoken else []
+        for job, (value, said) in zip(spoken, scores, strict=True):
+            job["score"] = value
+            job |= {"error": said} if said.startswith("error") else {}
+        return jobs
+
+    bar = tqdm(total=len(jobs), unit="answer")
+    for model, name in zip(args.models, names, strict=True):
+        mine = [job for job in jobs if job["model"] == name]
+        if name != SELF_REFINE:
+            chat = LocalModel(model, args, **sampling)
+            options = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 1 << 30}
+            pairs = make_pairs(refined, path, chat.tokenizer, argparse.Namespace(**options))[1]
+            sequences = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
+            packs = check_model(chat.model)
+            logps = all_logps(chat.model, sequences, args.pack_tokens, packs).view(-1, 2)
+            if base_logps is not None and pairs:
+                accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
+            base_logps = logps if base_logps is None else base_logps
+        # cut from all answers, not from those left: a continued run samples the same batches
+        for batch in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
+            bar.update(len(batch))
+            if all(job["id"] in output.done for job in batch):
+                continue
+            given = [by_id[job["prompt_id"]] for job in batch]
+            if name == SELF_REFINE:
+                answers = [(row["chosen"][-1]["content"], "stop") for row in given]
+            else:
+                keys = [
+                    (r[task["seed_by"]], "eval", j["sample"])
+                    for r, j in zip(given, batch, strict=True)
+                ]
+                replies = chat.ask([row["prompt"] for row in given], keys)
+                answers = [(reply.text, reply.finish) for reply in replies]
+            for job, (text, finish) in zip(batch, answers, strict=True):
+                job |= {"answer": text, "finish": finish, "score": None, "settings": settings}
+            parts = [[job] for job in batch] if args.api_base and judge else [batch]
+            for part in (judge.map if judge else map)(score, parts):
+                for job in part:
+                    if job["id"] not in output.done:
+                        output.write(job)
+    bar.close()
+    for row in output.rows.values():  # by the metric as it is now, for old answers too
+        row["metric"] = measure(task["metric"], by_id[row["prompt_id"]], row["answer"])
+        row["words"] = len(row["answer"].split())
+    answers = output.close()
+    failed = sum("error" in row for row in answers)
+    if judge:
+        judge.close(not failed)
+    table = summarise(names, answers, task["metric"]["kind"])
+    lines = make_table(table, task["metric"], accuracy)
+    facts = provenance(chat.model.device)
+    report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]
+    (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
+    draw(folder / "report.png", table, task["metric"])
+    print(f"\n{lines}\n\n{make_samples(answers, names, 3)}\n\n{folder / 'report.md'}, {out}")
+    raise SystemExit(failed > 0)
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run(main)

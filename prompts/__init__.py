@@ -1,0 +1,159 @@
+"""Tasks: prompts/TASK.toml holds all text that a model is shown, prompts/TASK.jsonl the instructions.
+
+Only this file knows the form of a task. It imports nothing from the stages; all of them import it.
+"""
+
+import csv
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+COLUMNS = ("prompt", "question", "instruction", "goal", "text")  # one of them is the instruction
+WRITTEN = {
+    "error",
+    "rejected",
+    "critique",
+    "chosen",
+    "teacher",
+}  # generate.py's: no instruction's own
+
+
+class BadInput(Exception):
+    """Input that a stage cannot use: one line that says what, where and how to mend it."""
+
+
+def load_task(name):
+    """The dictionary of prompts/NAME.toml, each call of it filled in once on trial.
+
+    `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
+    variants of one text share them, and equal answers stay equal word for word. Raises BadInput.
+    """
+    path, row, answer = FOLDER / f"{name}.toml", {"prompt": "P"}, {"answer": "ANSWER"}
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
+        raise BadInput(f"--task {name}: {path} does not exist; there are {known}")
+    try:
+        task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
+        for form in {"conversation", "fresh"} & task.keys():
+            fill(task[form]["answer"], row)
+            fill(task[form]["critique"], row, **answer)
+            fill(task[form]["revise"], row, **answer, critique="CRITIQUE")
+        if contrast := task.get("contrast"):
+            for table in (contrast, contrast.get("control", contrast)):
+                fill(table["principle"], row), fill(table["opposite"], row)
+        if judge := task.get("judge"):
+            low, high = judge["scale"]
+            if not low < high or "ANSWER" not in fill(judge["prompt"], row, **answer)[0]["content"]:
+                raise ValueError("[judge] needs scale = [lowest, highest], and {answer} in prompt")
+        task["about"], *(task["metric"][key] for key in ("kind", "better", "meaning"))
+        re.compile("|".join(task["metric"].get("patterns", [])))
+    except KeyError as error:
+        raise BadInput(f"{path}: the key {error} is missing") from None
+    except (ValueError, TypeError, re.error) as error:  # also what is not TOML, or not UTF-8
+        raise BadInput(f"{path}: {error}") from None
+    return task
+
+
+def fill(call, row, **texts):
+    """Messages of one call: those of the task file with the placeholders replaced.
+
+    {prompt} is the row's last user turn, and all messages of its prompt where it stands alone;
+    {request} is its field `request`, the instruction in neutral words, or else as {prompt}. texts
+    replace {answer} and {critique}. Raises ValueError for an unknown placeholder.
+    """
+    prompt = as_messages(row["prompt"])
+    last = [message["content"] for message in prompt if message["role"] == "user"][-1]
+    texts = {"prompt": last, "request": row.get("request") or last, **texts}
+
+    def text_of(match):
+        if match[1] not in texts:
+            raise ValueError(f"nothing replaces {match[0]} here, only {', '.join(texts)}")
+        return texts[match[1]]
+
+    messages = []
+    for message in as_messages(call):  # one pass: a placeholder's name inside an answer stays text
+        text = re.sub(r"\{(\w+)\}", text_of, message["content"])
+        messages += prompt if message["content"] == "{prompt}" else [{**message, "content": text}]
+    return messages
+
+
+def as_messages(prompt):
+    """A prompt as messages: text is one user message. Raises ValueError for anything else."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("text or a list of messages is needed")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError('a message needs "role" and "content", both text')
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"a message's role is system, user or assistant, not {message.get('role')}"
+            )
+    return messages
+
+
+def read_rows(path, *fields):
+    """Rows of a JSONL file; those without `error` have the fields. Raises BadInput for others."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
+    rows = []
+    with open(path, "rb") as file:  # bytes, since an answer's own U+2028 does not end a line
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+                missing = [field for field in fields if field not in rows[-1]]
+                if missing and not rows[-1].get("error"):
+                    raise ValueError(f"the field '{missing[0]}' is missing")
+            except (ValueError, TypeError, AttributeError) as error:
+                raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
+    if not rows:
+        raise BadInput(f"{path}: empty; at least one row is needed")
+    return rows
+
+
+def read_prompts(path, task):
+    """Instructions of a JSONL or CSV file: rows of id, task, group, split, prompt and other columns.
+
+    `control` marks harmless look-alikes, as XSTest's label "safe" does. Rows without `split` are
+    divided by a hash of their group, four to one. Raises BadInput.
+    """
+    rows, splits, number = {}, {}, 0
+    try:
+        if Path(path).suffix.lower() == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                given = list(csv.DictReader(file))
+        else:
+            given = read_rows(path)
+        for number, columns in enumerate(given, 1):
+            name = next((name for name in COLUMNS if columns.get(name)), None)
+            if name is None or None in columns:  # surplus cells of a CSV file stand under None
+                raise ValueError(
+                    f"text is needed in one of the columns {', '.join(COLUMNS)}, "
+                    "columns parted by commas, text that has commas in quotes"
+                )
+            key = str(columns.get("id") or f"{task}-{number:05d}")
+            group = str(columns.get("group") or key)
+            held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
+            split = columns.get("split") or ("test" if held_out else "train")
+            if (
+                key in rows
+                or split not in ("train", "test")
+                or splits.setdefault(group, split) != split
+            ):
+                raise ValueError(
+                    f"id '{key}', group '{group}', split '{split}': ids must differ, "
+                    "and a group be in one split, train or test"
+                )
+            row = {"id": key, "task": task, "group": group, "split": split}
+            row["prompt"] = as_messages(columns[name])
+            row |= {k: v for k, v in columns.items() if k not in {*row, name, *WRITTEN}}
+            if "control" in row or row.get("label") in ("safe", "unsafe"):
+                mark = str(row.get("control", row.get("label"))).lower()
+                row["control"] = mark in ("true", "1", "yes", "safe")
+            rows[key] = row
+    except (ValueError, csv.Error) as error:
+        raise BadInput(f"{path}: row {number}: {error}") from None
+    return list(rows.values())
