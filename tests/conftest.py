@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import generate
+
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -83,9 +85,9 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])
         status = 0
         try:
-            importlib.import_module(stage).main()
+            generate.run(importlib.import_module(stage).main)
         except SystemExit as stop:
-            status = stop.code or 0
+            status = int(stop.code or 0)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
