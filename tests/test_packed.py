@@ -1,0 +1,224 @@
+"""kernels/packed.py: log-probs against sums by hand, packed sequences against separate ones."""
+
+import doctest
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import make_model
+
+from kernels import packed
+from kernels.packed import all_logps, attention_arguments, check_model, completion_logps, mask_mod
+
+SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+SIZES |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+
+
+def by_hand(model, prompt, completion):
+    """The sum, token by token, from the model's own logits in fp64."""
+    with torch.no_grad():
+        logps = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(completion))
+
+
+def build(kind, **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
+        torch.nn.init.normal_(bias)  # it begins as 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(600)
+
+
+def test_the_worked_batch_in_the_docstring_is_true():
+    assert doctest.testmod(packed) == (0, 8)
+
+
+def test_log_probs_are_the_sums_by_hand_over_the_answer_alone(model):
+    got = completion_logps(model, SEQUENCES)
+    want = [by_hand(model, *sequence) for sequence in SEQUENCES]
+    assert got.tolist() == pytest.approx(want, abs=2e-4)
+    assert got.dtype == torch.float32 and min(abs(value) for value in want) > 3
+
+
+def test_log_probs_do_not_depend_on_what_they_are_packed_with(model):
+    together = completion_logps(model, SEQUENCES).tolist()
+    for budget in (1, 20, 1000):  # one by one, two and one, all at once
+        assert all_logps(model, SEQUENCES, budget).tolist() == pytest.approx(together, abs=1e-4)
+
+
+def test_micro_batches_hold_neighbours_up_to_the_budget_and_at_least_one():
+    batches = list(packed.micro_batches([3, 3, 3, 9, 1, 5], 6))
+    assert batches == [[0, 1], [2], [3], [4, 5]]
+    assert list(packed.micro_batches([], 6)) == []
+
+
+def test_packed_pairs_equal_separate_sequences_in_value_and_gradient():
+    """Two completions of one prompt share it; a third sequence stands beside or between them."""
+    shared = [([5, 6, 7, 8], [9, 10, 11, 2]), ([5, 6, 7, 8], [30, 2]), ([40, 41], [9, 10, 2])]
+    found = []
+    for order, packs in (((0, 1, 2), False), ((0, 1, 2), True), ((0, 2, 1), True)):
+        model = make_model(600)
+        logps = completion_logps(model, [shared[i] for i in order], packs)
+        (torch.tensor([1.0, -2.0, 0.5])[list(order)] * logps).sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append((logps.detach()[list(order)], gradient))
+    (want, exact), *others = found
+    assert exact.norm() > 1
+    for logps, gradient in others:
+        assert torch.allclose(logps, want, atol=1e-4)
+        assert (gradient - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_a_prompt_shared_by_two_completions_is_in_the_packed_sequence_once():
+    prompt, other = [5, 6, 7], [8, 9]
+    batch = packed.collate([(prompt, [1, 2]), (prompt, [3]), (other, [4]), (prompt, [5])])
+    assert batch.input_ids.tolist() == [[*prompt, 1, 2, 3, *other, 4, *prompt, 5]]
+    assert batch.segment_ids.tolist() == [0, 0, 0, 1, 1, 2, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_log_probs_under_autocast_differ_by_rounding_only(model):
+    with torch.no_grad():
+        exact = completion_logps(model, SEQUENCES[:2])
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = completion_logps(model, SEQUENCES[:2])
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+# ---- models of other kinds -----------------------------------------------------------------------
+
+
+def test_a_model_with_a_sliding_window_runs_one_sequence_at_a_time():
+    """Its attention stays as it is: one that transformers does not know would get no window."""
+    long = [([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 2]), ([5, 6, 7, 8], [30, 31, 32, 2])]
+    window, full = (build("Mistral", sliding_window=size) for size in (4, None))
+    assert check_model(window, "packed") is False and check_model(full, "packed") is True
+    assert window.config._attn_implementation == "sdpa"
+    assert full.config._attn_implementation == "packed"
+    want = [by_hand(window, *sequence) for sequence in long]
+    assert completion_logps(window, long, packs=False).tolist() == pytest.approx(want, abs=1e-3)
+    assert completion_logps(window, long).tolist() != pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Cohere", {"logit_scale": 0.5}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
+        ("Phi", {}),  # a bias
+    ],
+)
+def test_an_output_layer_with_a_scale_a_cap_or_a_bias_is_exact(kind, options):
+    model = build(kind, **options)
+    packs = check_model(model)
+    want = [by_hand(model, *sequence) for sequence in SEQUENCES]
+    got = completion_logps(model, SEQUENCES, packs)
+    assert got.tolist() == pytest.approx(want, abs=1e-3)
+
+
+def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
+    model = make_model(600)
+    assert check_model(model) is True
+    forward = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.1
+        return output
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ValueError, match="unsupported output layer"):
+        check_model(model)
+
+
+def test_a_model_that_hands_nothing_on_to_its_attention_keeps_its_own(monkeypatch):
+    model = make_model(600)
+    forward = type(model.base_model).forward
+
+    def strict(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kw):
+        if "segments" in kw:
+            raise TypeError("unexpected keyword argument 'segments'")
+        return forward(self, input_ids, attention_mask, position_ids, use_cache=use_cache, **kw)
+
+    monkeypatch.setattr(type(model.base_model), "forward", strict)
+    assert check_model(model, "packed") is True
+    assert model.config._attn_implementation == "sdpa"
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def test_a_model_with_packed_attention_has_the_log_probs_and_gradients_of_sdpa(monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 3)  # so that segments have several blocks
+    sequences = [*SEQUENCES, (SEQUENCES[-1][0], [7, 8, 9, 2])]  # two that share a prompt
+    found, widths, bmm = {}, [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: widths.append(b.shape[-1]) or bmm(a, b))
+    for kind in ("sdpa", "packed"):
+        model = make_model(600)
+        assert check_model(model, kind) and model.config._attn_implementation == kind
+        widths.clear()
+        logps = completion_logps(model, sequences)
+        logps[::2].sum().backward()
+        found[kind] = [logps.detach(), *(parameter.grad for parameter in model.parameters())]
+        assert bool(widths) == (kind == "packed")
+    # no block meets more than a prompt and one answer
+    assert max(widths) <= max(len(prompt) + len(answer) for prompt, answer in sequences)
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "value_size"), [(4, 4, 8, 8), (6, 2, 8, 5), (3, 1, 4, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_packed_attention_is_dense_attention_for_any_heads(
+    heads, groups, size, value_size, dtype, monkeypatch
+):
+    monkeypatch.setattr(packed, "BLOCK", 4)
+    ids = torch.tensor([1] * 12 + [2] * 4), torch.tensor([0] + [1] * 7 + [2] * 4 + [0] * 3 + [1])
+    random = torch.Generator().manual_seed(heads)
+    shapes = (heads, size), (groups, size), (groups, value_size)
+    operands = [torch.randn(1, n, 16, d, generator=random).to(dtype) for n, d in shapes]
+    exact = [operand.double().requires_grad_() for operand in operands]
+    operands = [operand.requires_grad_() for operand in operands]
+    output, _ = packed.packed_attention(None, *operands, **renamed(ids))
+    place = torch.arange(16)
+    mask = mask_mod(*ids)(0, 0, place[:, None], place)
+    key, value = (operand.repeat_interleave(heads // groups, 1) for operand in exact[1:])
+    dense = torch.nn.functional.scaled_dot_product_attention(exact[0], key, value, mask)
+    dense = dense.transpose(1, 2)
+    above = torch.randn(dense.shape, generator=random)
+    output.backward(above.to(dtype))
+    dense.backward(above.double())
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    gradients = [(a.grad, b.grad) for a, b in zip(operands, exact, strict=True)]
+    for got, want in [(output, dense), *gradients]:
+        assert got.dtype == dtype and (got.double() - want).norm() <= error * want.norm()
+
+
+def renamed(ids):
+    """attention_arguments as packed_attention takes them, which transformers renames."""
+    arguments = attention_arguments("packed", *ids)
+    return {"mask": arguments["attention_mask"], "segments": arguments["segments"]}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles C++ on a CPU")
+def test_flex_attention_gives_the_log_probs_of_sdpa():
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    logps = []
+    for kind in ("sdpa", "flex_attention"):
+        model = make_model(600)
+        model.set_attn_implementation(kind)
+        with torch.no_grad():
+            logps.append(completion_logps(model, SEQUENCES))
+    assert torch.allclose(*logps, atol=1e-4)

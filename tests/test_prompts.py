@@ -1,0 +1,169 @@
+"""prompts/: task files, placeholders, instructions, and the tasks that come along."""
+
+import json
+
+import pytest
+from conftest import ROOT, write_jsonl
+
+import prompts
+from generate import Parser
+from prompts import BadInput, as_messages, fill, load_task, read_prompts, read_rows
+
+USER = [{"role": "user", "content": "Review the film Heat."}]
+TASKS = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
+
+
+# ---- placeholders --------------------------------------------------------------------------------
+
+
+def test_placeholders_are_filled_once_and_never_inside_an_answer():
+    row = {"prompt": [{"role": "system", "content": "S"}, *USER], "request": "Neutral."}
+    mixed = {"role": "user", "content": "{request} | {prompt} | {answer}"}
+    call = [{"role": "user", "content": "{prompt}"}, mixed]
+    messages = fill(call, row, answer="I write {critique} and {prompt}")
+    assert messages[:2] == row["prompt"]
+    said = "Neutral. | Review the film Heat. | I write {critique} and {prompt}"
+    assert messages[2:] == [{"role": "user", "content": said}]
+
+
+def test_a_row_without_a_request_is_shown_its_last_user_turn_instead():
+    turns = [*USER, {"role": "assistant", "content": "Good."}, {"role": "user", "content": "Why?"}]
+    (message,) = fill("{request} {prompt}", {"prompt": turns, "request": ""})
+    assert message == {"role": "user", "content": "Why? Why?"}
+
+
+def test_a_placeholder_that_nothing_replaces_is_refused():
+    with pytest.raises(ValueError, match="nothing replaces {anser} here"):
+        fill("{anser}", {"prompt": "Hi"}, answer="A")
+
+
+@pytest.mark.parametrize(
+    "prompt", [3, None, [], {}, ["Hi"], [{"role": "user"}], [{"role": "usr", "content": "Hi"}]]
+)
+def test_what_is_neither_text_nor_messages_is_no_prompt(prompt):
+    with pytest.raises(ValueError, match="needed|needs|role"):
+        as_messages(prompt)
+
+
+# ---- instructions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["prompt", "question", "instruction", "goal", "text"])
+def test_csv_and_jsonl_of_any_usual_column_are_read(tmp_path, column):
+    csv = tmp_path / "a.CSV"
+    csv.write_text(f'\ufeffid,{column},label\n1,Hello?,safe\n2,"Two, with a comma",unsafe\n')
+    rows = read_prompts(csv, "safety")
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Two, with a comma"}]
+    assert [row["id"] for row in rows] == ["1", "2"] and rows[1]["label"] == "unsafe"
+    assert rows[1]["task"] == "safety" and rows[1]["split"] in ("train", "test")
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [{column: "Hello?"}, {column: USER, "group": "g"}])
+    one, two = read_prompts(jsonl, "safety")
+    assert one["id"] == one["group"] == "safety-00001" and two["prompt"] == USER
+
+
+def test_controls_are_read_from_their_column_or_from_xstests_labels(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,control\nOne?,false\nTwo?,True\n")
+    (tmp_path / "b.csv").write_text("prompt,label\nOne?,unsafe\nTwo?,safe\n")
+    (tmp_path / "c.csv").write_text("prompt,label\nOne?,good\nTwo?,bad\n")
+    for name in ("a.csv", "b.csv"):
+        assert [row["control"] for row in read_prompts(tmp_path / name, "t")] == [False, True]
+    assert not any("control" in row for row in read_prompts(tmp_path / "c.csv", "t"))
+
+
+def test_columns_that_the_stages_write_are_not_taken_from_the_instructions(tmp_path):
+    given = {"prompt": "Hi", "error": "no film", "chosen": "x", "teacher": {}, "film": "Heat"}
+    (row,) = read_prompts(write_jsonl(tmp_path / "a.jsonl", [given]), "t")
+    assert row.keys() == {"id", "task", "group", "split", "prompt", "film"}
+
+
+def test_a_group_is_never_split_between_train_and_test(tmp_path):
+    rows = [{"prompt": f"p{i}", "group": f"g{i % 40}"} for i in range(200)]
+    sides = {}
+    for row in read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), "safety"):
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(side) == 1 for side in sides.values())
+    assert 3 <= sum(side == {"test"} for side in sides.values()) <= 15
+
+
+def test_a_line_break_of_unicode_inside_a_text_is_no_end_of_a_row(tmp_path):
+    row = {"prompt": "one\u2028two\u0085three"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert read_rows(tmp_path / "a.jsonl") == [row]
+    assert read_prompts(tmp_path / "a.jsonl", "t")[0]["prompt"][0]["content"] == row["prompt"]
+
+
+def test_only_rows_that_failed_may_lack_a_field(tmp_path):
+    failed = write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "error": "no answer"}])
+    assert len(read_rows(failed, "id", "chosen")) == 1
+    whole = write_jsonl(tmp_path / "b.jsonl", [{"id": "a", "error": None}])
+    with pytest.raises(BadInput, match="b.jsonl:1: .*'chosen' is missing"):
+        read_rows(whole, "id", "chosen")
+
+
+# ---- task files ----------------------------------------------------------------------------------
+
+SLIPS = [
+    ("{answer}", "{anser}", "nothing replaces {anser}"),
+    ('role = "user"', 'role = "usr"', "not usr"),
+    ("revise = [", "revice = [", "the key 'revise' is missing"),
+    ("principle = [", "principal = [", "the key 'principle' is missing"),
+    ("scale = [1, 10]", "scale = [10]", "safety.toml: "),
+    ("scale = [1, 10]", "scale = [10, 1]", "scale = [lowest, highest]"),
+    ('prompt = """', 'prompt = """{critique}', "nothing replaces {critique}"),
+    ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
+    ('about = "', 'abuot = "', "the key 'about' is missing"),
+    ("[metric]", "[metrics]", "the key 'metric' is missing"),
+    ("[fresh]", "[fresh", "safety.toml: "),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "said"), SLIPS)
+def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, right, wrong, said):
+    text = (ROOT / "prompts/safety.toml").read_text()
+    assert right in text
+    (tmp_path / "safety.toml").write_text(text.replace(right, wrong))
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path)
+    with pytest.raises(BadInput) as refused:
+        load_task("safety")
+    assert said in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_the_default_task_is_the_newest_that_is_a_task(workdir):
+    assert Parser("", "pairs.jsonl").get_default("task") == "sentiment"
+    for name in ("safety", "demo"):
+        write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
+    assert Parser("", "pairs.jsonl").get_default("task") == "safety"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tasks_that_come_along_are_complete(task):
+    text, rows = load_task(task), read_prompts(ROOT / "prompts" / f"{task}.jsonl", task)
+    assert len({json.dumps(row["prompt"]) for row in rows}) == len(rows)
+    held_out = {row["group"] for row in rows if row["split"] == "test"}
+    assert len(held_out) >= 10  # the least for an interval that says something
+    assert len({row["group"] for row in rows} - held_out) >= 8
+    written = {"answer": "A", "critique": "C"}
+    for form in ("conversation", "fresh"):
+        for call in ("answer", "critique", "revise"):
+            for row in rows:
+                assert "{" not in json.dumps(
+                    [m["content"] for m in fill(text[form][call], row, **written)]
+                )
+    assert text["contrast"]["principle"] != text["contrast"]["opposite"]
+    assert text["metric"]["kind"] in ("positive", "spread", "match")
+    assert text["metric"]["better"] in ("higher", "lower") and text["judge"]["scale"] == [1, 10]
+
+
+def test_the_tasks_have_the_sizes_they_promise():
+    rows = {task: read_prompts(ROOT / "prompts" / f"{task}.jsonl", task) for task in TASKS}
+    framings = {}
+    for row in rows["sycophancy"]:
+        framings.setdefault(row["group"], set()).add(row["framing"])
+    assert len(framings) >= 40 and all(len(kinds) == 5 for kinds in framings.values())
+    crossed = {(r["persona"], r["group"]) for r in rows["roleplay"] if r["split"] == "train"}
+    personas, questions = ({pair[k] for pair in crossed} for k in (0, 1))
+    assert len(personas) >= 15 and len(questions) >= 8
+    assert len(crossed) == len(personas) * len(questions)
+    controls = sum(row["control"] for row in rows["safety"])
+    assert controls >= 40 and len(rows["safety"]) - controls >= 80
+    assert len(rows["sentiment"]) >= 100
