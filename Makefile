@@ -1,4 +1,4 @@
-# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (under 10 minutes)
+# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (under 8 minutes)
 # make test   the tests                                make lint   ruff
 # make parity and make bench-train   train.py beside TRL's DPOTrainer: its numbers, its speed and memory
 # Needs Python 3.11 or newer (PYTHON=python3.12 chooses one) and nothing else; all goes into .venv.
@@ -6,7 +6,7 @@
 PYTHON ?= python3
 RUN = . .venv/bin/activate &&
 
-# 64 of the task's 120 instructions, so that two cores need no more than ten minutes. Status 1 says that some rows
+# 64 of the task's 120 instructions, so that two cores need no more than eight minutes. Status 1 says that some rows
 # failed: they are counted, and the others go on. Training is in two steps, as in DPO's paper: first imitation of the
 # revisions that won (dSC), then the preference, with the result of the first as reference.
 demo: .venv/ready

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from kernels.logps import gather_logps, linear_logps, reference_logps
+from kernels.logps import gather_logps, linear_logps
 
 SHAPES = {  # N, D, V, softcap, frozen head
     "llama3": (8192, 4096, 128256, 0.0, False),
@@ -71,17 +71,51 @@ class Unavailable(Exception):
 # --- 1. The problem ---------------------------------------------------------------------------------------------
 
 
+def reference_logps(
+    hidden, weight, labels, cu_seqlens=None, *, bias=None, logit_scale=1.0, softcap=0.0,
+    ignore_index=-100,
+):  # fmt: skip
+    """linear_logps written plainly: full logits, autograd, fp32 (fp64 for fp64 operands). With
+    weight=None hidden is the logits: the reference of gather_logps."""
+    z = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if weight is not None:
+        z = z @ weight.to(z.dtype).t()
+    z = logit_scale * (z if bias is None else z + bias)
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    valid = labels != ignore_index
+    indices = labels.long().where(valid, 0)[..., None]
+    logps = z.log_softmax(-1).gather(-1, indices).squeeze(-1).where(valid, 0)
+    if cu_seqlens is None:
+        return logps
+    return torch.stack([part.sum() for part in logps.tensor_split(cu_seqlens[1:-1].cpu().long())])
+
+
 def make_problem(N, D, V, softcap, frozen, dtype, device):
     """Operands with logits of standard deviation 5.5; one coefficient a sequence of 128 tokens, as in DPO."""
     g = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(N, D, generator=g, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(V, D, generator=g, device=device) * (5.5 / D**0.5)).to(dtype).requires_grad_(not frozen)
+    weight = (
+        (torch.randn(V, D, generator=g, device=device) * (5.5 / D**0.5))
+        .to(dtype)
+        .requires_grad_(not frozen)
+    )
     with torch.no_grad():
-        labels = torch.cat([draw(rows @ weight.t(), softcap, g) for rows in hidden.split(ERROR_TOKENS)])
+        labels = torch.cat(
+            [draw(rows @ weight.t(), softcap, g) for rows in hidden.split(ERROR_TOKENS)]
+        )
     cu = torch.tensor([*range(0, N, SEQUENCE), N], device=device)
     coef = torch.linspace(-0.1, 0.07, len(cu) - 1, device=device)
     return SimpleNamespace(
-        N=N, D=D, V=V, softcap=softcap, frozen=frozen, hidden=hidden, weight=weight, labels=labels, cu=cu, coef=coef
+        N=N,
+        D=D,
+        V=V,
+        softcap=softcap,
+        frozen=frozen,
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        cu=cu,
+        coef=coef,
     )
 
 
@@ -108,13 +142,19 @@ def with_autograd(p, logps):
 
     def forward():
         out = logps()
-        return out if len(out) == len(p.coef) else torch.segment_reduce(out.float(), "sum", offsets=p.cu, unsafe=True)
+        return (
+            out
+            if len(out) == len(p.coef)
+            else torch.segment_reduce(out.float(), "sum", offsets=p.cu, unsafe=True)
+        )
 
     return forward, lambda out: out.backward(p.coef.to(out.dtype))
 
 
 def ours(p, **kw):
-    return with_autograd(p, lambda: linear_logps(p.hidden, p.weight, p.labels, p.cu, softcap=p.softcap, **kw))
+    return with_autograd(
+        p, lambda: linear_logps(p.hidden, p.weight, p.labels, p.cu, softcap=p.softcap, **kw)
+    )
 
 
 def ours_forward_only(p):
@@ -126,8 +166,14 @@ def gemms(p, count):
     """`count` bare products, each with its operands and its result in the operands' type."""
     h, w = p.hidden.detach(), p.weight.detach()
     z, dh, dw = h.new_empty(p.N, p.V), torch.empty_like(h), torch.empty_like(w)
-    backward = [lambda: torch.mm(z, w, out=dh), lambda: torch.mm(z.t(), h, out=dw), lambda: torch.mm(h, w.t(), out=z)]
-    return lambda: torch.mm(h, w.t(), out=z), lambda _: [product() for product in backward[: count - 1]]
+    backward = [
+        lambda: torch.mm(z, w, out=dh),
+        lambda: torch.mm(z.t(), h, out=dw),
+        lambda: torch.mm(h, w.t(), out=z),
+    ]
+    return lambda: torch.mm(h, w.t(), out=z), lambda _: [
+        product() for product in backward[: count - 1]
+    ]
 
 
 def copy(p):
@@ -156,7 +202,9 @@ def full_logits(p):
 
 def full_fp32_logits(p):
     """The same with operands widened first: exact as ours."""
-    return with_autograd(p, lambda: reference_logps(p.hidden, p.weight, p.labels, p.cu, softcap=p.softcap))
+    return with_autograd(
+        p, lambda: reference_logps(p.hidden, p.weight, p.labels, p.cu, softcap=p.softcap)
+    )
 
 
 def compiled_chunks(p, rows=1024):
@@ -171,7 +219,10 @@ def compiled_chunks(p, rows=1024):
     def logps():
         parts = zip(p.hidden.split(rows), p.labels.split(rows), strict=True)
         return torch.cat(
-            [torch.utils.checkpoint.checkpoint(chunk, h, p.weight, y, use_reentrant=False) for h, y in parts]
+            [
+                torch.utils.checkpoint.checkpoint(chunk, h, p.weight, y, use_reentrant=False)
+                for h, y in parts
+            ]
         )
 
     return with_autograd(p, logps)
@@ -183,7 +234,9 @@ def torch_linear_cross_entropy(p):
     no_softcap(p)
     options = torch.nn.LinearCrossEntropyOptions()
     with_options = {"reduction": "none", "options": options}
-    return with_autograd(p, lambda: -F.linear_cross_entropy(p.hidden, p.weight, p.labels, **with_options))
+    return with_autograd(
+        p, lambda: -F.linear_cross_entropy(p.hidden, p.weight, p.labels, **with_options)
+    )
 
 
 def trl_chunked(p):
@@ -191,14 +244,18 @@ def trl_chunked(p):
 
     # temperature, columns of a tile (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE), softcap, scale, no statistics
     settings = 1.0, 32768, p.softcap or None, 1.0, ()
-    return with_autograd(p, lambda: ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, *settings)[0])
+    return with_autograd(
+        p, lambda: ChunkedLogProbFunction.apply(p.hidden, p.weight, None, p.labels, *settings)[0]
+    )
 
 
 def trl_selective(p):
     from trl.trainer.utils import selective_log_softmax
 
     no_softcap(p)
-    return with_autograd(p, lambda: selective_log_softmax((p.hidden @ p.weight.t())[None], p.labels[None])[0])
+    return with_autograd(
+        p, lambda: selective_log_softmax((p.hidden @ p.weight.t())[None], p.labels[None])[0]
+    )
 
 
 def liger_cross_entropy(p):
@@ -206,7 +263,9 @@ def liger_cross_entropy(p):
 
     needs_gpu(p)
     kw = {"reduction": "none", "softcap": p.softcap or None}
-    return with_autograd(p, lambda: -liger_fused_linear_cross_entropy(p.hidden, p.weight, p.labels, **kw))
+    return with_autograd(
+        p, lambda: -liger_fused_linear_cross_entropy(p.hidden, p.weight, p.labels, **kw)
+    )
 
 
 def liger_dpo(p):
@@ -217,7 +276,9 @@ def liger_dpo(p):
     if p.N % (2 * SEQUENCE):
         raise Unavailable(f"needs a multiple of {2 * SEQUENCE} tokens here")
     loss, labels = LigerFusedLinearDPOLoss(use_ref_model=False), p.labels.view(-1, SEQUENCE)
-    return lambda: loss(p.weight, p.hidden.view(-1, SEQUENCE, p.D), labels)[0], lambda out: out.backward()
+    return lambda: loss(p.weight, p.hidden.view(-1, SEQUENCE, p.D), labels)[
+        0
+    ], lambda out: out.backward()
 
 
 def cut_cross_entropy(p, filter_eps):
@@ -260,7 +321,14 @@ METHODS = {
     "CCE filtered": lambda p: cut_cross_entropy(p, "auto"),
 }
 NO_GRADIENT = ("1 gemm", "copy", "linear_logps, forward only")
-PARTS = ("1 gemm", "2 gemms", "3 gemms", "4 gemms", "copy", "gather_logps, logits given")  # not the whole operation
+PARTS = (
+    "1 gemm",
+    "2 gemms",
+    "3 gemms",
+    "4 gemms",
+    "copy",
+    "gather_logps, logits given",
+)  # not the whole operation
 
 
 # --- 3. Measuring -------------------------------------------------------------------------------------------------
@@ -308,13 +376,17 @@ def peak_bytes(p, forward, backward):
 
 def resident(field):
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)
+    )
 
 
 def exact(p):
     """(log-probs of the sequences, dH, dW) in fp64; (None, None, None) where torch has no memory for it."""
     p = first_tokens(p)
-    hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (p.hidden, p.weight))
+    hidden, weight = (
+        t.detach().double().requires_grad_(t.requires_grad) for t in (p.hidden, p.weight)
+    )
     try:
         out = reference_logps(hidden, weight, p.labels, p.cu, softcap=p.softcap)
         out.backward(p.coef.double())
@@ -331,7 +403,10 @@ def errors(p, method, want):
     found = {"error_nats": (out.detach().double() - want[0]).abs().max().item()}
     if backward:
         backward(out)
-        for name, got, right in (("error_dhidden", p.hidden.grad, want[1]), ("error_dweight", p.weight.grad, want[2])):
+        for name, got, right in (
+            ("error_dhidden", p.hidden.grad, want[1]),
+            ("error_dweight", p.weight.grad, want[2]),
+        ):
             if right is not None:
                 found[name] = ((got.double() - right).norm() / right.norm()).item()
     return found
@@ -341,14 +416,23 @@ def bench(p, names, reps):
     """Rows of one shape: a dict a method, with either its numbers or, in "status", why it has none."""
     rows, ready = {}, {}
     want = exact(p)
-    for name in names:  # make, warm up, measure memory and error: whatever fails here is out of the race
+    for (
+        name
+    ) in names:  # make, warm up, measure memory and error: whatever fails here is out of the race
         rows[name] = {"method": name}
         try:
             ready[name] = METHODS[name](p)
             for _ in range(2):
                 run_once(p, *ready[name])
-            peak, gradients = peak_bytes(p, *ready[name]), [t.grad for t in (p.hidden, p.weight) if t.grad is not None]
-            rows[name] |= {"status": "ok", "peak_bytes": peak, "gradient_bytes": sum(g.nbytes for g in gradients)}
+            peak, gradients = (
+                peak_bytes(p, *ready[name]),
+                [t.grad for t in (p.hidden, p.weight) if t.grad is not None],
+            )
+            rows[name] |= {
+                "status": "ok",
+                "peak_bytes": peak,
+                "gradient_bytes": sum(g.nbytes for g in gradients),
+            }
             if name not in PARTS and name != "Liger DPO loss" and want[0] is not None:
                 rows[name] |= errors(p, METHODS[name], want)
         except Unavailable as reason:
@@ -358,7 +442,9 @@ def bench(p, names, reps):
         except torch.OutOfMemoryError:
             rows[name]["status"] = "out of memory"
         except Exception as error:  # a peer's own failure is a result: it is printed and stored
-            rows[name]["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            rows[name]["status"] = (
+                f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            )
         if rows[name]["status"] != "ok":
             ready.pop(name, None)
     times, products = {name: [] for name in ready}, "2 gemms" if p.frozen else "3 gemms"
@@ -374,7 +460,10 @@ def bench(p, names, reps):
             "forward_ms": statistics.median(f for f, _ in pairs),
             "backward_ms": statistics.median(b for _, b in pairs),
         }
-        row |= {"both_ms": statistics.median(both), "quartiles_ms": statistics.quantiles(both, n=4)[::2]}
+        row |= {
+            "both_ms": statistics.median(both),
+            "quartiles_ms": statistics.quantiles(both, n=4)[::2],
+        }
         row["rounds"] = len(both)
         if name in ("copy", "gather_logps, logits given"):
             numbers = p.N * p.V * p.hidden.element_size()
@@ -413,10 +502,17 @@ def machine(device):
     }
     if device == "cuda":
         query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-        answer = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0") or ""
-        about |= dict(zip(query.split(","), answer.split(", "), strict=False), cuda=torch.version.cuda)
+        answer = (
+            output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0") or ""
+        )
+        about |= dict(
+            zip(query.split(","), answer.split(", "), strict=False), cuda=torch.version.cuda
+        )
     else:
-        about |= {"threads": torch.get_num_threads(), "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+        about |= {
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        }
     return about
 
 
@@ -435,10 +531,18 @@ def table(rows):
             lines.append(f"  {row['method']:34}{row['status'][:90]}")
             continue
         row = row | {"peak": None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6}
-        cells = [(row.get(key), "9.2f") for key in ("forward_ms", "backward_ms", "both_ms", "over_gemms", "tflops")]
+        cells = [
+            (row.get(key), "9.2f")
+            for key in ("forward_ms", "backward_ms", "both_ms", "over_gemms", "tflops")
+        ]
         cells += [(row.get(key), "9.0f") for key in ("gb_per_s", "peak")]
-        cells += [(row.get(key), "9.1e") for key in ("error_nats", "error_dhidden", "error_dweight")]
-        lines.append(f"  {row['method']:34}" + "".join(" " * 9 if v is None else format(v, form) for v, form in cells))
+        cells += [
+            (row.get(key), "9.1e") for key in ("error_nats", "error_dhidden", "error_dweight")
+        ]
+        lines.append(
+            f"  {row['method']:34}"
+            + "".join(" " * 9 if v is None else format(v, form) for v, form in cells)
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -450,7 +554,9 @@ def plot(results, path):
     import matplotlib.pyplot as plt
 
     shapes, about = results["shapes"], results["machine"]
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 3.1 * len(shapes)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(shapes), 2, figsize=(11, 3.1 * len(shapes)), squeeze=False, layout="constrained"
+    )
     for (left, right), shape in zip(axes, shapes, strict=True):
         ok = {row["method"]: row for row in shape["rows"] if row["status"] == "ok"}
         rows = [row for name, row in reversed(ok.items()) if name not in (*PARTS, *NO_GRADIENT)]
@@ -465,18 +571,27 @@ def plot(results, path):
             alpha=0.5,
         )
         left.axvline(
-            ok["2 gemms" if shape["frozen"] else "3 gemms"]["both_ms"], color="0.3", linestyle="--", linewidth=1
+            ok["2 gemms" if shape["frozen"] else "3 gemms"]["both_ms"],
+            color="0.3",
+            linestyle="--",
+            linewidth=1,
         )
-        left.set_xlabel("ms: forward, backward (pale); dashed: its matrix products alone", fontsize=8)
+        left.set_xlabel(
+            "ms: forward, backward (pale); dashed: its matrix products alone", fontsize=8
+        )
         right.barh(names, [(row["peak_bytes"] or 0) / 1e6 for row in rows], color=colors)
         right.set_xlabel("MB: peak above the inputs, gradients included", fontsize=8)
         right.set_yticks([])
         size = f"N {shape['N']:,}, D {shape['D']:,}, V {shape['V']:,}, {shape['dtype']}"
-        left.set_title(f"{shape['name']}: {size}{', frozen head' * shape['frozen']}", fontsize=9, loc="left")
+        left.set_title(
+            f"{shape['name']}: {size}{', frozen head' * shape['frozen']}", fontsize=9, loc="left"
+        )
         for ax in (left, right):
             ax.tick_params(labelsize=8)
             ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{about['device']}, torch {about['versions']['torch']}, {about['date'][:10]}", fontsize=9)
+    figure.suptitle(
+        f"{about['device']}, torch {about['versions']['torch']}, {about['date'][:10]}", fontsize=9
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -506,21 +621,32 @@ def main():
     if args.plot:
         plot(json.loads(args.plot.read_text()), args.plot.with_suffix(".png"))
         return
-    warnings.filterwarnings("ignore", message=".*linear_cross_entropy.*")  # it says which path it takes; the row shows
+    warnings.filterwarnings(
+        "ignore", message=".*linear_cross_entropy.*"
+    )  # it says which path it takes; the row shows
     torch.backends.cuda.matmul.allow_tf32 = False
     methods = [name for name in METHODS if name in args.methods or name.endswith(("gemm", "gemms"))]
-    results = {"command": sys.argv[1:], "machine": machine(args.device), "reps": args.reps, "shapes": []}
+    results = {
+        "command": sys.argv[1:],
+        "machine": machine(args.device),
+        "reps": args.reps,
+        "shapes": [],
+    }
     print(json.dumps(results["machine"]))
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.shapes:
         for dtype in args.dtypes:
             shape = dict(zip(("N", "D", "V", "softcap", "frozen"), SHAPES[name], strict=True))
             print(f"{name}, {dtype}: {shape}")
-            rows = bench(make_problem(**shape, dtype=DTYPES[dtype], device=args.device), methods, args.reps)
+            rows = bench(
+                make_problem(**shape, dtype=DTYPES[dtype], device=args.device), methods, args.reps
+            )
             print(table(rows), flush=True)
             results["shapes"].append({"name": name, "dtype": dtype, **shape, "rows": rows})
             results["machine_after"] = machine(args.device)  # clocks and temperature under load
-            (args.out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")  # after each: nothing is lost
+            (args.out / "bench.json").write_text(
+                json.dumps(results, indent=1) + "\n"
+            )  # after each: nothing is lost
     plot(results, args.out / "bench.png")
     print(f"{args.out / 'bench.json'}, {args.out / 'bench.png'}")
 

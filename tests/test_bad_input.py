@@ -1,133 +1,176 @@
 """Bad input: one clear line that names the thing, exit status 2, and no file written or changed."""
 
+import gc
 import json
 
 import pytest
-from conftest import pair_row, write_jsonl
-
-import generate
+from conftest import make_model, make_tokenizer, pair_row, write_jsonl
+from transformers import LlamaForSequenceClassification
 
 GOOD = pair_row(0, "Lovely.", "Bad.")
+TEST = pair_row(0, "Lovely.", "Bad.", split="test")
+IN = ["--in", "in.jsonl"]
+OURS = ["--prompts", "in.jsonl"]
+DEAD = "http://127.0.0.1:9/v1"
+SPLITS = ["train", "train", "test"]
+FLAG = "is not a number of at least"
 
 
-def case(name, stage, argv, said, rows=None, raw=None):
+def case(name, stage, argv, said, *rows, raw=None):
     return pytest.param(stage, argv, said, rows, raw, id=name)
 
 
 CASES = [
-    case("missing file", "score", [], "no such file"),
-    case("missing file for train", "train", [], "no such file"),
-    case("missing file for eval", "eval", [], "no such file"),
-    case("missing prompts", "generate", ["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    case("empty file", "score", ["--in", "in.jsonl"], "empty", raw=""),
-    case("empty prompts", "generate", ["--prompts", "in.jsonl"], "empty", raw=""),
-    case("no JSON", "score", ["--in", "in.jsonl"], "in.jsonl:2: not JSON", raw=json.dumps(GOOD) + "\n{oops\n"),
-    case("no object", "train", ["--in", "in.jsonl"], "in.jsonl:1: a JSON object", raw="[1, 2]\n"),
-    case("missing field", "score", ["--in", "in.jsonl"], "'chosen' is missing", rows=[{"id": "a", "prompt": []}]),
-    case("missing field for train", "train", ["--in", "in.jsonl"], "'rejected' is missing", rows=[{"chosen": "a"}]),
-    case("no prompt column", "generate", ["--prompts", "in.jsonl"], "none of the columns", rows=[{"a": "b"}]),
-    case("prompt of a wrong type", "generate", ["--prompts", "in.jsonl"], "row 1", rows=[{"prompt": 3}]),
-    case("twice the same id", "generate", ["--prompts", "in.jsonl"], "twice", rows=[{"id": 1, "prompt": "a"}] * 2),
-    case("no such task", "generate", ["--task", "nosuch"], "no task 'nosuch'"),
-    case("no such model folder", "generate", ["--model", "./nowhere"], "--model ./nowhere"),
-    case("no such hub id", "generate", ["--model", "nobody/nothing"], "--model nobody/nothing: cannot be loaded"),
-    case("all scores null", "train", ["--in", "in.jsonl"], "no pair has score", rows=[GOOD | {"score_chosen": None}]),
-    case("empty answer", "train", ["--in", "in.jsonl"], "an answer is empty", rows=[pair_row(1, " ", "Bad.")]),
-    case("empty prompt", "train", ["--in", "in.jsonl", "--loss", "dpo"], "the prompt is empty",
-         rows=[{"prompt": "", "chosen": "Yes.", "rejected": "No."}]),
-    case("dry run without a judge", "score", ["--dry-run"], "--reward judge"),
-    case("long prompt", "train", ["--in", "in.jsonl", "--max-length", "8"], "raise --max-length", rows=[GOOD]),
-    case("nothing left", "train", ["--in", "in.jsonl", "--loss", "dpo"], "no pair left", rows=[{"id": "a", "error": "x"}]),
-    case("no test rows", "eval", ["--in", "in.jsonl"], "no row with split 'test'", rows=[GOOD]),
-    case("beta of 0", "train", ["--beta", "0"], "--beta"),
-    case("no step", "train", ["--max-steps", "0"], "must be above 0"),
-    case("no row a batch", "score", ["--batch-size", "0"], "must be above 0"),
-    case("no answer", "eval", ["--samples", "-1"], "must be above 0"),
-    case("other bytes", "generate", ["--prompts", "in.csv"], "not UTF-8"),
-    case("a group on both sides", "generate", ["--prompts", "in.jsonl"], "both splits", rows=[
-        {"prompt": "a", "group": "g", "split": "train"}, {"prompt": "b", "group": "g", "split": "test"}]),
-    case("no reward model", "score", ["--in", "in.jsonl", "--reward", "classifier", "--model", "TINY"], "weights lack", rows=[GOOD]),
-    case("another task's rows", "score", ["--in", "in.jsonl", "--task", "safety"], "pass --task sentiment", rows=[GOOD]),
-    case("temperature", "generate", ["--temperature", "nan"], "--temperature"),
-    case("cells too many", "generate", ["--prompts", "in2.csv"], "more cells"),
-    case("a split of its own", "generate", ["--prompts", "in.jsonl"], "'split' train or test is needed", rows=[
-        {"prompt": "a", "split": "validation"}]),
-    case("float16 training", "train", ["--dtype", "float16"], "--dtype float16"),
-    case("epsilon of one half", "train", ["--epsilon", "0.5"], "--epsilon"),
-    case("classifier without model", "score", ["--in", "in.jsonl", "--reward", "classifier"], "needs --model", rows=[GOOD]),
-    case("dead server", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--limit", "1"], "no server answers"),
-    case("output is a folder", "generate", ["--out", "."], "is a folder"),
-    case("input is a folder", "score", ["--in", "."], "no such file"),
+    # paths
+    case("no pairs", "score", [], "runs/sentiment/pairs.jsonl: no such file"),
+    case("no scored pairs", "train", [], "runs/sentiment/scored.jsonl: no such file"),
+    case("no scored pairs for eval", "eval", [], "runs/sentiment/scored.jsonl: no such file"),
+    case("no prompts", "generate", ["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     case("prompts are a folder", "generate", ["--prompts", "."], "no such file"),
-    case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
-    case("a GPU that is not there", "score", ["--in", "in.jsonl", "--device", "cuda:7"], "--device cuda:7", rows=[GOOD]),
-    case("folder without a model", "generate", ["--model", "."], "cannot be loaded"),
-    case("server without a scheme", "generate", ["--api-base", "localhost:8000"], "http://"),
-    case("a score that is text", "train", ["--in", "in.jsonl"], "no pair has score", rows=[GOOD | {"score_chosen": "9"}]),
-    case("an answer that is a number", "train", ["--in", "in.jsonl"], "'chosen' and 'rejected'", rows=[GOOD | {"chosen": 3}]),
-    case("an answer that is a number, to score", "score", ["--in", "in.jsonl"], "'chosen'", rows=[GOOD | {"chosen": 3}]),
-    case("twice the same id, to score", "score", ["--in", "in.jsonl"], "twice", rows=[GOOD, GOOD]),
-    case("ratings that are all the same", "score", ["--in", "in.jsonl", "--reward", "judge", "--judge-samples", "3"],
-         "--judge-temperature", rows=[GOOD]),
-    case("negative price", "generate", ["--price-in", "-1"], "--price-in"),
-    case("negative warm-up", "train", ["--in", "in.jsonl", "--warmup", "-1"], "--warmup", rows=[GOOD]),
-    case("top-p above 1", "eval", ["--top-p", "2"], "--top-p"),
-    case("a server without a model's name", "generate", ["--api-base", "http://127.0.0.1:9/v1", "--model", "smollm2"],
-         "pass that of one that it serves"),
-    case("a flag that does not exist", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
-    case("a choice that does not exist", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
-    case("a split that does not exist", "generate", ["--prompts", "in.jsonl"], "'tset'", rows=[{"prompt": "a", "split": "tset"}]),
-    case("a prompt that is missing", "generate", ["--prompts", "in.jsonl"], "'prompt' is missing", rows=[{"prompt": "a"}, {"promt": "b"}]),
-    case("semicolons", "generate", ["--prompts", "in3.csv"], "CSV with commas"),
-    case("negative keep", "train", ["--keep", "-1"], "--keep"),
+    case("input is a folder", "score", ["--in", "."], "no such file"),
+    case("output is a folder", "generate", ["--out", "runs"], "runs: Is a directory"),
+    case("output is the input", "score", [*IN, "--out", "./in.jsonl"], "is --in too", GOOD),
+    case("output is another file", "generate", ["--out", "notes.txt"], "notes.txt"),
+    case("output is other rows", "generate", ["--out", "in.jsonl"], "in.jsonl", {"id": "a"}),
+    case("output is the input of generate", "generate", [*OURS, "--out", "in.jsonl"], "in.jsonl",
+         {"id": "a", "prompt": "Hi"}),
+    *[case(f"output below a file, {stage}", stage, [*IN, "--out", "notes.txt/below/out"],
+           "notes.txt", GOOD, TEST | {"id": "b"}) for stage in ("score", "train", "eval")],
+    case("output below a file, generate", "generate", ["--out", "notes.txt/out"], "notes.txt"),
+    # tasks and models
+    case("no such task", "generate", ["--task", "nosuch"], "--task nosuch"),
+    case("another task", "score", [*IN, "--task", "safety"], "pass --task sentiment", GOOD),
+    case("another task for eval", "eval", [*IN, "--task", "safety"], "see --task", TEST),
+    case("no test rows", "eval", IN, "with split 'test'", GOOD),
+    case("no such folder", "generate", ["--model", "./nowhere"], "--model ./nowhere"),
+    case("no such hub id", "generate", ["--model", "nobody/nothing"],
+         "--model nobody/nothing: cannot be loaded"),
+    case("a folder without a model", "train", ["--model", "."], "--model .: cannot be loaded"),
+    case("no model to compare", "eval", [*IN, "--models", "./nowhere"], "./nowhere", TEST),
+    case("two models of one name", "eval", [*IN, "--models", "a/dpo", "b/dpo"], "last name", TEST),
+    case("no chat template", "generate", ["--model", "BASE"], "no chat template"),
+    case("no chat template to score", "score", [*IN, "--model", "BASE"], "chat template", GOOD),
+    case("no chat template to train", "train", [*IN, "--model", "BASE"], "chat template", GOOD),
+    case("a classifier as teacher", "generate", ["--model", "CLASSIFIER"], "--reward classifier"),
+    case("a classifier without --reward", "score", [*IN, "--model", "CLASSIFIER"],
+         "--reward classifier", GOOD),
+    case("a chat model as classifier", "score", [*IN, "--reward", "classifier", "--model", "TINY"],
+         "its weights lack", GOOD),
+    case("no classifier", "score", [*IN, "--reward", "classifier", "--model", "smollm2"],
+         "needs --model", GOOD),
+    case("a dead server", "generate", ["--api-base", DEAD], f"--api-base {DEAD}"),
+    case("a dead judge", "score", [*IN, "--reward", "judge", "--api-base", DEAD],
+         f"--api-base {DEAD}", GOOD),
+    case("no URL", "generate", ["--api-base", "localhost:8000"], "check the URL"),
+    case("a server's model without a name", "generate", ["--api-base", DEAD, "--model", "smollm2"],
+         "name the model"),
+    # what stands in the files
+    case("nothing", "score", IN, "in.jsonl: empty", raw=""),
+    case("no prompts at all", "generate", OURS, "in.jsonl: empty", raw=""),
+    case("a CSV file of a head alone", "generate", ["--prompts", "head.csv"], "head.csv"),
+    case("no JSON", "score", IN, "in.jsonl:2: not the JSON", raw=json.dumps(GOOD) + "\n{oops\n"),
+    case("no object", "train", IN, "in.jsonl:1: not the JSON", raw="[1, 2]\n"),
+    case("no object as instruction", "generate", OURS, "in.jsonl", raw="[1, 2]\n"),
+    case("text as instruction", "generate", OURS, "in.jsonl", raw='"Hello"\n'),
+    case("not UTF-8", "generate", ["--prompts", "latin.csv"], "latin.csv: row 0"),
+    case("a missing field", "score", IN, "the field 'chosen' is missing", {"id": "a", "prompt": "P"}),
+    case("an error that is null", "score", IN, "the field 'chosen' is missing",
+         {"id": "a", "prompt": "P", "error": None}),
+    case("a missing field to train", "train", IN, "'rejected' is missing", {"chosen": "a"}),
+    case("no column of text", "generate", OURS, "row 1: text is needed", {"a": "b"}),
+    case("a column misspelt", "generate", OURS, "row 2: text is needed", {"prompt": "a"}, {"promt": "b"}),
+    case("semicolons", "generate", ["--prompts", "semicolons.csv"], "parted by commas"),
+    case("surplus cells", "generate", ["--prompts", "surplus.csv"], "row 1: text is needed"),
+    case("a prompt that is a number", "generate", OURS, "row 1", {"prompt": 3}),
+    case("a prompt without a user", "generate", OURS, "in.jsonl",
+         {"prompt": [{"role": "system", "content": "Be kind."}]}),
+    case("one id twice", "generate", OURS, "row 2: id '1'", *[{"id": 1, "prompt": "a"}] * 2),
+    case("one id twice to score", "score", IN, "an id is there twice", GOOD, GOOD),
+    case("a group in both splits", "generate", OURS, "row 2: ",
+         {"prompt": "a", "group": "g", "split": "train"},
+         {"prompt": "b", "group": "g", "split": "test"}),
+    case("no such split", "generate", OURS, "split 'tset'", {"prompt": "a", "split": "tset"}),
+    case("an answer that is a number", "train", IN, "row row-0", GOOD | {"chosen": 3}),
+    case("an answer that is a number to score", "score", IN, "in.jsonl", GOOD | {"chosen": 3}),
+    case("no pair left", "train", IN, "no pair left to train on (1 without scores)",
+         GOOD | {"score_chosen": None}),
+    case("all failed", "train", IN, "no pair left to train on (1 failed)", {"error": "x"}),
+    case("a long prompt", "train", [*IN, "--max-length", "8"], "no pair left", GOOD),
+    case("empty answers", "train", IN, "1 with an empty answer", pair_row(1, " ", "Bad.")),
+    # flags
+    case("an unknown flag", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
+    case("an unknown choice", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
+    case("beta 0", "train", ["--beta", "0"], f"--beta: 0.0 {FLAG}"),
+    case("epsilon 0.5", "train", ["--epsilon", "0.5"], "--epsilon"),
+    case("negative decay", "train", ["--weight-decay", "-1"], f"--weight-decay: -1.0 {FLAG} 0"),
+    case("negative warm-up", "train", ["--warmup", "-1"], f"--warmup: -1.0 {FLAG} 0"),
+    case("no step", "train", ["--max-steps", "0"], f"--max-steps: 0 {FLAG} 1"),
+    case("no row", "generate", ["--limit", "0"], f"--limit: 0 {FLAG} 1"),
+    case("no row a batch", "score", ["--batch-size", "0"], f"--batch-size: 0 {FLAG} 1"),
+    case("minus one answer", "eval", ["--samples", "-1"], f"--samples: -1 {FLAG} 1"),
+    case("a negative price", "generate", ["--price-in", "-1"], f"--price-in: -1.0 {FLAG} 0"),
+    case("no number", "generate", ["--temperature", "nan"], f"--temperature: nan {FLAG} 0"),
+    case("training in float16", "train", ["--dtype", "float16"], "--dtype"),
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny):
+    """{name: folder} of a chat model, one without a chat template, and a classifier."""
+    folder, plain = tmp_path_factory.mktemp("other"), make_tokenizer(template=None)
+    base = make_model(len(plain))
+    base.save_pretrained(folder / "base")
+    plain.save_pretrained(folder / "base")
+    classifier = LlamaForSequenceClassification(base.config)
+    classifier.save_pretrained(folder / "classifier")
+    make_tokenizer().save_pretrained(folder / "classifier")
+    return {"TINY": tiny, "BASE": f"{folder}/base", "CLASSIFIER": f"{folder}/classifier"}
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.stat().st_size}
+
+
 @pytest.mark.parametrize(("stage", "argv", "said", "rows", "raw"), CASES)
-def test_bad_input_gets_one_clear_line_and_status_2(run, tiny, workdir, monkeypatch, stage, argv, said, rows, raw):
-    if rows is not None:
+def test_bad_input_gets_one_clear_line_and_status_2(
+    run, models, workdir, stage, argv, said, rows, raw
+):
+    if rows:
         write_jsonl(workdir / "in.jsonl", rows)
     elif raw is not None:
         (workdir / "in.jsonl").write_text(raw)
-    (workdir / "in.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
-    (workdir / "in2.csv").write_text("prompt\nHi, there\n")
-    (workdir / "in3.csv").write_text("prompt;split\nHi;train\n")
-    argv = [tiny if word == "TINY" else word for word in argv]
-    if "--model" not in argv and "classifier" not in argv and stage != "eval":
-        argv = [*argv, "--model", tiny]
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.001)
-    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
+    (workdir / "runs").mkdir()
+    (workdir / "notes.txt").write_text("Dear diary,\nall is well")
+    (workdir / "latin.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
+    (workdir / "surplus.csv").write_text("prompt\nHi, there\n")
+    (workdir / "semicolons.csv").write_text("prompt;split\nHi;train\n")
+    (workdir / "head.csv").write_text("prompt,split\n")
+    name = "--models" if stage == "eval" else "--model"
+    argv = [models.get(word, word) for word in argv]
+    argv += [] if name in argv else [name, models["TINY"]]
+    argv += ["--reward-model", models["TINY"]] if stage == "eval" else []
+    before = contents(workdir)
     status, _, err = run(stage, *argv)
-    assert status == 2
-    assert said in err
+    assert status == 2 and said in err
     assert len([line for line in err.splitlines() if line.startswith(f"{stage}.py: ")]) == 1
-    assert "Traceback" not in err
-    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.stat().st_size}
-    assert after == before
+    assert contents(workdir) == before
 
 
-WORDS = [
-    ('want = "any"', 'want = "some"', "[metric] needs want, one of any, none"),
-    ('better = "higher"', 'better = "more"', "[metric] needs better, one of higher, lower"),
-    ("{answer}", "{anser}", "nothing is put in for {anser}"),
-    ('role = "user"', 'role = "usr"', "a list of messages is needed"),
-    ("revise = [", "revice = [", "needs answer, critique, revise, and has answer, critique, revice"),
-    ("principle = [", "principal = [", "needs principle, opposite"),
-    ("scale = [1, 10]", "scale = [10]", "[judge] needs prompt, and scale"),
-    ('prompt = """', 'prompt = """{critique}', "nothing is put in for {critique}"),
-    ("patterns = [", 'patterns = ["(open", ', "[metric] patterns"),
-    ('about = "', 'abuot = "', "'about'"),
-    ('kind = "match"', 'kind = "mach"', "[metric] needs kind"),
-]
-
-
-@pytest.mark.parametrize(("right", "wrong", "said"), WORDS)
-def test_a_slip_in_a_task_file_is_found_before_anything_is_asked(monkeypatch, tmp_path, capsys, right, wrong, said):
-    text = (generate.ROOT / "prompts/safety.toml").read_text()
-    assert right in text
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts/safety.toml").write_text(text.replace(right, wrong))
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        generate.load_task("safety")
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+@pytest.mark.parametrize("stage", ["generate", "score", "train", "eval"])
+def test_a_run_is_never_mixed_with_one_of_other_settings(run, tiny, workdir, stage):
+    rows = [pair_row(i, "Lovely. " * (i + 1), "Bad.", 1.0, split) for i, split in enumerate(SPLITS)]
+    write_jsonl(workdir / "in.jsonl", rows)
+    argv, other, said = {
+        "generate": (["--limit", "1", "--max-tokens", "4"], ["--seed", "1"], "another 'seed'"),
+        "score": (IN, ["--dtype", "float16"], "another 'dtype'"),
+        "train": ([*IN, "--max-steps", "1"], ["--beta", "0.5"], "beta"),
+        "eval": ([*IN, "--max-tokens", "4", "--reward-model", tiny], ["--seed", "1"], "'settings'"),
+    }[stage]
+    argv = ["--models" if stage == "eval" else "--model", tiny, *argv]
+    assert run(stage, *argv)[0] in (0, 1)
+    before = contents(workdir)
+    gc.collect()
+    status, _, err = run(stage, *argv, *other)
+    assert status == 2 and said in err
+    assert contents(workdir) == before

@@ -1,4 +1,4 @@
-"""generate.py and score.py against a real server, `transformers serve` with the embedded model, as teacher and as judge.
+"""generate.py and score.py against a real server, `transformers serve` with the embedded model.
 
 Runs where transformers' server is installed (requirements-dev.txt); skipped elsewhere, with the reason.
 """
@@ -13,8 +13,8 @@ import pytest
 import requests
 from conftest import read_rows
 
-pytest.importorskip("fastapi", reason="transformers serve is not installed; see requirements-dev.txt")
-pytest.importorskip("uvicorn", reason="transformers serve is not installed; see requirements-dev.txt")
+for name in ("fastapi", "uvicorn"):
+    pytest.importorskip(name, reason="transformers serve is missing; see requirements-dev.txt")
 
 from generate import embedded_model
 
@@ -27,7 +27,15 @@ def live(tmp_path_factory):
         port = free.getsockname()[1]
     model = str(embedded_model())
     log = open(tmp_path_factory.mktemp("live") / "serve.log", "w")
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--port", str(port), "--device", "cpu"]
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
     for _ in range(240):
         assert process.poll() is None, Path(log.name).read_text()
@@ -44,19 +52,23 @@ def live(tmp_path_factory):
 def test_teacher_and_judge_on_a_real_server(run, live, workdir):
     address, model = live
     argv = ["--task", "sentiment", "--model", model, "--api-base", address, "--limit", "2"]
-    status, said, err = run("generate", *argv, "--max-tokens", "40", "--form", "fresh", "--concurrency", "1")
+    status, said, err = run(
+        "generate", *argv, "--max-tokens", "40", "--form", "fresh", "--concurrency", "1"
+    )
     assert status == 0, err
     rows = read_rows("runs/sentiment/pairs.jsonl")
     assert len(rows) == 2 and "6 calls answered" in said
     for row in rows:
         assert row["chosen"][0]["content"] and row["rejected"][0]["content"] and row["critique"]
         assert set(row["teacher"]["finish"].values()) <= {"stop", "length"}
-        assert all(count > 0 for count in row["teacher"]["tokens"].values())
+        assert all(count > 0 for count in row["teacher"]["completion_tokens"].values())
         assert all(count > 0 for count in row["teacher"]["prompt_tokens"].values())
-    status, said, err = run("score", *argv, "--reward", "judge", "--judge-tokens", "60", "--concurrency", "1")
+    status, said, err = run(
+        "score", *argv, "--reward", "judge", "--judge-tokens", "60", "--concurrency", "1"
+    )
     assert status in (0, 1), err  # so small a judge may give no rating
     rows = read_rows("runs/sentiment/scored.jsonl")
-    assert len(rows) == 2 and "could not be read" in said and "one family" in said
+    assert len(rows) == 2 and "4 calls answered" in said
     for row in rows:
         for side in ("chosen", "rejected"):
             assert row["reward"][f"said_{side}"]

@@ -39,7 +39,8 @@ def model():
 
 
 def test_the_worked_batch_in_the_docstring_is_true():
-    assert doctest.testmod(packed) == (0, 8)
+    failed, attempted = doctest.testmod(packed)
+    assert attempted and not failed
 
 
 def test_log_probs_are_the_sums_by_hand_over_the_answer_alone(model):

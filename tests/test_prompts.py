@@ -33,7 +33,7 @@ def test_a_row_without_a_request_is_shown_its_last_user_turn_instead():
 
 
 def test_a_placeholder_that_nothing_replaces_is_refused():
-    with pytest.raises(ValueError, match="nothing replaces {anser} here"):
+    with pytest.raises(ValueError, match=r"nothing replaces {anser} here"):
         fill("{anser}", {"prompt": "Hi"}, answer="A")
 
 
@@ -41,7 +41,7 @@ def test_a_placeholder_that_nothing_replaces_is_refused():
     "prompt", [3, None, [], {}, ["Hi"], [{"role": "user"}], [{"role": "usr", "content": "Hi"}]]
 )
 def test_what_is_neither_text_nor_messages_is_no_prompt(prompt):
-    with pytest.raises(ValueError, match="needed|needs|role"):
+    with pytest.raises(ValueError, match=r"needed|needs|role"):
         as_messages(prompt)
 
 
@@ -96,7 +96,7 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
     failed = write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "error": "no answer"}])
     assert len(read_rows(failed, "id", "chosen")) == 1
     whole = write_jsonl(tmp_path / "b.jsonl", [{"id": "a", "error": None}])
-    with pytest.raises(BadInput, match="b.jsonl:1: .*'chosen' is missing"):
+    with pytest.raises(BadInput, match=r"b.jsonl:1: .*'chosen' is missing"):
         read_rows(whole, "id", "chosen")
 
 

@@ -1,159 +1,108 @@
-"""score.py: log-probs against sums by hand, rewards that do not depend on their batch, the audit."""
+"""score.py: the three rewards, which do not depend on their batch, and the audit."""
 
 import doctest
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HostileServer, make_model, pair_row, read_rows, write_jsonl
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForSequenceClassification
+from conftest import HostileServer, make_model, make_tokenizer, pair_row, read_rows, write_jsonl
+from test_packed import by_hand
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 import score
-from generate import Reply, load_model
-from score import audit, check_model, completion_logps, rating_of
+from generate import encode, load_model
+from prompts import fill, load_task
+from score import audit, is_scored, rating_of
 
-SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
-
-
-def by_hand(model, prompt, completion):
-    """The sum, token by token, from the model's own logits in fp64."""
-    logits = model(torch.tensor([prompt + completion])).logits[0].double()
-    return sum(logits[len(prompt) + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(completion))
+CPU = torch.device("cpu")
 
 
-def test_the_worked_batch_in_the_docstring_is_true():
-    assert doctest.testmod(score).failed == 0
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return make_model(len(tokenizer))
-
-
-def test_log_probs_are_the_sums_by_hand_over_the_answer_alone(model):
-    got = completion_logps(model, SEQUENCES)
-    want = [by_hand(model, *sequence) for sequence in SEQUENCES]
-    assert got.tolist() == pytest.approx(want, abs=2e-4)
-    assert got.dtype == torch.float32 and min(abs(value) for value in want) > 3
-
-
-def test_alone_and_batched_log_probs_are_the_same(model):
-    together = completion_logps(model, SEQUENCES).tolist()
-    alone = [completion_logps(model, [sequence]).item() for sequence in SEQUENCES]
-    assert together == pytest.approx(alone, abs=1e-4)
-
-
-def test_packed_pair_equals_separate_sequences_in_value_and_gradient(tokenizer):
-    """Two completions of one prompt share it; a third sequence stands beside them in the stream."""
-    pair = [([5, 6, 7, 8], [9, 10, 11, 2]), ([5, 6, 7, 8], [30, 2]), ([40, 41], [9, 10, 2])]
-    weights = torch.tensor([1.0, -2.0, 0.5])
-    gradients, values = [], []
-    for packs, share_prompt in ((True, True), (True, False), (False, True)):
-        model = make_model(len(tokenizer))
-        model.packs = packs
-        logps = completion_logps(model, pair, share_prompt)
-        (weights * logps).sum().backward()
-        values.append(logps.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for value, gradient in zip(values[:2], gradients[:2], strict=True):
-        assert torch.allclose(value, values[2], atol=1e-4)
-        assert (gradient - gradients[2]).norm() < 1e-4 * gradients[2].norm()
-    assert gradients[2].norm() > 1
-
-
-def test_models_for_which_streams_are_not_exact_run_sequence_by_sequence(tokenizer):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "vocab_size": len(tokenizer), "initializer_range": 0.2}
-    window = MistralForCausalLM(MistralConfig(sliding_window=4, **sizes)).eval()
-    check_model(window, "window")
-    assert window.packs is False
-    full = MistralForCausalLM(MistralConfig(sliding_window=None, **sizes)).eval()
-    check_model(full, "full")
-    assert full.packs is True
-    long = [([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 2]), ([5, 6, 7, 8], [30, 31, 32, 2])]
-    want = [by_hand(window, *sequence) for sequence in long]
-    assert completion_logps(window, long).tolist() == pytest.approx(want, abs=1e-3)
-
-
-def test_a_head_that_scales_its_logits_is_noticed(tokenizer, capsys):
-    model = make_model(len(tokenizer))
-    check_model(model, "plain")
-    forward = model.forward
-
-    def scaled(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits = output.logits * 3
-        return output
-
-    model.forward = scaled
-    with pytest.raises(SystemExit):
-        check_model(model, "odd")
-    assert "--model odd" in capsys.readouterr().err
-
-
-def scored(run, tiny, *more):
-    return run("score", "--model", tiny, "--dtype", "float32", *more)
+def scored(run, model, *more):
+    """score.py on the pairs: (exit status, rows, standard output)."""
+    status, said, err = run("score", "--model", model, "--dtype", "float32", *more)
+    assert status < 2, err
+    out = more[more.index("--out") + 1] if "--out" in more else "runs/sentiment/scored.jsonl"
+    return status, read_rows(out), said
 
 
 @pytest.fixture
 def pairs(workdir):
-    rows = [pair_row(i, "Lovely film. " * (1 + i % 3), "Bad film. " * (1 + i % 2)) for i in range(5)]
+    """Five pairs, and a row that failed."""
+    rows = [pair_row(i, "Lovely film. " * (1 + i % 3), "Bad. " * (1 + i % 2)) for i in range(5)]
     for row in rows:
         del row["score_chosen"], row["score_rejected"], row["reward"]
     rows.append({"id": "lost", "task": "sentiment", "error": "answer: empty"})
     return write_jsonl(workdir / "runs/sentiment/pairs.jsonl", rows)
 
 
-def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tiny, pairs, workdir):
-    status, said, _ = scored(run, tiny)
+def assert_same_alone(run, model, *flags):
+    """That the scores are the same when each row is a batch of its own; returns those."""
+    status, many, said = scored(run, model, *flags)
     assert status == 1 and "scored 5 of 6" in said and "1 failed" in said
-    scored(run, tiny, "--batch-size", "1", "--out", "single.jsonl")
-    many, single = read_rows(workdir / "runs/sentiment/scored.jsonl"), read_rows(workdir / "single.jsonl")
+    _, single, _ = scored(run, model, *flags, "--batch-size", "1", "--out", "single.jsonl")
     for a, b in zip(many[:5], single[:5], strict=True):
         assert a["score_chosen"] == pytest.approx(b["score_chosen"], abs=1e-5)
-        assert a["reward"]["kind"] == "contrast"
-    model, tokenizer = score.load_model(tiny, torch.device("cpu"), torch.float32)
-    contrast = score.load_task("sentiment")["contrast"]
+        assert a["score_rejected"] == pytest.approx(b["score_rejected"], abs=1e-5)
+    assert len({row["score_chosen"] for row in many[:5]}) > 1
+    assert "score_chosen" not in many[5] and many[5]["error"]
+    return many
+
+
+# ---- contrast ------------------------------------------------------------------------------------
+
+
+def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tiny, pairs):
+    rows = assert_same_alone(run, tiny)
+    assert rows[1]["reward"]["kind"] == "contrast"
+    model, tokenizer = load_model(tiny, CPU, torch.float32)
+    table, answer = load_task("sentiment")["contrast"], "Lovely film. " * 2
     chats = [
-        score.encode(tokenizer, [contrast[side][0], *many[1]["prompt"]], "Lovely film. " * 2)
-        for side in ("principle", "opposite")
+        encode(tokenizer, fill(table[side], rows[1]), answer) for side in ("principle", "opposite")
     ]
     good, bad = (by_hand(model, *chat) for chat in chats)
-    assert many[1]["score_chosen"] == pytest.approx((good - bad) / len(chats[0][1]), abs=1e-5)
-    assert "score_chosen" not in many[5] and many[5]["error"]
+    assert rows[1]["score_chosen"] == pytest.approx((good - bad) / len(chats[0][1]), abs=1e-5)
 
 
 def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
-    task = {"contrast": {side: [{"role": "user", "content": text}] for side, text in
-                         (("principle", "{request}"), ("opposite", "{prompt}"))}}  # fmt: skip
+    table = {
+        "principle": [{"role": "user", "content": "{request}"}],
+        "opposite": [{"role": "user", "content": "{prompt}"}],
+    }
     rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
-    rows.append(rows[0] | {"prompt": "Review the film Heat."})  # plain text, as in other data sets
-    reward = score.contrast_reward(task, tiny, torch.device("cpu"), torch.bfloat16, 100)
-    same, other, plain = (one.value for one in reward(rows, ["Lovely film."] * 3))
+    rows.append(rows[0] | {"prompt": "Review the film Heat."})  # text, as in other data sets
+    reward = score.contrast_reward(table, tiny, CPU, torch.bfloat16, 100)
+    same, other, plain = (value for value, _ in reward(rows, ["Lovely film."] * 3))
     assert same == plain == 0.0 and other != 0.0
 
 
-def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs, workdir):
-    scored(run, tiny)
-    before = (workdir / "runs/sentiment/scored.jsonl").read_bytes()
-    rows = read_rows(pairs)
-    rows[2]["chosen"][0]["content"] += " Truly."
-    write_jsonl(pairs, rows)
-    status, _, err = scored(run, tiny)
-    assert status == 2 and "'chosen' of row row-2 has changed since" in err
-    assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
+def test_a_control_row_is_scored_by_the_table_of_the_controls(tiny):
+    sides = load_task("safety")["contrast"]
+    row = pair_row(0, "a", "b") | {"control": True}
+    scores = []
+    for table in (sides, sides["control"], sides | {"control": sides["control"]}):
+        reward = score.contrast_reward(table, tiny, CPU, torch.float32, 1000)
+        ((value, _),) = reward([row | {"control": "control" in table}], ["Lovely film."])
+        scores.append(value)
+    assert scores[0] == scores[1] == scores[2] != 0
+    reward = score.contrast_reward(sides, tiny, CPU, torch.float32, 1000)
+    assert reward([row | {"control": False}], ["Lovely film."])[0][0] != scores[0]
+
+
+# ---- classifiers ---------------------------------------------------------------------------------
 
 
 def classifier(folder, tokenizer, labels):
     torch.manual_seed(1)
     config = make_model(len(tokenizer)).config
-    config.num_labels, config.pad_token_id = labels, tokenizer.eos_token_id  # the trap: padding is the inner EOS
+    config.num_labels = labels
+    config.pad_token_id = tokenizer.eos_token_id  # the trap: an inner EOS would be padding
     if labels == 2:
         config.id2label, config.label2id = {0: "BAD", 1: "GOOD"}, {"BAD": 0, "GOOD": 1}
     LlamaForSequenceClassification(config).save_pretrained(folder)
@@ -162,67 +111,96 @@ def classifier(folder, tokenizer, labels):
 
 
 @pytest.mark.parametrize(("labels", "padding"), [(1, True), (2, True), (1, False)])
-def test_a_reward_models_score_does_not_depend_on_its_batch(run, tokenizer, pairs, workdir, labels, padding):
-    model = classifier(workdir / "rm", tokenizer, labels)
+def test_a_reward_models_score_is_its_logit_at_the_last_token_whatever_the_batch(
+    run, tokenizer, pairs, workdir, labels, padding
+):
+    folder = classifier(workdir / "rm", tokenizer, labels)
     if not padding:
-        config = json.loads((model / "config.json").read_text()) | {"pad_token_id": None}
-        (model / "config.json").write_text(json.dumps(config))
-    flags = ["--reward", "classifier", "--label", "GOOD"] if labels == 2 else ["--reward", "classifier"]
-    scored(run, model, *flags)
-    scored(run, model, *flags, "--batch-size", "1", "--out", "single.jsonl")
-    many, single = read_rows(workdir / "runs/sentiment/scored.jsonl"), read_rows(workdir / "single.jsonl")
-    for a, b in zip(many[:5], single[:5], strict=True):
-        assert a["score_chosen"] == pytest.approx(b["score_chosen"], abs=1e-5)
-    assert len({row["score_chosen"] for row in many[:5]}) > 1
+        config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": None}
+        (folder / "config.json").write_text(json.dumps(config))
+    rows = assert_same_alone(
+        run, folder, "--reward", "classifier", *["--label", "GOOD"][: labels * (labels - 1)]
+    )
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    prompt, answer = encode(tokenizer, rows[1]["prompt"], rows[1]["chosen"][0]["content"])
+    hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state[0, -1]
+    logits = model.score(hidden).tolist()
+    want = logits[0] if labels == 1 else logits[1] - logits[0]  # log-odds of GOOD
+    assert rows[1]["score_chosen"] == pytest.approx(want, abs=1e-4)
 
 
 def test_a_classifier_of_several_labels_needs_one_of_them(run, tokenizer, pairs, workdir):
     model = classifier(workdir / "rm", tokenizer, 2)
-    status, _, err = scored(run, model, "--reward", "classifier")
+    status, _, err = run("score", "--model", model, "--reward", "classifier")
     assert status == 2 and "BAD, GOOD" in err
 
 
-def test_an_encoder_classifier_scores_plain_text(run, pairs, workdir):
-    from conftest import make_tokenizer
-
+def test_an_encoder_classifier_scores_the_text_of_the_answer(run, pairs, workdir):
     plain = make_tokenizer(template=None)
     plain.model_input_names, plain.model_max_length = ["input_ids", "attention_mask"], 64
-    config = DistilBertConfig(
-        vocab_size=len(plain), dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=64
-    )
-    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    config = DistilBertConfig(vocab_size=len(plain), max_position_embeddings=64, **sizes)
+    config.id2label, config.label2id = {0: "NO", 1: "POSITIVE"}, {"NO": 0, "POSITIVE": 1}
     DistilBertForSequenceClassification(config).save_pretrained(workdir / "bert")
     plain.save_pretrained(workdir / "bert")
-    _, said, err = scored(run, workdir / "bert", "--reward", "classifier", "--label", "POSITIVE")
-    assert "scored 5 of 6" in said, err
+    flags = ["--reward", "classifier", "--label", "POSITIVE"]
+    rows = assert_same_alone(run, workdir / "bert", *flags)
+    assert rows[0]["score_chosen"] == pytest.approx(rows[3]["score_chosen"])  # the same answer
 
 
-def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(run, tiny, pairs, workdir, monkeypatch):
-    def broken(args, task, out):
-        scores = lambda rows, answers: [score.Score(float("nan")), *[score.Score(1.0)] * (len(answers) - 1)]  # noqa: E731
-        scores.server = None
-        return scores, {"kind": "contrast", "model": "x"}
+# ---- scores that are none ------------------------------------------------------------------------
 
-    monkeypatch.setattr(score, "make_reward", broken)
-    status, said, _ = scored(run, tiny)
-    rows = read_rows(workdir / "runs/sentiment/scored.jsonl")
+
+def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(
+    run, tiny, pairs, monkeypatch
+):
+    def broken(rows, answers):
+        given = [math.nan, 1.0, 1.0, -math.inf]
+        return [(value, "") for value in [*given, *[1.0] * (len(answers) - 4)]]
+
+    settings = {"kind": "contrast", "model": "x"}
+    monkeypatch.setattr(score, "make_reward", lambda *args: (broken, settings, None))
+    status, rows, said = scored(run, tiny)
     assert rows[0]["score_chosen"] is None and rows[0]["score_rejected"] == 1.0
-    assert status == 1 and "scored 4 of 6" in said and "1 without a score" in said and "ties 100%" in said
+    assert rows[1]["score_chosen"] == 1.0 and rows[1]["score_rejected"] is None
+    assert status == 1 and "scored 3 of 6" in said
+    assert "2 without a score" in said and "ties 100%" in said
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, "9", [1.0]])
+def test_only_finite_numbers_are_scores(value):
+    row = {"score_chosen": 1, "score_rejected": 0.5}
+    assert is_scored(row) and not is_scored({}) and not is_scored({"score_chosen": 1})
+    for side in row:
+        assert not is_scored(row | {side: value})
+
+
+# ---- continuing ----------------------------------------------------------------------------------
+
+
+def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs, workdir):
+    scored(run, tiny)
+    before = (workdir / "runs/sentiment/scored.jsonl").read_bytes()
+    rows = read_rows(pairs)
+    rows[2]["chosen"][0]["content"] += " Truly."
+    write_jsonl(pairs, rows)
+    status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "row row-2 was made with another 'chosen'" in err
+    assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
 
 
 def test_a_killed_run_continues_to_the_same_file(run, tiny, pairs, workdir):
-    scored(run, tiny, "--batch-size", "2")
+    _, whole, _ = scored(run, tiny, "--batch-size", "2")
     path = workdir / "runs/sentiment/scored.jsonl"
-    whole = read_rows(path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    scored(run, tiny, "--batch-size", "2")
-    again = read_rows(path)
+    _, again, _ = scored(run, tiny, "--batch-size", "2")
     assert [row["id"] for row in again] == [row["id"] for row in whole]
-    assert all(
-        math.isclose(a.get("score_chosen", 0), b.get("score_chosen", 0), abs_tol=1e-5)
-        for a, b in zip(whole, again, strict=True)
-    )
+    for a, b in zip(whole[:5], again[:5], strict=True):
+        assert a["score_chosen"] == pytest.approx(b["score_chosen"], abs=1e-5)
+
+
+# ---- the audit -----------------------------------------------------------------------------------
 
 
 def test_the_audit_counts_wins_ties_and_length():
@@ -232,167 +210,125 @@ def test_the_audit_counts_wins_ties_and_length():
         pair_row(2, "a", "longer", -1.0),
         pair_row(3, "a", "b", 0.0),
     ]
-    text, failed, unscored = audit([*rows, {"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}])
-    assert (failed, unscored) == (1, 1)
+    text = audit([*rows, {"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}])
+    assert "scored 4 of 6 pairs (1 without a score, 1 failed)" in text
     assert "won 50%, lost 25%, ties 25%" in text
-    assert "mean gap (chosen - rejected) +0.500" in text
+    assert "mean +0.500, root mean square 1.225" in text
     assert "length +0.9" in text
 
 
-def test_log_probs_under_autocast_differ_by_rounding_only(model):
-    with torch.no_grad():
-        exact = completion_logps(model, SEQUENCES[:2])
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = completion_logps(model, SEQUENCES[:2])
-    assert rounded.dtype == torch.float32
-    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
+    assert audit([{"id": "e", "error": "x"}]) == "scored 0 of 1 pairs (0 without a score, 1 failed)"
+    assert "won 100%" in audit([pair_row(0, "a", "b")])
+    assert "correlation" not in audit([pair_row(i, "a", "b") for i in range(3)])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles C++ on a CPU")
-def test_flex_attention_gives_the_log_probs_of_sdpa(tiny):
-    """Forward only: FlexAttention has no backward pass on a CPU."""
-    logps = []
-    for kind in ("sdpa", "flex_attention"):
-        model, _ = load_model(tiny, torch.device("cpu"), torch.float32, attn_implementation=kind)
-        with torch.no_grad():
-            logps.append(completion_logps(model, SEQUENCES))
-    assert torch.allclose(*logps, atol=1e-4)
+def test_a_judge_of_the_teachers_family_is_noted():
+    judge = {"reward": {"kind": "judge", "model": "Org/Qwen2.5-7B", "samples": 1}}
+    row = pair_row(0, "a", "b") | judge
+    assert "one family" in audit([row | {"teacher": {"model": "qwen/Qwen3-8B"}}])
+    assert "one family" not in audit([row | {"teacher": {"model": "smollm2"}}])
+    assert "one family" not in audit([row])
 
 
-def test_attention_by_parts_gives_the_log_probs_and_gradients_of_sdpa(tiny, monkeypatch):
-    monkeypatch.setattr(score, "BLOCK", 3)  # so that parts have several blocks
-    sequences = [*SEQUENCES, (SEQUENCES[-1][0], [7, 8, 9, 2])]  # two that share a prompt
-    found, computed, bmm = {}, [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: computed.append(b.shape[-1]) or bmm(a, b))
-    for kind in ("sdpa", "by_parts"):
-        model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
-        score.check_model(model, tiny, by_parts=kind == "by_parts")
-        assert model.packs and model.config._attn_implementation == kind
-        computed.clear()
-        logps = completion_logps(model, sequences)
-        logps[::2].sum().backward()
-        found[kind] = [logps.detach(), *(parameter.grad for parameter in model.parameters())]
-        assert bool(computed) == (kind == "by_parts")
-    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    assert max(computed) <= longest  # no block meets more than a prompt and one answer
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+# ---- the judge -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("heads", "groups", "size", "value_size"), [(4, 4, 8, 8), (6, 2, 8, 5), (3, 1, 4, 16)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_by_parts_is_dense_attention_for_any_heads(heads, groups, size, value_size, dtype, monkeypatch):
-    monkeypatch.setattr(score, "BLOCK", 4)
-    labels = torch.tensor([1] * 12 + [2] * 4), torch.tensor([0] + [1] * 7 + [2] * 4 + [0] * 3 + [1])
-    draw = torch.Generator().manual_seed(heads)
-    shapes = (heads, size), (groups, size), (groups, value_size)
-    operands = [torch.randn(1, n, 16, d, generator=draw).to(dtype).requires_grad_() for n, d in shapes]
-    seen, _ = score.attention_by_parts(None, *operands, None, parts=score.parts_of(*labels))
-    place = torch.arange(16)
-    mask = score.sees(*labels)(0, 0, place[:, None], place)
-    exact = [operand.detach().double().requires_grad_() for operand in operands]
-    key, value = (part.repeat_interleave(heads // groups, 1) for part in exact[1:])
-    dense = torch.nn.functional.scaled_dot_product_attention(exact[0], key, value, mask).transpose(1, 2)
-    above = torch.randn(dense.shape, generator=draw)
-    seen.backward(above.to(dtype))
-    dense.backward(above.double())
-    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for got, want in [(seen, dense), *((a.grad, b.grad) for a, b in zip(operands, exact, strict=True))]:
-        assert got.dtype == dtype and (got.double() - want).norm() <= error * want.norm()
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("I counted 3 faults in 10 lines. Rating: 7", 7),
+        ("Rating: 2? No. **Rating:** 9/10", 9),  # the last one
+        ("rating - 4.5", None),
+        ("RATING: `4.5`", 4.5),
+        ("Rating: -3", -3),
+        ("Rating: \u22123", -3),
+        ("Rating: 40", None),
+        ("It is poor, 2 of 10 at most.", None),
+        ("Rating: none", None),
+        ("", None),
+    ],
+)
+def test_a_rating_is_the_number_behind_the_last_phrase_if_it_is_on_the_scale(text, rating):
+    assert rating_of(text, "stop", {"scale": [-5, 10]}) == rating
+    assert rating_of(text, "length", {"scale": [-5, 10]}) is None  # "Rating: 1" of a 10
 
 
-def test_a_model_that_hands_nothing_on_to_its_attention_runs_with_sdpa(tiny, monkeypatch):
-    model, _ = load_model(tiny, torch.device("cpu"), torch.float32)
-    forward = type(model.base_model).forward
-
-    def strict(self, input_ids=None, position_ids=None, attention_mask=None, use_cache=None, **other):
-        if "parts" in other:
-            raise TypeError("unexpected keyword argument 'parts'")
-        return forward(self, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **other)
-
-    monkeypatch.setattr(type(model.base_model), "forward", strict)
-    score.check_model(model, tiny, by_parts=True)
-    assert model.packs and model.config._attn_implementation == "sdpa"
+def test_a_task_may_have_a_phrase_of_its_own():
+    failed, attempted = doctest.testmod(score)
+    assert attempted and not failed
 
 
 def judged(run, server, monkeypatch, said, *argv):
-    """Scores two rows with a judge that says said(answer); (status, rows, output)."""
-    monkeypatch.setattr(HostileServer, "speak", staticmethod(lambda body: said(body["messages"][-1]["content"])))
-    write_jsonl(
-        Path("runs/safety/pairs.jsonl"), [pair_row(i, f"gold {i}", f"dross {i}") | {"task": "safety"} for i in range(2)]
-    )
-    argv = ["--task", "safety", "--reward", "judge", "--model", "org/big-1", "--api-base", server, *argv]
-    status, out, err = run("score", *argv)
+    """Scores two rows with a judge that says said(answer): (status, rows, output)."""
+    speak = staticmethod(lambda body: said(body["messages"][-1]["content"]))
+    monkeypatch.setattr(HostileServer, "speak", speak)
+    rows = [pair_row(i, f"gold {i}", f"dross {i}") | {"task": "safety"} for i in range(2)]
+    write_jsonl(Path("runs/safety/pairs.jsonl"), rows)
+    flags = ["--task", "safety", "--reward", "judge", "--model", "org/big-1"]
+    status, out, err = run("score", *flags, "--api-base", server, *argv)
     assert status < 2, err
     return status, read_rows("runs/safety/scored.jsonl"), out
 
 
-def test_a_judges_rating_is_the_number_behind_the_phrase_or_null_with_its_words(run, server, workdir, monkeypatch):
-    def said(text):
-        return "I counted 3 faults in 10 lines. **Rating:** 9" if "gold" in text else "It is poor, 2 of 10 at most."
-
-    status, rows, out = judged(run, server, monkeypatch, said)
-    assert status == 1  # no score could be had for the poor ones
+def test_a_judges_rating_is_a_score_and_what_has_none_is_null_with_its_words(
+    run, server, workdir, monkeypatch
+):
+    poor = "It is poor, 2 of 10 at most."
+    status, rows, out = judged(
+        run, server, monkeypatch, lambda text: "Rating: 9" if "gold" in text else poor
+    )
+    assert status == 1 and "2 without a score" in out
     assert all(row["score_chosen"] == 9 and row["score_rejected"] is None for row in rows)
-    assert rows[0]["reward"]["said_rejected"] == "It is poor, 2 of 10 at most."
-    assert "could not be read 50%" in out and len(HostileServer.asked) == 4
-    assert "20 read, 12 written" in out and rows[0]["reward"]["tokens"] == 6  # 5 and 3 a call
-    assert HostileServer.asked[0][1]["temperature"] == 0
+    assert rows[0]["reward"]["said_rejected"] == poor and "error" not in rows[0]
+    assert len(HostileServer.asked) == 4 and HostileServer.asked[0][1]["temperature"] == 0
 
 
-def test_a_dry_run_shows_what_the_judge_would_be_asked(run, server, workdir, monkeypatch):
-    write_jsonl(workdir / "runs/safety/pairs.jsonl", [pair_row(0, "gold", "dross") | {"task": "safety"}])
-    argv = ["--task", "safety", "--reward", "judge", "--model", "big", "--api-base", server, "--dry-run"]
-    status, out, err = run("score", *argv, "--price-out", "1000")
+def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(
+    run, server, workdir, monkeypatch
+):
+    numbers = itertools.cycle([4, 6, 40])
+    flags = ["--judge-samples", "3", "--concurrency", "1"]
+    _, rows, _ = judged(run, server, monkeypatch, lambda text: f"Rating: {next(numbers)}", *flags)
+    assert [row["score_chosen"] for row in rows] == [5, 5] and len(HostileServer.asked) == 12
+    assert HostileServer.asked[0][1]["temperature"] == 1
+    assert rows[0]["reward"]["said_chosen"].count("Rating") == 3
+
+
+@pytest.mark.parametrize(("samples", "good"), [(1, 0), (2, 0), (2, 1)])
+def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(
+    run, server, workdir, monkeypatch, samples, good
+):
+    """Of several ratings of an answer any may be the one that fails."""
+    HostileServer.script = [200] * good + [413]
+    flags = ["--judge-samples", samples, "--concurrency", "1"]
+    status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
+    assert status == 1 and rows[0]["score_chosen"] is None and "error" not in rows[1]
+    assert "status 413" in rows[0].get("error", "")
+    status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
+    assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
+    assert len(HostileServer.asked) == 4 * samples + 1  # what was answered was not asked again
+
+
+def test_a_judge_whose_words_begin_with_error_has_not_failed(run, server, workdir, monkeypatch):
+    status, rows, _ = judged(run, server, monkeypatch, lambda text: "error-free. Rating: 9")
+    assert status == 0 and "error" not in rows[0] and rows[0]["score_chosen"] == 9
+
+
+def test_a_dry_run_shows_what_the_judge_would_be_asked(run, server, workdir):
+    row = pair_row(0, "gold", "dross") | {"task": "safety"}
+    write_jsonl(workdir / "runs/safety/pairs.jsonl", [row])
+    flags = ["--task", "safety", "--reward", "judge", "--model", "big", "--api-base", server]
+    status, out, err = run("score", *flags, "--dry-run", "--price-out", "1000")
     assert status == 0, err
-    assert "gold" in out and '"model": "big"' in out and "2 calls" in out and "cost 0.60" in out
+    assert "gold" in out and "2 calls" in out and "cost 0.60" in out  # 2 replies of 300 tokens
     assert not HostileServer.asked and not (workdir / "runs/safety/scored.jsonl").exists()
 
 
-def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(run, server, workdir, monkeypatch):
-    numbers = itertools.cycle([4, 6, 40])
-    argv = ["--judge-samples", "3", "--judge-temperature", "1", "--concurrency", "1"]
-    _, rows, _ = judged(run, server, monkeypatch, lambda text: f"Rating: {next(numbers)}", *argv)
-    assert [row["score_chosen"] for row in rows] == [5, 5] and len(HostileServer.asked) == 12
-
-
-def test_a_judge_of_the_teachers_family_is_noted(run, server, workdir, monkeypatch):
-    rows = [
-        pair_row(0, "a", "b")
-        | {"teacher": {"model": "qwen/Qwen3-8B"}}
-        | {"reward": {"kind": "judge", "model": "Org/Qwen2.5-7B", "samples": 1}}
-    ]
-    assert "one family" in audit(rows)[0]
-    assert "one family" not in audit([rows[0] | {"teacher": {"model": "smollm2"}}])[0]
-
-
-def test_a_rating_is_weighed_by_its_log_probs_where_one_token_wrote_it():
-    def rating(likely, text="Rating: 7", tokens=("Rating", ":", " 7"), high=10):
-        likely = [[token, math.log(p)] for token, p in likely]
-        logprobs = [(token, likely if token.strip().isdigit() else []) for token in tokens]
-        return rating_of(Reply(text, "stop", logprobs=logprobs), {"scale": [1, high]})
-
-    likely = [(" 7", 0.5), ("7", 0.1), (" 8", 0.2), ("10", 0.1), ("99", 0.05), (" the", 0.03), ("²", 0.02)]
-    assert rating(likely) == pytest.approx((7 * 0.6 + 8 * 0.2 + 10 * 0.1) / 0.9)
-    assert rating(likely[:3]) == 7  # no 10 as one token: a 1 might be its beginning
-    assert rating(likely[:3], high=9) == pytest.approx((7 * 0.6 + 8 * 0.2) / 0.8)
-    assert rating([]) == 7 and rating([(" the", 1.0)]) == 7
-    assert rating(likely, "Rating: 10/10", ("Rating", ":", " ", "1", "0", "/", "10")) == 10
-    assert rating_of(Reply("Rating: 1 would be a panning, but", "length"), {"scale": [1, 10]}) is None
-
-
-def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(run, server, workdir, monkeypatch):
-    HostileServer.script = [413]
-    status, rows, out = judged(run, server, monkeypatch, lambda text: "Rating: 5", "--concurrency", "1")
-    assert status == 1 and "status 413" in rows[0]["error"] and "error" not in rows[1] and "3 calls answered" in out
-    status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5")
-    assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
-    assert len(HostileServer.asked) == 5  # the one that was answered in the failed row was not asked for again
-
-
 def test_the_model_on_this_machine_can_be_the_judge(run, tiny, workdir):
-    write_jsonl(Path("runs/safety/pairs.jsonl"), [pair_row(0, "good", "poor") | {"task": "safety"}])
-    argv = ["--task", "safety", "--reward", "judge", "--model", tiny, "--judge-tokens", "4"]
-    status, _, err = run("score", *argv)
+    row = pair_row(0, "good", "poor") | {"task": "safety"}
+    write_jsonl(Path("runs/safety/pairs.jsonl"), [row])
+    flags = ["--task", "safety", "--reward", "judge", "--model", tiny, "--judge-tokens", "4"]
+    status, _, err = run("score", *flags)
     (row,) = read_rows("runs/safety/scored.jsonl")
-    assert status == 1 and row["score_chosen"] is None and row["reward"]["said_chosen"], err  # it babbles
+    assert status == 1 and row["score_chosen"] is None and row["reward"]["said_chosen"], err
