@@ -1,6 +1,6 @@
 """Stage 1 of 4: a teacher model answers every prompt of a task, criticises its answer, rewrites it.
 
-    python generate.py --task sycophancy                                # embedded 135M model, no GPU
+    python generate.py --task sycophancy                               # embedded 135M model, no GPU
     python generate.py --task safety --model Qwen/Qwen2.5-7B-Instruct   # a hub id or a local folder
     python generate.py --task safety --model NAME --api-base http://localhost:8000/v1    # a server
 
@@ -384,7 +384,7 @@ class Server:
         return Reply("", f"error: {fault}"), 0
 
     def close(self, whole):
-        """Says what was asked. Where the output is whole all answers are in it: the journal goes."""
+        """Says what was asked. The journal goes where the output is whole: all answers are in it."""
         tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
         print(f"{self.asked} calls answered, {self.known} known; {tokens}, cost {self.cost:.2f}")
         self.journal.close()

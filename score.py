@@ -1,12 +1,12 @@
 """Stage 2 of 4: a reward that is not the teacher's critique scores both answers of every pair.
 
-    python score.py --task sycophancy                                     # contrast, embedded model
+    python score.py --task sycophancy                                  # contrast, embedded model
     python score.py --task sentiment --reward classifier --model lvwerra/distilbert-imdb --label POSITIVE
     python score.py --task safety --reward classifier --model OpenAssistant/reward-model-deberta-v3-large-v2
     python score.py --task safety --reward judge --model NAME --api-base http://localhost:8000/v1
 
-runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen, score_rejected (null
-where no score could be had, never 0) and reward; then an audit of how far the scores can be trusted.
+runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen and score_rejected
+(null where no score could be had, never 0) and reward; then an audit of the scores.
 """
 
 import math
@@ -35,7 +35,7 @@ from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
 
-# ---- the three rewards. Each is a function: (rows, answers) -> a list of (score or None, judge's words)
+# ---- the three rewards: functions (rows, answers) -> list of (score or None, judge's words) -------
 
 
 def contrast_reward(table, name, device, dtype, pack_tokens):
@@ -113,7 +113,7 @@ def classifier_reward(name, label, device, dtype):
 
 
 def judge_reward(table, samples, ask):
-    """The mean of the ratings that a chat model gives an answer by the rubric of the task's [judge].
+    """The mean of the ratings that a chat model gives an answer by the rubric of [judge].
 
     ask: as refine() of generate.py has it. samples: ratings of an answer.
     """

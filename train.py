@@ -1,13 +1,13 @@
 """Stage 3 of 4: a student learns from the scored pairs.
 
-    python train.py --task sycophancy                          # rDPO on the embedded model, on a CPU
-    torchrun --nproc-per-node 8 train.py --task sycophancy --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-6
-    python train.py --task sycophancy --loss dpo               # the same pairs, scores ignored
-    python train.py --task sycophancy --loss sft --accept      # dSC: SFT on the revisions that won,
-    python train.py --task sycophancy --model runs/sycophancy/sft-accept --lr 5e-6   # and rDPO from there
+    python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
+    torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-6
+    python train.py --task sycophancy --loss dpo              # the same pairs, scores ignored
+    python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
+    python train.py --model runs/sycophancy/sft-accept --lr 5e-6                  # and rDPO from there
 
-runs/TASK/scored.jsonl -> runs/TASK/LOSS/, the run directory: a model that transformers loads as it is,
-log.jsonl (one line a step) and run.json (settings, versions, counts). --in takes any preference data
+runs/TASK/scored.jsonl -> runs/TASK/LOSS/, the run directory: a model that transformers loads,
+log.jsonl (a line a step) and run.json (settings, versions, counts). --in takes any preference data
 of TRL's format or UltraFeedback's.
 
     z = beta [(log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))]
@@ -71,30 +71,30 @@ LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settings):
     """Losses (B,) and margins z (B,) of B pairs.
 
-    policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, summed over tokens,
-    in nats (for sft, (B, 1): chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2)
-    lengths. settings: beta; tau, in units of delta; epsilon, the share of flipped labels that is
-    assumed; mean_weight, the mean of max(0, 2p - 1) over the training pairs.
+    policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums over tokens in
+    nats (for sft (B, 1), chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2).
+    settings: beta; tau, in units of delta; epsilon, the assumed share of flipped labels;
+    mean_weight, the mean of max(0, 2p - 1) over the training pairs.
 
-    With z = beta [(policy - reference) of chosen - (policy - reference) of rejected], s = sigmoid and
-    the preference probability p = s(delta / tau):
+    With z = beta (log-ratio of chosen - log-ratio of rejected), log-ratio = policy - reference,
+    s = sigmoid and the preference probability p = s(delta / tau):
 
     rdpo         -p log s(z) - (1 - p) log s(-z)      least at z = delta / tau
     rdpo-margin  -log s(z - delta / tau)              the reward gap as a margin
     rdpo-weight  -w log s(z), w = max(0, 2p - 1) / mean_weight
-    dpo          -log s(z)                                                   arXiv 2305.18290, eq. 7
-    cdpo         -(1 - e) log s(z) - e log s(-z)                  Mitchell, note on noisy preferences
-    robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)               arXiv 2403.00409, eq. 12
-    ipo          (h - 1 / (2 beta))^2, h = z / beta with log-probs a mean    arXiv 2310.12036, eq. 17
+    dpo          -log s(z)                                             arXiv 2305.18290, eq. 7
+    cdpo         -(1 - e) log s(z) - e log s(-z)             Mitchell, note on noisy preferences
+    robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)          arXiv 2403.00409, eq. 12
+    ipo          (h - 1 / (2 beta))^2, h = z / beta with means         arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
 
-    What a failed revision (delta < 0, so p < 1/2) does: under rdpo its label is flipped, and z falls
-    to delta / tau < 0; rdpo-margin asks for less than dpo; rdpo-weight leaves it out. A tie
-    (delta = 0, p = 1/2): rdpo pulls z back to 0 (no gradient there), rdpo-margin is dpo, rdpo-weight
-    leaves it out. The paper's equation was not at hand: see the top of this file.
+    A failed revision (delta < 0, p < 1/2): under rdpo its label is flipped and z falls to
+    delta / tau < 0; rdpo-margin asks for less than dpo does; rdpo-weight leaves it out. A tie
+    (p = 1/2): rdpo pulls z back to 0, where its gradient is 0; rdpo-margin is dpo; rdpo-weight
+    leaves it out. The paper's equation was not at hand; see the top of this file.
 
-    ipo takes means over tokens, as its authors ran it (they told TRL's); sums would make the squared
-    loss a matter of length.
+    ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
+    squared loss a matter of length.
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
@@ -340,8 +340,8 @@ class Student(torch.nn.Module):
 
 
 def load_student(name, device, dtype, checkpoint_activations=False):
-    """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards the weights, and with them
-    gradients and moments, over all processes, layer by layer."""
+    """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards weights, gradients and
+    moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
     for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
         dist.barrier()
@@ -374,7 +374,8 @@ def reference_logps(student, weights, pairs, out, args):
     """
     how = [weights, str(student.dtype), student.device.type, WORLD > 1, torch.__version__]
     tokens = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
-    name = f"reference-{hashlib.sha256(json.dumps([how, tokens]).encode()).hexdigest()[:16]}.safetensors"
+    key = hashlib.sha256(json.dumps([how, tokens]).encode()).hexdigest()[:16]
+    name = f"reference-{key}.safetensors"
     found = sorted(out.parent.glob(f"*/{name}")) if RANK == 0 else []
     if all_reduce(torch.tensor(float(len(found)), device=student.device)):  # all do the same
         logps = load_file(found[0])["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
@@ -473,7 +474,7 @@ def load_checkpoint(out, model, optimizer):
 
 
 def save_student(model, tokenizer, out, dtype):
-    """Saves the student as transformers does; weights that are sharded meet in the first process."""
+    """Saves the student as transformers does; sharded weights meet in the first process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, untied = get_model_state_dict(model, options=options), dict(model.named_parameters())
     if RANK == 0:
@@ -537,8 +538,8 @@ SAME += ("steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
-    """Makes or continues a run directory: (rows of log.jsonl, that file, locked), None elsewhere than
-    in the first process. Raises BadInput where the directory holds another run, or none."""
+    """Makes or continues a run directory: (rows of log.jsonl, that file, locked). Raises BadInput
+    where the directory holds another run, or none."""
     path = out / "run.json"
     if overwrite and out.exists() and any(out.iterdir()):
         if not path.exists():

@@ -1,17 +1,17 @@
-"""Log-probabilities of completions from one packed sequence, in which completions share their prompt.
+"""Log-probs of completions from one packed sequence, in which completions share their prompt.
 
-A preference pair is a prompt and two completions. Padded batches compute the prompt twice and the
-padding for nothing. Here any number of pairs is one sequence without padding, and a prompt stands in
-it once (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing):
+A preference pair is a prompt and two completions. Padded batches compute the prompt twice, and the
+padding for nothing. Here any number of pairs is one sequence without padding, in which each prompt
+stands once (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing):
 
     input_ids      [prompt | chosen | rejected | next prompt | ...]
-    document_ids    0 ...                        1 ...             a prompt with its completions
-    segment_ids     0 ...    1 ...    2 ...      0 ...             0: prompt, 1, 2, ...: completions
-    position_ids    0 ..p-1  p ...    p ...      0 ...             both completions follow the prompt
+    document_ids    0 ...                        1 ...            a prompt with its completions
+    segment_ids     0 ...    1 ...    2 ...      0 ...            0: prompt, 1, 2, ...: completions
+    position_ids    0 ..p-1  p ...    p ...      0 ...            both completions follow the prompt
 
-A token attends to earlier tokens of its document that are in the prompt or in its own segment
-(mask_mod). The hidden state of the last prompt token predicts the first token of each completion, so
-it is gathered once for each. Only completion tokens reach the output layer (logps.linear_logps).
+A token attends to earlier tokens of its document that are in the prompt or in its own segment. The
+last prompt token's hidden state predicts the first token of each completion, so it is gathered once
+for each. Only completion tokens reach the output layer (logps.linear_logps).
 
 Which attention runs is read off model.config._attn_implementation:
     packed           CPU: PackedAttention below, which computes only what the mask leaves
@@ -77,7 +77,7 @@ def collate(sequences):
 
 
 def mask_mod(document_ids, segment_ids):
-    """The attention mask as a function of places (batch, head, query, key), as FlexAttention has it."""
+    """The attention mask as a function of (batch, head, query, key), as FlexAttention has it."""
 
     def attends(batch, head, query, key):
         prompt_or_own = (segment_ids[key] == 0) | (segment_ids[key] == segment_ids[query])
@@ -103,9 +103,9 @@ class PackedAttention(torch.autograd.Function):
     query: (G, T, H, d) of H query heads for each of G key heads; key: (G, T, d), scaled beforehand;
     value: (G, T, e). Returns (G, T, H, e).
 
-    The derivative is written out, because autograd would widen the gradient of each block's slice to
-    all T tokens before it adds them up. With the weights A = softmax(S) and the output O = A V:
-        dV = A^T dO,   dA = dO V^T,   dS = A (dA - sum over keys of A dA),   dQ = dS K,   dK = dS^T Q
+    The derivative is written out, because autograd would widen each block's gradient to all T
+    tokens before it adds them up. With the weights A = softmax(S) and the output O = A V:
+        dV = A^T dO,  dA = dO V^T,  dS = A (dA - sum over keys of A dA),  dQ = dS K,  dK = dS^T Q
     """
 
     @staticmethod
@@ -142,7 +142,7 @@ class PackedAttention(torch.autograd.Function):
 
 
 def blocks(segments):
-    """(rows, columns) of each block: its queries; its keys, of the prompt and of its own segment."""
+    """(rows, columns) of each block: its queries; its keys in the prompt and its own segment."""
     prompt = slice(0, 0)
     for segment, start, end in segments:
         for first in range(start, end, BLOCK):
@@ -252,7 +252,7 @@ def micro_batches(costs, budget):
 
 @torch.no_grad()
 def all_logps(model, sequences, budget, packs=True):
-    """completion_logps of any number of sequences, about `budget` tokens at a time: (S,), on the CPU."""
+    """completion_logps of any number of sequences, `budget` tokens at a time: (S,), on the CPU."""
     costs = [len(prompt) + len(completion) for prompt, completion in sequences]
     parts = [torch.zeros(0)]
     for batch in micro_batches(costs, budget):

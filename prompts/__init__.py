@@ -1,4 +1,4 @@
-"""Tasks: prompts/TASK.toml holds all text that a model is shown, prompts/TASK.jsonl the instructions.
+"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions.
 
 Only this file knows the form of a task. It imports nothing from the stages; all of them import it.
 """
@@ -112,7 +112,7 @@ def read_rows(path, *fields):
 
 
 def read_prompts(path, task):
-    """Instructions of a JSONL or CSV file: rows of id, task, group, split, prompt and other columns.
+    """Instructions of a JSONL or CSV file: rows of id, task, group, split, prompt and the rest.
 
     `control` marks harmless look-alikes, as XSTest's label "safe" does. Rows without `split` are
     divided by a hash of their group, four to one. Raises BadInput.
