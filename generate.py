@@ -381,6 +381,8 @@ class Server:
                 return Reply((text or "").strip(), finish or "stop", *counts), 200
             except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
                 fault = type(error).__name__
+                if isinstance(error, requests.ConnectionError):  # urllib3 has tried often enough
+                    break
         return Reply("", f"error: {fault}"), 0
 
     def close(self, whole):

@@ -409,7 +409,8 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, 
     Half operands under Triton: dZ and c H, over its largest entry, are rounded to fp16, whose 11
     bits fit numbers that are at most 1; bf16 W is turned to fp16 for it, exactly between 6e-5 and
     65504. dZ in bf16 would cost 1.5e-3 of the norm of dH (SmolLM2-135M, 512 tokens), as much as
-    rounding dH itself. Otherwise c goes into dZ, and the products are in fp32.
+rounding dH itself. Otherwise c goes into dZ, and the products are in fp32; but that of dW,
+    whose result is rounded to bf16 anyway, is in bf16 on a CPU that multiplies it.
     """
     (scale, softcap, columns), coef = settings, coef.to(lse.dtype)
     rows, picked = _live_rows(coef != 0), _live_rows(coef[_live_rows(labels >= 0)] != 0)
@@ -422,6 +423,7 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, 
         ch = scaled[:, None] * right
         unit = ch.abs().amax().clamp(min=1e-30) if len(h) else 1.0  # a tensor: no wait for CUDA
         right, c = (ch / unit).half(), (coef != 0).to(lse.dtype)
+    narrow = not _on_triton(h) and hidden.dtype == torch.bfloat16 and multiplies_bf16()
     dhidden = lse.new_zeros(h.shape) if wanted[0] else None  # a sum over chunks
     dweight = torch.empty_like(weight) if wanted[1] else None  # each chunk is written once
     dbias = torch.empty_like(bias) if wanted[2] else None
@@ -444,6 +446,8 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, 
             dhidden.addmm_(dz.to(dhidden.dtype), w.to(dhidden.dtype))
         if wanted[1] and dweight.dtype == right.dtype and not half:
             torch.mm(dz.t(), right, out=dweight[chunk])
+        elif wanted[1] and narrow:
+            torch.mm(dz.bfloat16().t(), right.bfloat16(), out=dweight[chunk])
         elif wanted[1]:
             torch.mul(_mm(dz.t(), right), unit, out=dweight[chunk])  # rounded once
         del dz, w  # before the next ones are made

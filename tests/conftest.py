@@ -45,19 +45,38 @@ def make_tokenizer(template=CHATML, bos=None):
     if bos:
         from tokenizers.processors import TemplateProcessing
 
-        raw.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, raw.token_to_id(bos))])
+        raw.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, raw.token_to_id(bos))]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|pad|>", bos_token=bos, chat_template=template
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        bos_token=bos,
+        chat_template=template,
     )
 
 
 def make_model(vocab_size, seed=0, **options):
     """Two layers of 64, tied weights, random, with logits as peaked as those of a trained model."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True}
-    sizes |= {"initializer_range": 0.2}  # the layers outweigh the embedding, else it repeats the last token
-    config = LlamaConfig(vocab_size=vocab_size, eos_token_id=2, bos_token_id=None, pad_token_id=0, **sizes | options)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    }
+    sizes |= {
+        "initializer_range": 0.2
+    }  # the layers outweigh the embedding, else it repeats the last token
+    config = LlamaConfig(
+        vocab_size=vocab_size, eos_token_id=2, bos_token_id=None, pad_token_id=0, **sizes | options
+    )
     model = LlamaForCausalLM(config).eval()
     model.model.norm.weight.data.fill_(2.0)
     return model
@@ -137,7 +156,11 @@ def pairs_file(workdir):
         rejected = "A dull film number " + "one two three " * (1 + i % 4) + "!"
         delta = [2.0, -1.0, 0.5, 0.0][i % 4]
         split = "train" if i < 8 else "test"
-        rows.append(pair_row(i, chosen, rejected, delta, split, f"Review the film number {i} in a sentence."))
+        rows.append(
+            pair_row(
+                i, chosen, rejected, delta, split, f"Review the film number {i} in a sentence."
+            )
+        )
     return write_jsonl(workdir / "runs" / "sentiment" / "scored.jsonl", rows)
 
 
@@ -173,7 +196,10 @@ class HostileServer(BaseHTTPRequestHandler):
             time.sleep(20)
         if kind in ("length", "content_filter"):
             finish = kind
-        choice = {"message": {"role": "assistant", "content": "" if kind == "empty" else text}, "finish_reason": finish}
+        choice = {
+            "message": {"role": "assistant", "content": "" if kind == "empty" else text},
+            "finish_reason": finish,
+        }
         answer = {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
         if kind == "null usage":
             answer["usage"] = {"prompt_tokens": None, "completion_tokens": None}
@@ -212,7 +238,12 @@ class HostileServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    HostileServer.script, HostileServer.asked, HostileServer.hooks, HostileServer.answered = [], [], [], []
+    HostileServer.script, HostileServer.asked, HostileServer.hooks, HostileServer.answered = (
+        [],
+        [],
+        [],
+        [],
+    )
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
     monkeypatch.setattr(generate.Retry, "get_backoff_time", lambda retry: 0.001)  # short pauses
     http = ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)

@@ -27,8 +27,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from generate import provenance
-from prompts import read_rows
+from generate import provenance  # noqa: E402
+from prompts import read_rows  # noqa: E402
 
 # weights; those that slow all calls down are rare, as on a real server
 FAULTS = {"500": 20, "502": 20, "reset": 20, "half": 15, "no json": 10, "no choices": 10}
@@ -96,6 +96,7 @@ def serve(port, share):
 def drive(command, out, rows, kills, draw):
     """Runs a stage until it is done, killed in its first two fifths; (seconds, kills)."""
     began, marks = time.time(), sorted(draw.sample(range(rows // 50, 2 * rows // 5), kills))
+    killed = 0
 
     def lines():
         return out.read_bytes().count(b"\n") if out.exists() else 0
@@ -108,10 +109,10 @@ def drive(command, out, rows, kills, draw):
             time.sleep(0.1)
             if marks and lines() >= max(marks[0], start + 1):
                 process.send_signal(signal.SIGINT if len(marks) % 2 else signal.SIGKILL)
-                assert process.wait() in (130, -signal.SIGKILL), "it did not end at the signal"
                 marks.pop(0)
+                killed += process.wait() in (130, -signal.SIGKILL)  # else it was done before
         if process.returncode == 0:
-            return time.time() - began, kills - len(marks)
+            return time.time() - began, killed
         ended = process.returncode in (130, -signal.SIGKILL, 1)
         assert ended, f"status {process.returncode}, see {out}.log"
 

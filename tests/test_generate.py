@@ -123,7 +123,10 @@ def test_a_row_whose_answer_failed_is_not_asked_further():
     calls = []
 
     def ask(conversations, keys):
-        calls.extend((key, messages[-1]["content"]) for key, messages in zip(keys, conversations))
+        calls.extend(
+            (key, messages[-1]["content"])
+            for key, messages in zip(keys, conversations, strict=True)
+        )
         said = {"answer": "A", "critique": "", "revise": "R"}
         failed = [key[0] == "a" for key in keys]
         return [
@@ -417,7 +420,7 @@ def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
 
 @pytest.mark.parametrize("fault", ["reset", "half", "no json", 500])
 def test_a_fault_that_stays_costs_its_row_alone(run, server, workdir, monkeypatch, fault):
-    first = read_rows(ROOT / "prompts/sentiment.jsonl")[0]["prompt"]
+    first = read_rows(ROOT / "prompts/sentiment.jsonl")[0]["prompt"][0]["content"]
 
     def of_the_first_row(body):
         return fault if first in str(body["messages"]) else 200

@@ -63,7 +63,7 @@ def test_a_stage_killed_again_and_again_ends_as_an_unbroken_one(stage, tiny, tmp
     }[stage]  # fmt: skip
     flags = ["--task", "sentiment", *flags, *([] if stage == "eval" else ["--out", name])]
     contents = []
-    for folder, kills in ((tmp_path / "whole", 0), (tmp_path / "killed", 4)):
+    for folder, kills in ((tmp_path / "whole", 0), (tmp_path / "killed", 2)):
         write_jsonl(folder / "scored.jsonl", pairs)
         plain = [{k: v for k, v in row.items() if "score" not in k} for row in pairs]
         write_jsonl(folder / "pairs.jsonl", plain)

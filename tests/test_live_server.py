@@ -16,7 +16,7 @@ from conftest import read_rows
 for name in ("fastapi", "uvicorn"):
     pytest.importorskip(name, reason="transformers serve is missing; see requirements-dev.txt")
 
-from generate import embedded_model
+from generate import embedded_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")

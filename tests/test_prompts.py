@@ -104,7 +104,7 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 
 SLIPS = [
     ("{answer}", "{anser}", "nothing replaces {anser}"),
-    ('role = "user"', 'role = "usr"', "not usr"),
+    ('role = "user"', 'role = "usr"', "role"),
     ("revise = [", "revice = [", "the key 'revise' is missing"),
     ("principle = [", "principal = [", "the key 'principle' is missing"),
     ("scale = [1, 10]", "scale = [10]", "safety.toml: "),
