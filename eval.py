@@ -21,7 +21,16 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Output, Parser, Reply, model_folder, pick_device, provenance, run
+from generate import (
+    LocalModel,
+    Output,
+    Reply,
+    make_parser,
+    model_folder,
+    pick_device,
+    provenance,
+    run,
+)
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
@@ -260,7 +269,7 @@ def add_scores(jobs, rows, reward):
 
 
 def main():
-    parser = Parser(__doc__, reads="scored.jsonl")
+    parser = make_parser(__doc__, reads="scored.jsonl")
     add = parser.add_argument
     add_reward_flags(parser, None, None)
     # fmt: off

@@ -46,6 +46,8 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- the method: answer, criticise, revise -------------------------------------------------------
 
+CALLS = {"answer": "answer", "critique": "critique", "revision": "revise"}  # what each one makes
+
 
 def refine(rows, form, ask, seed_by="id"):
     """Pairs made of some instructions, by three calls for each row; `error` where one failed.
@@ -54,7 +56,7 @@ def refine(rows, form, ask, seed_by="id"):
     ask: (conversations, keys) -> list of Reply; the key gives a conversation its random numbers.
     """
     pairs, texts = [{**row, "teacher": {}} for row in rows], [{} for _ in rows]
-    for name, call in (("answer", "answer"), ("critique", "critique"), ("revision", "revise")):
+    for name, call in CALLS.items():
         going = [i for i, pair in enumerate(pairs) if "error" not in pair]
         conversations = [fill(form[call], rows[i], **texts[i]) for i in going]
         keys = [(rows[i][seed_by], call) for i in going]
@@ -173,7 +175,7 @@ def encode(tokenizer, prompt, completion=None):
         prompt_ids, whole = (i[:-1] if i[-1:] == [tokenizer.eos_token_id] else i for i in ids)
         whole = whole if completion is None else [*whole, tokenizer.eos_token_id]
     elif not tokenizer.chat_template:
-        raise ValueError("the model has no chat template, so it takes text, not messages")
+        raise BadInput("the model has no chat template, so it takes text, not messages")
     else:
 
         def ids_of(messages, **options):
@@ -248,9 +250,8 @@ def embedded_model():
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         plain.save_pretrained(f"{work}/ready")
-        AutoTokenizer.from_pretrained(work, gguf_file=EMBEDDED_GGUF).save_pretrained(
-            f"{work}/ready"
-        )
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=EMBEDDED_GGUF)
+        tokenizer.save_pretrained(f"{work}/ready")
         if not folder.exists():  # another process may have been faster
             os.rename(f"{work}/ready", folder)
     return folder
@@ -296,7 +297,7 @@ class Server:
         self.settings = {"model": name, "seed": args.seed, **sampling}
         self.key = os.environ.get(args.api_key_env, "").strip()
         self.session = requests.Session()
-        self.session.headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        self.session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
         self.session.auth = lambda request: request  # else requests would look into a .netrc file
         try:
             self.session.get(args.api_base, timeout=10)
@@ -419,7 +420,8 @@ def append(file, row):
 def open_rows(path, overwrite):
     """(rows of a JSONL file, the file to append to), locked against a second process.
 
-    A torn last line is cut off. With overwrite the file that was there becomes NAME.bak.
+    A torn last line is cut off. With overwrite the file that was there becomes NAME.bak. Raises
+    BadInput for a file of something else, which stays as it is.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     file = open(path, "a+b")
@@ -432,8 +434,14 @@ def open_rows(path, overwrite):
         return open_rows(path, False)
     file.seek(0)
     *lines, torn = file.read().split(b"\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+        if torn and not torn.startswith(b"{"):
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"{path}: is there and not of this stage; choose another --out") from None
     file.truncate(file.tell() - len(torn))
-    return [json.loads(line) for line in lines], file
+    return rows, file
 
 
 class Output:
@@ -456,7 +464,8 @@ class Output:
         mend = "go back to it, choose another --out, or pass --overwrite"
         for key, row in self.done.items():
             origin = self.source.get(key, {} if others else {"id": None})
-            changed = [name for name in settings if row[made_by].get(name) != settings[name]]
+            made = row.get(made_by, {})
+            changed = [name for name in settings if made.get(name) != settings[name]]
             changed += [name for name in origin if row.get(name) != origin[name]]
             if changed:
                 raise BadInput(f"{path}: row {key} was made with another '{changed[0]}'; {mend}")
@@ -516,45 +525,41 @@ def run(main):
     raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the flags that mean the same in every stage."""
+def make_parser(doc, reads=None, server=True):
+    """A parser with the flags that mean the same in every stage.
 
-    def __init__(self, doc, reads=None, server=True):
-        """reads: the default input in runs/TASK; the newest one decides the default task."""
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        for name, kind, low in (
-            ("count", int, 1),
-            ("amount", float, 0),
-            ("positive", float, 1e-12),
-        ):
-            self.register("type", name, lambda text, kind=kind, low=low: at_least(kind(text), low))
-        found = sorted(Path("runs").glob(f"*/{reads}"), key=os.path.getmtime)
-        tasks = [
-            file.parent.name for file in found if (FOLDER / f"{file.parent.name}.toml").exists()
-        ]
-        add = self.add_argument
-        # fmt: off
-        add("--task", type=lambda text: Path(text).stem, default=["sentiment", *tasks][-1], help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
-        add("--limit", type="count", help="use the first LIMIT rows only (default: all)")
-        add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-        add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU where there is one)")
-        add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
-        if server:
-            add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
-            add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-            add("--concurrency", type="count", default=16, help="calls made to the server at the same time (default: %(default)s)")
-            add("--timeout", type="count", default=300, help="seconds that the server may be silent (default: %(default)s)")
-            add("--price-in", type="amount", default=0.0, help="price of a million prompt tokens (default: %(default)s)")
-            add("--price-out", type="amount", default=0.0, help="price of a million completion tokens (default: %(default)s)")
-            add("--max-cost", type="amount", help="stop before the calls of this run cost more, by these prices (default: no limit)")
-        # fmt: on
-
-    def error(self, message):
-        raise BadInput(f"{message} (--help explains the flags)")
+    reads: the default input in runs/TASK; the newest one decides the default task.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.register("type", "count", lambda text: at_least(1, int(text)))
+    parser.register("type", "amount", lambda text: at_least(0, float(text)))
+    parser.register("type", "positive", lambda text: at_least(1e-12, float(text)))
+    found = sorted(Path("runs").glob(f"*/{reads}"), key=os.path.getmtime)
+    names = [file.parent.name for file in found]
+    tasks = [name for name in names if (FOLDER / f"{name}.toml").exists()]
+    add = parser.add_argument
+    # fmt: off
+    add("--task", type=lambda text: Path(text).stem, default=["sentiment", *tasks][-1], help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
+    add("--limit", type="count", help="use the first LIMIT rows only (default: all)")
+    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU where there is one)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
+    if server:
+        add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
+        add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
+        add("--concurrency", type="count", default=16, help="calls made to the server at the same time (default: %(default)s)")
+        add("--timeout", type="count", default=300, help="seconds that the server may be silent (default: %(default)s)")
+        add("--price-in", type="amount", default=0.0, help="price of a million prompt tokens (default: %(default)s)")
+        add("--price-out", type="amount", default=0.0, help="price of a million completion tokens (default: %(default)s)")
+        add("--max-cost", type="amount", help="stop before the calls of this run cost more, by these prices (default: no limit)")
+    # fmt: on
+    return parser
 
 
-def at_least(value, low):
+def at_least(low, value):
     if not low <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} is not a number of at least {low}")
     return value
@@ -571,11 +576,11 @@ def show_plan(args, calls, completion_tokens):
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
     add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
-    add("--prompts", metavar="FILE", help="JSONL or CSV of instructions in place of prompts/TASK.jsonl; columns: prompt, question, instruction, goal or text")
+    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages)")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=["conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
     add("--max-tokens", type="count", default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
@@ -594,9 +599,7 @@ def main():
     form, seed_by = task[name], task["seed_by"]
     if args.dry_run:
         texts = dict.fromkeys(("answer", "critique"), 4 * args.max_tokens * "?")
-        calls = [
-            fill(form[c], row, **texts) for row in rows for c in ("answer", "critique", "revise")
-        ]
+        calls = [fill(form[call], row, **texts) for row in rows for call in CALLS.values()]
         return show_plan(args, calls, args.max_tokens)
 
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

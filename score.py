@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification
 
 from generate import (
     Output,
-    Parser,
     digest_of,
     encode,
     load_model,
+    make_parser,
     name_of,
     open_chat,
     pick_device,
@@ -251,7 +251,7 @@ def add_reward_flags(parser, kind, model):
 
 
 def main():
-    parser = Parser(__doc__, reads="pairs.jsonl")
+    parser = make_parser(__doc__, reads="pairs.jsonl")
     add = parser.add_argument
     add_reward_flags(parser, "contrast", "smollm2")
     # fmt: off
@@ -264,7 +264,7 @@ def main():
     args = parser.parse_args()
     task = load_task(args.task)
     path = args.input or f"runs/{args.task}/pairs.jsonl"
-    out = args.out or str(Path(path).with_name("scored.jsonl"))
+    out = args.out or str(Path(path).parent / "scored.jsonl")
     if Path(out).resolve() == Path(path).resolve():
         raise BadInput(f"--out {out}: is --in too; name another file")
     source = read_rows(path, "id", "prompt", *SIDES)

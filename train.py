@@ -45,10 +45,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 from generate import (
-    Parser,
     append,
     encode,
     load_model,
+    make_parser,
     model_folder,
     open_rows,
     pick_device,
@@ -500,7 +500,7 @@ def save_student(model, tokenizer, out, dtype):
 
 
 def parse_args():
-    parser = Parser(__doc__, reads="scored.jsonl", server=False)
+    parser = make_parser(__doc__, reads="scored.jsonl", server=False)
     add = parser.add_argument
     # fmt: off
     add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")

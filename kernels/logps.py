@@ -409,7 +409,7 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, 
     Half operands under Triton: dZ and c H, over its largest entry, are rounded to fp16, whose 11
     bits fit numbers that are at most 1; bf16 W is turned to fp16 for it, exactly between 6e-5 and
     65504. dZ in bf16 would cost 1.5e-3 of the norm of dH (SmolLM2-135M, 512 tokens), as much as
-rounding dH itself. Otherwise c goes into dZ, and the products are in fp32; but that of dW,
+    rounding dH itself. Otherwise c goes into dZ, and the products are in fp32; but that of dW,
     whose result is rounded to bf16 anyway, is in bf16 on a CPU that multiplies it.
     """
     (scale, softcap, columns), coef = settings, coef.to(lse.dtype)

@@ -88,9 +88,7 @@ def mask_mod(document_ids, segment_ids):
 
 # ---- attention on a CPU --------------------------------------------------------------------------
 
-BLOCK = (
-    128  # queries per matrix product: small blocks compute little that is masked, large ones fast
-)
+BLOCK = 128  # queries of a matrix product: smaller ones compute less that is masked, but slower
 
 
 class PackedAttention(torch.autograd.Function):
@@ -187,9 +185,8 @@ def attention_arguments(kind, document_ids, segment_ids):
     """Arguments that give a model of attention `kind` the mask of a packed sequence of T tokens."""
     size, rule = len(document_ids), mask_mod(document_ids, segment_ids)
     if kind == "packed":
-        ids, counts = torch.unique_consecutive(
-            torch.stack([document_ids, segment_ids]), dim=1, return_counts=True
-        )
+        both = torch.stack([document_ids, segment_ids])
+        ids, counts = torch.unique_consecutive(both, dim=1, return_counts=True)
         ends = counts.cumsum(0).tolist()
         segments = list(zip(ids[1].tolist(), [0, *ends[:-1]], ends, strict=True))
         return {"attention_mask": None, "segments": segments}
@@ -284,9 +281,7 @@ def check_model(model, attention=None):
         return bool(((logps.double() - known).abs() <= tolerance).all())
 
     if not exact(packs=False):
-        raise ValueError(
-            "log-probs differ from those of the model's logits: unsupported output layer"
-        )
+        raise ValueError("the log-probs are not those of the model's logits: not supported here")
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)

@@ -3,7 +3,6 @@
 Only this file knows the form of a task. It imports nothing from the stages; all of them import it.
 """
 
-import csv
 import hashlib
 import json
 import re
@@ -11,14 +10,7 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-COLUMNS = ("prompt", "question", "instruction", "goal", "text")  # one of them is the instruction
-WRITTEN = {
-    "error",
-    "rejected",
-    "critique",
-    "chosen",
-    "teacher",
-}  # generate.py's: no instruction's own
+WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 
 
 class BadInput(Exception):
@@ -45,13 +37,13 @@ def load_task(name):
             for table in (contrast, contrast.get("control", contrast)):
                 fill(table["principle"], row), fill(table["opposite"], row)
         if judge := task.get("judge"):
-            low, high = judge["scale"]
-            if not low < high or "ANSWER" not in fill(judge["prompt"], row, **answer)[0]["content"]:
-                raise ValueError("[judge] needs scale = [lowest, highest], and {answer} in prompt")
+            _lowest, _highest = judge["scale"]
+            if "ANSWER" not in str(fill(judge["prompt"], row, **answer)):
+                raise ValueError("[judge] prompt: must show the judge the {answer}")
         task["about"], *(task["metric"][key] for key in ("kind", "better", "meaning"))
         re.compile("|".join(task["metric"].get("patterns", [])))
     except KeyError as error:
-        raise BadInput(f"{path}: the key {error} is missing") from None
+        raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, re.error) as error:  # also what is not TOML, or not UTF-8
         raise BadInput(f"{path}: {error}") from None
     return task
@@ -62,20 +54,14 @@ def fill(call, row, **texts):
 
     {prompt} is the row's last user turn, and all messages of its prompt where it stands alone;
     {request} is its field `request`, the instruction in neutral words, or else as {prompt}. texts
-    replace {answer} and {critique}. Raises ValueError for an unknown placeholder.
+    replace {answer} and {critique}. Raises KeyError for an unknown placeholder.
     """
     prompt = as_messages(row["prompt"])
     last = [message["content"] for message in prompt if message["role"] == "user"][-1]
     texts = {"prompt": last, "request": row.get("request") or last, **texts}
-
-    def text_of(match):
-        if match[1] not in texts:
-            raise ValueError(f"nothing replaces {match[0]} here, only {', '.join(texts)}")
-        return texts[match[1]]
-
     messages = []
     for message in as_messages(call):  # one pass: a placeholder's name inside an answer stays text
-        text = re.sub(r"\{(\w+)\}", text_of, message["content"])
+        text = re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], message["content"])
         messages += prompt if message["content"] == "{prompt}" else [{**message, "content": text}]
     return messages
 
@@ -112,45 +98,27 @@ def read_rows(path, *fields):
 
 
 def read_prompts(path, task):
-    """Instructions of a JSONL or CSV file: rows of id, task, group, split, prompt and the rest.
+    """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
 
-    `control` marks harmless look-alikes, as XSTest's label "safe" does. Rows without `split` are
-    divided by a hash of their group, four to one. Raises BadInput.
+    Of a row only `prompt` is needed. Rows without `split` are divided by a hash of their group, four
+    to one. Raises BadInput.
     """
-    rows, splits, number = {}, {}, 0
-    try:
-        if Path(path).suffix.lower() == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                given = list(csv.DictReader(file))
-        else:
-            given = read_rows(path)
-        for number, columns in enumerate(given, 1):
-            name = next((name for name in COLUMNS if columns.get(name)), None)
-            if name is None or None in columns:  # surplus cells of a CSV file stand under None
-                raise ValueError(
-                    f"text is needed in one of the columns {', '.join(COLUMNS)}, "
-                    "columns parted by commas, text that has commas in quotes"
-                )
-            key = str(columns.get("id") or f"{task}-{number:05d}")
-            group = str(columns.get("group") or key)
-            held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
-            split = columns.get("split") or ("test" if held_out else "train")
-            if (
-                key in rows
-                or split not in ("train", "test")
-                or splits.setdefault(group, split) != split
-            ):
-                raise ValueError(
-                    f"id '{key}', group '{group}', split '{split}': ids must differ, "
-                    "and a group be in one split, train or test"
-                )
-            row = {"id": key, "task": task, "group": group, "split": split}
-            row["prompt"] = as_messages(columns[name])
-            row |= {k: v for k, v in columns.items() if k not in {*row, name, *WRITTEN}}
-            if "control" in row or row.get("label") in ("safe", "unsafe"):
-                mark = str(row.get("control", row.get("label"))).lower()
-                row["control"] = mark in ("true", "1", "yes", "safe")
-            rows[key] = row
-    except (ValueError, csv.Error) as error:
-        raise BadInput(f"{path}: row {number}: {error}") from None
+    rows, splits = {}, {}
+    for number, columns in enumerate(read_rows(path, "prompt"), 1):
+        key = str(columns.get("id") or f"{task}-{number:05d}")
+        group = str(columns.get("group") or key)
+        held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
+        split = columns.get("split") or ("test" if held_out else "train")
+        row = {"id": key, "task": task, "group": group, "split": split}
+        try:
+            row["prompt"] = as_messages(columns["prompt"])
+            if row["prompt"][-1]["role"] != "user":
+                raise ValueError("the prompt must end with the user's turn")
+            if key in rows or splits.setdefault(group, split) != split:
+                raise ValueError(f"id {key}, group {group}: is there before, or in another split")
+            if split not in ("train", "test"):
+                raise ValueError(f"split {split}: must be train or test")
+        except (ValueError, KeyError) as error:
+            raise BadInput(f"{path}: row {number}: {error}") from None
+        rows[key] = row | {k: v for k, v in columns.items() if k not in (*row, *WRITTEN)}
     return list(rows.values())

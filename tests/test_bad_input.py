@@ -67,28 +67,24 @@ CASES = [
     # what stands in the files
     case("nothing", "score", IN, "in.jsonl: empty", raw=""),
     case("no prompts at all", "generate", OURS, "in.jsonl: empty", raw=""),
-    case("a CSV file of a head alone", "generate", ["--prompts", "head.csv"], "head.csv"),
     case("no JSON", "score", IN, "in.jsonl:2: not the JSON", raw=json.dumps(GOOD) + "\n{oops\n"),
     case("no object", "train", IN, "in.jsonl:1: not the JSON", raw="[1, 2]\n"),
     case("text as instruction", "generate", OURS, "in.jsonl", raw='"Hello"\n'),
-    case("not UTF-8", "generate", ["--prompts", "latin.csv"], "latin.csv: row 0"),
     case("a missing field", "score", IN, "the field 'chosen' is missing", {"id": "a", "prompt": "P"}),
     case("an error that is null", "score", IN, "the field 'chosen' is missing",
          {"id": "a", "prompt": "P", "error": None}),
     case("a missing field to train", "train", IN, "'rejected' is missing", {"chosen": "a"}),
-    case("no column of text", "generate", OURS, "row 1: text is needed", {"a": "b"}),
-    case("a column misspelt", "generate", OURS, "row 2: text is needed", {"prompt": "a"}, {"promt": "b"}),
-    case("semicolons", "generate", ["--prompts", "semicolons.csv"], "parted by commas"),
-    case("surplus cells", "generate", ["--prompts", "surplus.csv"], "row 1: text is needed"),
+    case("no column of text", "generate", OURS, "'prompt' is missing", {"a": "b"}),
+    case("a column misspelt", "generate", OURS, "in.jsonl:2: ", {"prompt": "a"}, {"promt": "b"}),
     case("a prompt that is a number", "generate", OURS, "row 1", {"prompt": 3}),
     case("a prompt without a user", "generate", OURS, "in.jsonl",
          {"prompt": [{"role": "system", "content": "Be kind."}]}),
-    case("one id twice", "generate", OURS, "row 2: id '1'", *[{"id": 1, "prompt": "a"}] * 2),
+    case("one id twice", "generate", OURS, "row 2: id 1", *[{"id": 1, "prompt": "a"}] * 2),
     case("one id twice to score", "score", IN, "an id is there twice", GOOD, GOOD),
     case("a group in both splits", "generate", OURS, "row 2: ",
          {"prompt": "a", "group": "g", "split": "train"},
          {"prompt": "b", "group": "g", "split": "test"}),
-    case("no such split", "generate", OURS, "split 'tset'", {"prompt": "a", "split": "tset"}),
+    case("no such split", "generate", OURS, "split tset", {"prompt": "a", "split": "tset"}),
     case("an answer that is a number", "train", IN, "row row-0", GOOD | {"chosen": 3}),
     case("no pair left", "train", IN, "1 without scores",
          GOOD | {"score_chosen": None}),
@@ -141,10 +137,6 @@ def test_bad_input_gets_one_clear_line_and_status_2(
         (workdir / "in.jsonl").write_text(raw)
     (workdir / "runs").mkdir()
     (workdir / "notes.txt").write_text("Dear diary,\nall is well")
-    (workdir / "latin.csv").write_bytes("prompt\nCaf\u00e9?\n".encode("cp1252"))
-    (workdir / "surplus.csv").write_text("prompt\nHi, there\n")
-    (workdir / "semicolons.csv").write_text("prompt;split\nHi;train\n")
-    (workdir / "head.csv").write_text("prompt,split\n")
     name = "--models" if stage == "eval" else "--model"
     argv = [models.get(word, word) for word in argv]
     argv += [] if name in argv else [name, models["TINY"]]

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 import prompts
-from generate import Parser
+from generate import make_parser
 from prompts import BadInput, as_messages, fill, load_task, read_prompts, read_rows
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
@@ -33,7 +33,7 @@ def test_a_row_without_a_request_is_shown_its_last_user_turn_instead():
 
 
 def test_a_placeholder_that_nothing_replaces_is_refused():
-    with pytest.raises(ValueError, match=r"nothing replaces {anser} here"):
+    with pytest.raises(KeyError, match="anser"):
         fill("{anser}", {"prompt": "Hi"}, answer="A")
 
 
@@ -48,26 +48,13 @@ def test_what_is_neither_text_nor_messages_is_no_prompt(prompt):
 # ---- instructions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["prompt", "question", "instruction", "goal", "text"])
-def test_csv_and_jsonl_of_any_usual_column_are_read(tmp_path, column):
-    csv = tmp_path / "a.CSV"
-    csv.write_text(f'\ufeffid,{column},label\n1,Hello?,safe\n2,"Two, with a comma",unsafe\n')
-    rows = read_prompts(csv, "safety")
-    assert rows[1]["prompt"] == [{"role": "user", "content": "Two, with a comma"}]
-    assert [row["id"] for row in rows] == ["1", "2"] and rows[1]["label"] == "unsafe"
-    assert rows[1]["task"] == "safety" and rows[1]["split"] in ("train", "test")
-    jsonl = write_jsonl(tmp_path / "a.jsonl", [{column: "Hello?"}, {column: USER, "group": "g"}])
-    one, two = read_prompts(jsonl, "safety")
-    assert one["id"] == one["group"] == "safety-00001" and two["prompt"] == USER
-
-
-def test_controls_are_read_from_their_column_or_from_xstests_labels(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,control\nOne?,false\nTwo?,True\n")
-    (tmp_path / "b.csv").write_text("prompt,label\nOne?,unsafe\nTwo?,safe\n")
-    (tmp_path / "c.csv").write_text("prompt,label\nOne?,good\nTwo?,bad\n")
-    for name in ("a.csv", "b.csv"):
-        assert [row["control"] for row in read_prompts(tmp_path / name, "t")] == [False, True]
-    assert not any("control" in row for row in read_prompts(tmp_path / "c.csv", "t"))
+def test_a_row_needs_a_prompt_and_gets_what_else_a_stage_needs(tmp_path):
+    rows = [{"prompt": "Hello?", "control": True}, {"prompt": USER, "id": 7, "group": "g"}]
+    one, two = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), "safety")
+    assert one["id"] == one["group"] == "safety-00001" and one["control"] is True
+    assert one["prompt"] == [{"role": "user", "content": "Hello?"}] and two["prompt"] == USER
+    assert two["id"] == "7" and two["group"] == "g" and two["task"] == "safety"
+    assert {one["split"], two["split"]} <= {"train", "test"}
 
 
 def test_columns_that_the_stages_write_are_not_taken_from_the_instructions(tmp_path):
@@ -103,16 +90,16 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{answer}", "{anser}", "nothing replaces {anser}"),
+    ("{answer}", "{anser}", "placeholder 'anser' is not there"),
     ('role = "user"', 'role = "usr"', "role"),
-    ("revise = [", "revice = [", "the key 'revise' is missing"),
-    ("principle = [", "principal = [", "the key 'principle' is missing"),
+    ("revise = [", "revice = [", "'revise' is not there"),
+    ("principle = [", "principal = [", "'principle' is not there"),
     ("scale = [1, 10]", "scale = [10]", "safety.toml: "),
-    ("scale = [1, 10]", "scale = [10, 1]", "scale = [lowest, highest]"),
-    ('prompt = """', 'prompt = """{critique}', "nothing replaces {critique}"),
+    ('prompt = """', 'prompt = """{critique}', "'critique' is not there"),
+    ("answered:\n\n{answer}", "answered:", "must show the judge the {answer}"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
-    ('about = "', 'abuot = "', "the key 'about' is missing"),
-    ("[metric]", "[metrics]", "the key 'metric' is missing"),
+    ('about = "', 'abuot = "', "'about' is not there"),
+    ("[metric]", "[metrics]", "'metric' is not there"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
@@ -129,10 +116,10 @@ def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, r
 
 
 def test_the_default_task_is_the_newest_that_is_a_task(workdir):
-    assert Parser("", "pairs.jsonl").get_default("task") == "sentiment"
+    assert make_parser("", "pairs.jsonl").get_default("task") == "sentiment"
     for name in ("safety", "demo"):
         write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
-    assert Parser("", "pairs.jsonl").get_default("task") == "safety"
+    assert make_parser("", "pairs.jsonl").get_default("task") == "safety"
 
 
 @pytest.mark.parametrize("task", TASKS)
