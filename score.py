@@ -54,10 +54,8 @@ def contrast_reward(table, name, device, dtype, pack_tokens):
             for side in sequences:
                 sequences[side].append(encode(tokenizer, fill(part[side], row), answer))
         # answers to one prompt are neighbours and share it in the packed sequence
-        logps = all_logps(
-            model, [*sequences["principle"], *sequences["opposite"]], pack_tokens, packs
-        )
-        principle, opposite = logps.view(2, -1).tolist()
+        both = sequences["principle"] + sequences["opposite"]
+        principle, opposite = all_logps(model, both, pack_tokens, packs).view(2, -1).tolist()
         lengths = [len(completion) for _, completion in sequences["principle"]]
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
         same = [a == b for a, b in zip(*sequences.values(), strict=True)]
@@ -171,7 +169,7 @@ def make_reward(args, task, journal):
         chat = open_chat(name, args, journal, **sampling)
         settings |= {"samples": args.judge_samples, **chat.settings}
         return judge_reward(task["judge"], args.judge_samples, chat.ask), settings, chat
-    device, dtype = pick_device(args)
+    device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
         reward = contrast_reward(task["contrast"], name, device, dtype, args.pack_tokens)
@@ -218,16 +216,13 @@ def audit(rows):
     gap = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     longer = np.array([len(text_of(r["chosen"])) - len(text_of(r["rejected"])) for r in scored])
     failed = sum(bool(row.get("error")) for row in rows)
-    without = len(rows) - len(scored) - failed
-    lines = [
-        f"scored {len(scored)} of {len(rows)} pairs ({without} without a score, {failed} failed)"
-    ]
+    lines = [f"scored {len(scored)} of {len(rows)} pairs; {failed} failed"]
     if len(gap):
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
-        rms = np.sqrt(np.mean(gap**2))
+        mean, rms = gap.mean(), np.sqrt(np.mean(gap**2))
         lines.append(
-            f"reward gap (chosen - rejected): mean {gap.mean():+.3f}, root mean square {rms:.3f}"
+            f"reward gap (chosen - rejected): mean {mean:+.3f}, root mean square {rms:.3f}"
         )
     if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
         correlation = np.corrcoef(gap, longer)[0, 1]

@@ -49,7 +49,6 @@ from generate import (
     encode,
     load_model,
     make_parser,
-    model_folder,
     open_rows,
     pick_device,
     provenance,
@@ -575,7 +574,7 @@ def say(text):
 
 def main():
     args = parse_args()
-    device, dtype = pick_device(args)
+    device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     if WORLD > 1:
         if device.type == "cuda":
@@ -589,7 +588,7 @@ def main():
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args.model, device, dtype, args.checkpoint_activations)
     model = student.model
-    saved_as = AutoConfig.from_pretrained(model_folder(args.model)).dtype or torch.float32
+    saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
@@ -607,7 +606,7 @@ def main():
     record = {**vars(args), "data": hashlib.sha256(pairs).hexdigest()[:16], "steps": steps}
     record |= {"weights": weights_digest(model), "tau_absolute": settings["tau"]}
     record |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
-    record |= {"processes": WORLD, **provenance(device)}
+    record |= {"processes": WORLD, **provenance(args.device)}
     log, log_file = open_run(out, record, args.overwrite) if RANK == 0 else (None, None)
     wait()
     if (out / "model.safetensors").exists() or (out / "model.safetensors.index.json").exists():

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import requests
-import torch
 from requests.adapters import HTTPAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -120,7 +119,7 @@ def main():
         print(f"{name:24s} {statistics.median(rates):7.0f} calls a second")
     print(f"ideal at 50 ms           {args.concurrency / 0.05:7.0f}")
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = provenance(torch.device("cpu")) | {"requests": requests.__version__}
+    facts = provenance("cpu") | {"requests": requests.__version__}
     facts |= {"concurrency": args.concurrency, "calls_per_second": rows}
     (args.out / "result.json").write_text(json.dumps(facts, indent=1) + "\n")
 

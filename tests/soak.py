@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 import requests
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -144,7 +143,7 @@ def main():
     common += ["--model", "big", "--task", "sentiment"]
     judge = ["score.py", *common, "--reward", "judge", "--in", pairs, "--out", scored]
     teacher = ["generate.py", *common, "--prompts", prompts, "--out", pairs]
-    results = provenance(torch.device("cpu")) | {"requests": requests.__version__}
+    results = provenance("cpu") | {"requests": requests.__version__}
     asked = answered = 0
     for out, command, calls in ((pairs, teacher, 3), (scored, judge, 2)):
         command = [sys.executable, *map(str, command)]
