@@ -208,7 +208,7 @@ def base_of(folder):
 
 def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
-    runs = sorted({file.parent for file in folder.glob("*/model*.safetensors*")})
+    runs = [file.parent for file in sorted(folder.glob("*/config.json"))]  # saved last by train.py
     runs = [run for run in runs if (run / "run.json").exists() and run.suffix != ".bak"]
     bases = sorted(set(map(base_of, runs))) or ["smollm2"]
     if len(bases) > 1:
@@ -218,7 +218,7 @@ def models_in(folder, refined):
 
 def fingerprint(model):
     """A hash of a model's weights on disk; empty for a model that is on the hub."""
-    files = sorted(Path(model_folder(model)).glob("*.safetensors"))
+    files = sorted(Path(model_folder(model)).glob("model*.safetensors"))
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return " ".join(digest[:16] for digest in hashes)
 

@@ -312,7 +312,7 @@ class Server:
         rows, self.journal = open_rows(journal, args.overwrite)
         self.replies = {row["key"]: Reply(**row["reply"]) for row in rows}
         self.lock, self.stopped, self.failed_in_a_row = threading.Lock(), None, 0
-        self.asked = self.known = self.prompt_tokens = self.completion_tokens = self.cost = 0
+        self.asked = self.found = self.prompt_tokens = self.completion_tokens = self.cost = 0
 
     def map(self, work, batches):
         """work(batch) of each batch, in order, by --concurrency threads."""
@@ -332,7 +332,7 @@ class Server:
         for messages, key in zip(conversations, keys, strict=True):
             body = {**self.settings, "messages": messages, "seed": seed_of(self.args.seed, *key)}
             digest = digest_of(body)
-            self.known += digest in self.replies
+            self.found += digest in self.replies
             replies.append(self.replies.get(digest) or self.call(body, digest))
         return replies
 
@@ -389,7 +389,9 @@ class Server:
     def close(self, whole):
         """Says what was asked. The journal goes where the output is whole: all answers are in it."""
         tokens = f"{self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
-        print(f"{self.asked} calls answered, {self.known} known; {tokens}, cost {self.cost:.2f}")
+        print(
+            f"{self.asked} calls answered, {self.found} in the journal; {tokens}, cost {self.cost:.2f}"
+        )
         self.journal.close()
         if whole:
             os.remove(self.journal.name)

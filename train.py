@@ -157,8 +157,8 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
         logps = student(completion_logps, sequences_of(pairs, args.loss), student.packs)
         logps = logps.view(len(pairs), -1)  # (b, 2), chosen and rejected
         delta, tokens = columns_of(pairs, logps.device)
-        known = reference_logps[places]
-        losses, _ = preference_loss(args.loss, logps, known, delta, tokens, **settings)
+        reference = reference_logps[places]
+        losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
         policy_logps[places] += weight * logps.detach()
@@ -485,10 +485,8 @@ def save_student(model, tokenizer, out, dtype):
         model.config.dtype = dtype
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
-        # the weights last, and last of them what is_finished looks for
-        for file in sorted(
-            part.iterdir(), key=lambda file: (file.name.startswith("model"), file.name)
-        ):
+        # config.json last: where it stands, the run is finished
+        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)
         part.rmdir()
         for folder in checkpoints(out):
@@ -592,9 +590,8 @@ def main():
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
-        raise BadInput(
-            f"{source}: no pair to train on; left out: {left_out} (see --keep-cut, --loss)"
-        )
+        hint = f"left out: {left_out} (see --keep-cut, --loss)"
+        raise BadInput(f"{source}: no pair to train on; {hint}")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
@@ -609,11 +606,10 @@ def main():
     record |= {"processes": WORLD, **provenance(args.device)}
     log, log_file = open_run(out, record, args.overwrite) if RANK == 0 else (None, None)
     wait()
-    if (out / "model.safetensors").exists() or (out / "model.safetensors.index.json").exists():
+    if (out / "config.json").exists():
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
+    options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     # before the checkpoint is loaded: the reference is the model before training
     reference = torch.zeros(len(train) + len(held_out), 1, device=device)
     if args.loss != "sft":
@@ -628,28 +624,28 @@ def main():
         epoch, place = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
-        batch, known = [train[i] for i in picks], reference[picks]
+        batch, batch_reference = [train[i] for i in picks], reference[picks]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args)
-        policy, norm = training_step(student, optimizer, batch, known, args, settings)
+        policy, norm = training_step(student, optimizer, batch, batch_reference, args, settings)
 
         # the rest is diagnostics and saving
-        row = metrics_of(policy, known, batch, args, settings)
-        expected = metrics_of(known, known, batch, args, settings)["loss"]  # ln 2 for most losses
+        row = metrics_of(policy, batch_reference, batch, args, settings)
+        at_start = metrics_of(batch_reference, batch_reference, batch, args, settings)
+        expected = at_start["loss"]  # ln 2 for most losses
         slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of loss over z
         tolerance = (1e-3 if args.dtype == "float32" else 0.05) * slope
         if step == 0 and args.loss != "sft" and abs(row["loss"] - expected) > tolerance:
-            raise BadInput(
-                f"step 1: loss {row['loss']:.4f}, but policy = reference gives {expected:.4f}: the "
-                "cached log-probs are wrong; delete reference-*.safetensors in the run directories"
-            )
+            found = f"step 1: loss {row['loss']:.4f}, but policy = reference gives {expected:.4f}"
+            mend = "delete reference-*.safetensors in the run directories"
+            raise BadInput(f"{found}: the cached log-probs are wrong; {mend}")
         seconds = time.perf_counter() - began
         tokens = sum(len(ids) for _, ids in sequences_of(batch, args.loss))
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
         note(log_file, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            policy, known = all_logps(student, held_out, args), reference[len(train) :]
-            row = metrics_of(policy, known, held_out, args, settings)
+            policy = all_logps(student, held_out, args)
+            row = metrics_of(policy, reference[len(train) :], held_out, args, settings)
             note(log_file, step + 1, row, "held_out")
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, model, optimizer)

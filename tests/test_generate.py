@@ -239,7 +239,7 @@ def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, wo
     rows = [row | {"error": None} for row in read_rows("pairs.jsonl")]  # as another tool writes it
     write_jsonl(workdir / "pairs.jsonl", rows)
     status, said, err = run("score", "--model", tiny, "--in", "pairs.jsonl")
-    assert status == 0 and "scored 2 of 2 pairs (0 without a score, 0 failed)" in said, err
+    assert status == 0 and "scored 2 of 2 pairs; 0 failed" in said, err
 
 
 def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
@@ -331,7 +331,7 @@ def test_a_passing_fault_costs_a_try_and_nothing_else(run, server, workdir, faul
     HostileServer.script = [fault, fault]
     status, said, err = ask(run, server, "--limit", "1")
     assert status == 0, err
-    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 known" in said
+    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 in the journal" in said
     assert "error" not in read_rows(PAIRS)[0]
 
 
@@ -370,7 +370,7 @@ def test_an_answer_is_known_at_another_address_too(run, server, workdir):
     assert ask(run, server, "--limit", "1")[0] == 1
     status, said, err = ask(run, server.replace("127.0.0.1", "localhost") + "/", "--limit", "1")
     assert status == 0, err
-    assert "1 calls answered, 2 known" in said and len(HostileServer.asked) == 4
+    assert "1 calls answered, 2 in the journal" in said and len(HostileServer.asked) == 4
 
 
 def test_the_key_comes_from_the_environment_alone(run, server, workdir, monkeypatch):
