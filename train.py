@@ -305,7 +305,7 @@ def split_row(row):
         if messages[0]["role"] == "assistant":  # TRL: what follows the prompt
             messages = prompt + messages
         else:  # UltraFeedback: the whole conversation, perhaps with a system prompt before it
-            start = len(prompt) and messages.index(prompt[0]) if prompt[:1] != messages[:1] else 0
+            start = messages.index(prompt[0]) if prompt and prompt[0] in messages else 0
             if messages[start : start + len(prompt)] != prompt:
                 raise ValueError(f"'{side}' does not begin with the messages of 'prompt'")
         *context, answer = messages
@@ -474,6 +474,7 @@ def load_checkpoint(out, model, optimizer):
 
 def save_student(model, tokenizer, out, dtype):
     """Saves the student as transformers does; sharded weights meet in the first process."""
+    model.to(dtype)  # training is over
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, untied = get_model_state_dict(model, options=options), dict(model.named_parameters())
     if RANK == 0:
@@ -481,8 +482,6 @@ def save_student(model, tokenizer, out, dtype):
         shutil.rmtree(part, ignore_errors=True)
         for name in dict(model.named_parameters(remove_duplicate=False)).keys() - untied.keys():
             del weights[name]  # a tied weight is saved once
-        weights = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
-        model.config.dtype = dtype
         model.save_pretrained(part, state_dict=weights)
         tokenizer.save_pretrained(part)
         # config.json last: where it stands, the run is finished
@@ -538,9 +537,10 @@ def open_run(out, record, overwrite):
     """Makes or continues a run directory: (rows of log.jsonl, that file, locked). Raises BadInput
     where the directory holds another run, or none."""
     path = out / "run.json"
-    if overwrite and out.exists() and any(out.iterdir()):
-        if not path.exists():
-            raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+    model = (out / "config.json").exists()  # of somebody else, where there is no run.json
+    if not path.exists() and (model or (overwrite and any(out.glob("*")))):
+        raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+    if overwrite and path.exists():
         open_rows(out / "log.jsonl", False)[1].close()  # stops if another process works in it
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
