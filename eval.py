@@ -242,10 +242,10 @@ def add_scores(jobs, rows, reward):
     spoken = [job for job in jobs if job["answer"]]
     given = [rows[job["prompt_id"]] for job in spoken]
     scores = reward(given, [job["answer"] for job in spoken]) if spoken else []
-    for job, (value, said) in zip(spoken, scores, strict=True):
+    for job, (value, _, error) in zip(spoken, scores, strict=True):
         job["score"] = value
-        if said.startswith("error"):
-            job["error"] = said
+        if error:
+            job["error"] = error
     return jobs
 
 

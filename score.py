@@ -35,7 +35,7 @@ from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
 
-# ---- the three rewards: functions (rows, answers) -> list of (score or None, judge's words) -------
+# ---- the three rewards: (rows, answers) -> list of (score or None, judge's words, its error) ------
 
 
 def contrast_reward(table, name, device, dtype, pack_tokens):
@@ -60,7 +60,7 @@ def contrast_reward(table, name, device, dtype, pack_tokens):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
         same = [a == b for a, b in zip(*sequences.values(), strict=True)]
         columns = zip(principle, opposite, lengths, same, strict=True)
-        return [(0.0 if equal else (p - o) / count, "") for p, o, count, equal in columns]
+        return [(0.0 if equal else (p - o) / count, "", "") for p, o, count, equal in columns]
 
     return reward
 
@@ -78,9 +78,10 @@ def classifier_reward(name, label, device, dtype):
 
     def inputs_of(row, answer):
         turns = as_messages(row["prompt"])
-        if not plain:
-            prompt_ids, completion_ids = encode(tokenizer, turns, answer)
-            return {"input_ids": prompt_ids + completion_ids}
+        if not plain:  # the whole template, as reward models are published
+            turns = [*turns, {"role": "assistant", "content": answer}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            return dict(tokenizer(text, add_special_tokens=False))
         if len(labels) > 1:  # a classifier of texts judges the answer, not the request
             return dict(tokenizer(answer, truncation=True))
         text = "\n".join(message["content"] for message in turns)
@@ -104,7 +105,7 @@ def classifier_reward(name, label, device, dtype):
                 others = [k for k in range(logits.shape[1]) if k != labels[label]]
                 logits = (logits[:, labels[label]] - logits[:, others].logsumexp(1))[:, None]
             for (i, _), value in zip(members, logits[:, 0].tolist(), strict=True):
-                scores[i] = (value, "")
+                scores[i] = (value, "", "")
         return scores
 
     return reward
@@ -128,9 +129,9 @@ def judge_reward(table, samples, ask):
             mine = replies[start : start + samples]
             ratings = [rating_of(reply.text, reply.finish, table) for reply in mine]
             ratings = [rating for rating in ratings if rating is not None]
-            said = "\n----\n".join(reply.text or reply.finish for reply in mine)
-            failed = any(reply.finish.startswith("error") for reply in mine)
-            scores.append((np.mean(ratings).item() if ratings and not failed else None, said))
+            said = "\n----\n".join(reply.text for reply in mine)
+            error = next((r.finish for r in mine if r.finish.startswith("error")), "")
+            scores.append((np.mean(ratings).item() if ratings and not error else None, said, error))
         return scores
 
     return reward
@@ -188,11 +189,11 @@ def add_scores(rows, reward, settings):
     for row in pairs:
         row["reward"] = dict(settings)
         for side in SIDES:
-            value, said = next(scores)
+            value, said, error = next(scores)
             row[f"score_{side}"] = value if value is None or math.isfinite(value) else None
             row["reward"] |= {f"said_{side}": said} if said else {}
-            if said.startswith("error"):
-                row["error"] = f"judge: {said}"
+            if error:
+                row["error"] = f"judge: {error}"
     return rows
 
 
@@ -216,7 +217,10 @@ def audit(rows):
     gap = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     longer = np.array([len(text_of(r["chosen"])) - len(text_of(r["rejected"])) for r in scored])
     failed = sum(bool(row.get("error")) for row in rows)
-    lines = [f"scored {len(scored)} of {len(rows)} pairs; {failed} failed"]
+    without = len(rows) - len(scored) - failed
+    lines = [
+        f"scored {len(scored)} of {len(rows)} pairs; {without} without a score, {failed} failed"
+    ]
     if len(gap):
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")

@@ -494,7 +494,7 @@ def machine(device):
     packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
     about = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD") or "unknown",
         "uncommitted": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},

@@ -531,4 +531,3 @@ def _require(ok, message):
         torch._assert_async(ok.all(), message)  # fails on the device, later: the host does not wait
     elif not bool(ok.all()):
         raise ValueError(message)
-

@@ -18,10 +18,16 @@ def no_peers(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
 
 
-def test_one_command_writes_the_table_the_json_and_the_figure(no_peers, tmp_path, monkeypatch, capsys):
-    methods = [name for name in B.METHODS if name != "torch.compile, chunks"]  # it may need a C++ compiler, and time
+def test_one_command_writes_the_table_the_json_and_the_figure(
+    no_peers, tmp_path, monkeypatch, capsys
+):
+    methods = [
+        name for name in B.METHODS if name != "torch.compile, chunks"
+    ]  # it may need a C++ compiler, and time
     monkeypatch.setattr(
-        sys, "argv", ["bench", "--shapes", "tiny", "tiny-frozen", "--dtypes", "bf16", "--device", "cpu"]
+        sys,
+        "argv",
+        ["bench", "--shapes", "tiny", "tiny-frozen", "--dtypes", "bf16", "--device", "cpu"],
     )
     sys.argv += ["--reps", "3", "--out", str(tmp_path), "--methods", *methods]
     B.main()
@@ -36,7 +42,7 @@ def test_one_command_writes_the_table_the_json_and_the_figure(no_peers, tmp_path
             assert rows[name]["status"] == "ok", rows[name]
             assert rows[name]["error_nats"] < 1e-3
             assert rows[name].get("error_dhidden", 0) < 2e-3
-            assert rows[name].get("error_dweight", 0) < 2e-3
+            assert rows[name].get("error_dweight", 0) < 3e-3  # dW of a bf16 product
         assert "error_dhidden" in rows[OURS[0]]
         assert ("error_dweight" in rows[OURS[0]]) == (not shape["frozen"])
         assert rows["log_softmax + gather"]["error_nats"] > 1e-3  # bf16 logits
@@ -88,7 +94,9 @@ def test_methods_take_turns_and_medians_are_reported(monkeypatch):
     assert "".join(order)[-10:] == "ab" * 5
     monkeypatch.setattr(B, "run_once", lambda *_: (float(next(fake)), 0.0))
     rows = {row["method"]: row for row in B.bench(p, ["1 gemm", "3 gemms", "a"], 5)}
-    times = [1 + 9 + 2 + 3 * i for i in range(5)]  # nine warm-up and memory runs, then every third is a's
+    times = [
+        1 + 9 + 2 + 3 * i for i in range(5)
+    ]  # nine warm-up and memory runs, then every third is a's
     assert rows["a"]["both_ms"] == statistics.median(times)
 
 
@@ -111,7 +119,17 @@ def test_peak_memory_is_what_the_forward_and_backward_pass_take_at_once():
 def test_the_full_logits_are_seen_in_the_peak_and_not_in_ours():
     p = B.make_problem(1024, 16, 20011, 0.0, False, torch.float32, "cpu")
     logits = 4 * p.N * p.V
-    full, recompute = (B.peak_bytes(p, *B.METHODS[name](p)) for name in ("log_softmax + gather", OURS[1]))
+    full, recompute = (
+        B.peak_bytes(p, *B.METHODS[name](p)) for name in ("log_softmax + gather", OURS[1])
+    )
     if full is not None:
         assert full > 2 * logits
-        assert recompute < 0.75 * logits  # a slab of 16 MiB and dW, and pages that the allocator does not give back
+        assert (
+            recompute < 0.75 * logits
+        )  # a slab of 16 MiB and dW, and pages that the allocator does not give back
+
+
+def test_outside_a_repository_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(B, "__file__", str(tmp_path / "kernels.py"))  # as in a source archive
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert B.machine("cpu")["commit"] == "unknown"

@@ -6,22 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
 
-from eval import (
-    base_of,
-    bootstrap,
-    difference,
-    draw,
-    group_means,
-    implicit_accuracy,
-    make_table,
-    matches,
-    measure,
-    per_group,
-    summarise,
-)
+import eval as stage_eval
+from eval import base_of, bootstrap, by_group, difference, draw, make_table, measure, summarise
+from prompts import BadInput, load_task
+
+# ---- metrics and intervals -----------------------------------------------------------------------
 
 
 def test_metrics_of_single_answers_are_what_their_names_say():
@@ -29,11 +20,19 @@ def test_metrics_of_single_answers_are_what_their_names_say():
     assert measure(positive, {}, "A wonderful, moving film.") == 1.0
     assert measure(positive, {}, "A terrible, boring mess.") == 0.0
     assert measure(positive, {}, "It is a film.") == 0.0
+    assert measure({"kind": "spread"}, {}, "A wonderful film.") > 0.5
     persona = {"kind": "match", "field": "markers", "want": "none"}
     row = {"markers": ["arr", "ain't"]}
     assert measure(persona, row, "Arr, matey!") == 0.0
     assert measure(persona, row, "That ain\u2019t so.") == 0.0
     assert measure(persona, row, "An array of arrows.") == 1.0  # whole words only
+
+
+def test_a_field_that_holds_one_text_is_one_marker_and_not_its_letters():
+    metric = {"kind": "match", "field": "marker", "want": "any"}
+    assert measure(metric, {"marker": "ahoy"}, "a h o y") == 0.0
+    assert measure(metric, {"marker": "ahoy"}, "Ahoy there") == 1.0
+    assert measure(metric, {"marker": "1.5"}, "It is 175") == 0.0  # no pattern either
 
 
 @pytest.mark.parametrize(
@@ -49,106 +48,136 @@ def test_metrics_of_single_answers_are_what_their_names_say():
     ],
 )
 def test_refusals_are_recognised(answer, refused):
-    from generate import load_task
-
-    assert matches(answer, load_task("safety")["metric"]["patterns"]) == refused
+    assert measure(load_task("safety")["metric"], {}, answer) == refused
 
 
-def test_spread_is_the_largest_less_the_smallest_within_a_group_and_sample():
+def test_a_group_counts_once_and_a_spread_is_taken_within_a_sample():
     rows = [{"group": "g", "sample": 0, "metric": m} for m in (0.1, 0.9, 0.5)]
-    rows += [{"group": "g", "sample": 1, "metric": m} for m in (0.2, 0.4)]
-    assert group_means(per_group("spread", rows)) == {"g": pytest.approx(0.5)}
-    assert group_means(per_group("match", rows)) == {"g": pytest.approx(0.4)}
+    rows += [{"group": "g", "sample": 1, "metric": m} for m in (0.2, 0.4, None)]
+    rows += [{"group": "h", "sample": 0, "metric": None}]
+    assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.5)}
+    assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
 
 
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
-    draw = np.random.default_rng(0)
-    hits = 0
+    random, hits = np.random.default_rng(0), 0
     for trial in range(200):
-        _, low, high = bootstrap(draw.normal(0.3, 1.0, 40), seed=trial, draws=1000)
+        _, low, high = bootstrap(random.normal(0.3, 1.0, 40), seed=trial, draws=1000)
         hits += low <= 0.3 <= high
     assert 0.89 <= hits / 200 <= 0.99
+    assert bootstrap([0.5, 0.5]) == (0.5, 0.5, 0.5) and bootstrap([]) is None
+    assert bootstrap([0.0, 1.0, 3.0]) == bootstrap([0.0, 1.0, 3.0])
 
 
 def test_a_paired_difference_is_narrower_than_its_parts():
-    draw = np.random.default_rng(0)
-    base = {f"g{i}": value for i, value in enumerate(draw.normal(0, 1, 30))}
-    better = {group: value + 0.2 for group, value in base.items()}
+    random = np.random.default_rng(0)
+    base = {f"g{i}": value for i, value in enumerate(random.normal(0, 1, 30))}
+    better = {group: value + 0.2 for group, value in base.items()} | {"other": 9.0}
     mean, low, high = difference(better, base)
     assert mean == pytest.approx(0.2) and high - low < 1e-9
 
 
-def test_implicit_accuracy_counts_pairs_by_name_and_by_score():
-    base = torch.zeros(4, 2)
-    logps = torch.tensor([[2.0, 1.0], [1.0, 3.0], [5.0, 4.0], [2.0, 1.0]])  # prefers chosen, rejected, chosen, chosen
-    pairs = [{"delta": 1.0}, {"delta": -1.0}, {"delta": 0.0}, {"delta": None}]
-    assert implicit_accuracy(logps, base, pairs) == (pytest.approx(3 / 4), 1.0)
-    assert implicit_accuracy(logps, logps, pairs)[0] == 0.0  # the reference itself prefers nothing
-
-
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
-    row = {"model": "a", "id": "1", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
-    rows = [row | {"finish": "stop", "control": False}, row | {"finish": "stop", "control": True, "group": "h"}]
-    rows += [row | {"finish": "stop", "control": False, "model": "b", "score": None, "words": 0}]
-    table = summarise(["a", "b", "nobody"], rows, {"kind": "match"}, {})
-    text = make_table(table, {"kind": "match", "better": "higher"})
-    assert len({line.count("|") for line in text.splitlines()}) == 1 and "nobody" not in text
+    row = {"model": "a", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
+    row |= {"finish": "stop", "control": False}
+    rows = [row, row | {"control": True, "group": "h"}]
+    rows += [row | {"model": "b", "score": None, "words": 0}]
+    table = summarise(["a", "b"], rows, "match")
+    assert table[0]["metric"] == (1.0, 1.0, 1.0) and table[1]["reward"] is None
+    assert table[1]["metric difference"] == (0.0, 0.0, 0.0)
+    for kind in ("match", "spread"):
+        text = make_table(table, {"kind": kind, "better": "higher"}).splitlines()
+        assert len({line.count("|") for line in text}) == 1 and len(text) == 4
     draw(tmp_path / "report.png", table, {"better": "higher"})
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def finished(folder, model):
+    write_jsonl(folder / "log.jsonl", [])
+    (folder / "run.json").write_text(json.dumps({"model": str(model)}))
+    (folder / "config.json").write_text("{}")
+
+
+def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(workdir):
+    runs = workdir / "runs"
+    assert stage_eval.models_in(runs, []) == ["smollm2"]
+    finished(runs / "sft", "big")
+    finished(runs / "rdpo", runs / "sft")  # a student of a student
+    finished(runs / "dpo.bak", "old")
+    write_jsonl(runs / "unfinished" / "run.json", [{"model": "other"}])
+    assert base_of(runs / "rdpo") == "big"
+    expected = ["big", "self-refine", f"{runs}/rdpo", f"{runs}/sft"]
+    assert stage_eval.models_in(runs, [{"id": 1}]) == expected
+    finished(runs / "dpo", "small")
+    with pytest.raises(BadInput, match="several bases"):
+        stage_eval.models_in(runs, [])
+
+
+# ---- the whole way -------------------------------------------------------------------------------
 
 
 def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
-    """As a user would: four processes, no flag that the README does not show but the small sizes."""
+    """As a user would: four processes, no flag that the README does not show but small sizes."""
 
     def stage(name, *argv):
-        command = [sys.executable, ROOT / f"{name}.py", *argv]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert result.returncode in (0, 1), result.stderr
-        return result.stdout
+        command = list(map(str, [sys.executable, ROOT / f"{name}.py", *argv]))
+        return subprocess.run(command, capture_output=True, text=True)
 
-    stage("generate", "--task", "safety", "--model", tiny, "--limit", "60", "--max-tokens", "8")
-    assert "scored" in stage("score", "--model", tiny)  # the task is the one that was generated last
-    stage("train", "--model", tiny, "--keep-cut", "--max-steps", "2", "--batch-size", "4")
-    out = stage("eval", "--max-tokens", "8")  # the reward is that of the pairs
+    small = ["--limit", "60", "--max-tokens", "8"]
+    assert stage("generate", "--task", "safety", "--model", tiny, *small).returncode in (0, 1)
+    # the task is the one that was generated last
+    assert "scored 60 of 60" in stage("score", "--model", tiny).stdout
+    options = ["--model", tiny, "--keep-cut", "--batch-size", "4"]
+    assert stage("train", *options, "--max-steps", "2").returncode == 0
+    done = stage("eval", "--max-tokens", "8")  # the reward is that of the pairs
+    assert done.returncode == 0, done.stderr
     folder = workdir / "runs" / "safety"
-    names = {row["model"] for row in read_rows(folder / "eval.jsonl")}
-    assert names == {"tiny", "self-refine", "rdpo"}
-    report = (folder / "report.md").read_text()
-    assert "the one that the pairs were scored with" in report
-    assert "| tiny |" in report and "| rdpo |" in report and "control" in report and report.count("**rdpo**") > 1
-    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
-    assert str(folder.relative_to(workdir) / "report.md") in out
     rows = read_rows(folder / "eval.jsonl")
-    assert all({"answer", "score", "metric"} <= row.keys() for row in rows)
-    before = (folder / "eval.jsonl").read_bytes()
-    stage("eval", "--max-tokens", "8")  # nothing is asked twice
-    assert (folder / "eval.jsonl").read_bytes() == before
+    assert {row["model"] for row in rows} == {"tiny", "self-refine", "rdpo"}
+    assert all({"answer", "score", "metric", "words"} <= row.keys() for row in rows)
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
-    stage("train", "--model", tiny, "--keep-cut", "--max-steps", "3", "--batch-size", "4", "--overwrite")
-    command = [sys.executable, ROOT / "eval.py", "--max-tokens", "8"]
-    refused = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert refused.returncode == 2 and "rdpo came from other weights" in refused.stderr
+    report = (folder / "report.md").read_text()
+    assert "| tiny |" in report and "| rdpo |" in report and "control, %" in report
+    assert report.count("**rdpo**") > 1 and "contrast reward of" in report
+    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert "runs/safety/report.md" in done.stdout
+
+    before = (folder / "eval.jsonl").read_bytes()
+    assert stage("eval", "--max-tokens", "8").returncode == 0  # nothing is asked twice
+    assert (folder / "eval.jsonl").read_bytes() == before
+    # a metric that changed since is that of the old answers too
+    write_jsonl(folder / "eval.jsonl", [row | {"metric": 7.0} for row in rows])
+    assert stage("eval", "--max-tokens", "8").returncode == 0
+    assert (folder / "eval.jsonl").read_bytes() == before
+    # answers of other weights are not mixed with these
+    assert stage("train", *options, "--max-steps", "3", "--overwrite").returncode == 0
+    refused = stage("eval", "--max-tokens", "8")
+    assert refused.returncode == 2 and "another 'weights'" in refused.stderr
     assert (folder / "eval.jsonl").read_bytes() == before
 
 
-def test_the_base_of_a_student_of_a_student_is_the_model_that_both_come_from(workdir):
-    for name, model in (("sft", "smollm2"), ("rdpo", str(workdir / "sft"))):
-        (workdir / name).mkdir()
-        (workdir / name / "run.json").write_text(json.dumps({"model": model}))
-        assert base_of(workdir / name) == "smollm2"
-
-
-def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(run, tiny, server, workdir, monkeypatch):
+def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
+    run, tiny, server, workdir, monkeypatch
+):
     monkeypatch.setattr(HostileServer, "speak", staticmethod(lambda body: "Rating: 6"))
-    rows = [pair_row(i, "good", "poor", split="test", prompt=f"How do I bake bread number {i}?") for i in range(4)]
+    rows = [
+        pair_row(i, "good", "poor", split="test", prompt=f"How do I bake bread number {i}?")
+        for i in range(4)
+    ]
     write_jsonl(workdir / "runs/safety/scored.jsonl", [row | {"task": "safety"} for row in rows])
-    argv = ["--task", "safety", "--models", tiny, "--max-tokens", "8", "--api-base", server, "--concurrency", "1"]
-    argv += ["--reward", "judge", "--reward-model", "big"]
+    argv = ["--task", "safety", "--models", tiny, "--max-tokens", "8", "--api-base", server]
+    argv += ["--concurrency", "1", "--reward", "judge", "--reward-model", "big"]
     HostileServer.script = [413]
-    status, said, _ = run("eval", *argv)
-    assert status == 1 and "1 answers could not be judged" in said
-    assert [row["score"] for row in read_rows("runs/safety/eval.jsonl")] == [6.0] * 3
+    status, _, _ = run("eval", *argv)
+    assert status == 1
+    rows = read_rows("runs/safety/eval.jsonl")
+    assert [row["score"] for row in rows if "error" not in row] == [6.0] * 3 and len(rows) == 4
     status, _, _ = run("eval", *argv)
     rows = read_rows("runs/safety/eval.jsonl")
-    assert status == 0 and [row["score"] for row in rows] == [6.0] * 4 and len(HostileServer.asked) == 5
-    assert [row["id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in the order of the prompts
+    assert status == 0 and [row["score"] for row in rows] == [6.0] * 4
+    assert len(HostileServer.asked) == 5
+    assert [row["prompt_id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in their order
     assert not (workdir / "runs/safety/eval.jsonl.calls").exists()

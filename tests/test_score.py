@@ -78,7 +78,7 @@ def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
     rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
     rows.append(rows[0] | {"prompt": "Review the film Heat."})  # text, as in other data sets
     reward = score.contrast_reward(table, tiny, CPU, torch.bfloat16, 100)
-    same, other, plain = (value for value, _ in reward(rows, ["Lovely film."] * 3))
+    same, other, plain = (value for value, _, _ in reward(rows, ["Lovely film."] * 3))
     assert same == plain == 0.0 and other != 0.0
 
 
@@ -88,7 +88,7 @@ def test_a_control_row_is_scored_by_the_table_of_the_controls(tiny):
     scores = []
     for table in (sides, sides["control"], sides | {"control": sides["control"]}):
         reward = score.contrast_reward(table, tiny, CPU, torch.float32, 1000)
-        ((value, _),) = reward([row | {"control": "control" in table}], ["Lovely film."])
+        ((value, _, _),) = reward([row | {"control": "control" in table}], ["Lovely film."])
         scores.append(value)
     assert scores[0] == scores[1] == scores[2] != 0
     reward = score.contrast_reward(sides, tiny, CPU, torch.float32, 1000)
@@ -122,8 +122,9 @@ def test_a_reward_models_score_is_its_logit_at_the_last_token_whatever_the_batch
         run, folder, "--reward", "classifier", *["--label", "GOOD"][: labels * (labels - 1)]
     )
     model = LlamaForSequenceClassification.from_pretrained(folder)
-    prompt, answer = encode(tokenizer, rows[1]["prompt"], rows[1]["chosen"][0]["content"])
-    hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state[0, -1]
+    text = tokenizer.apply_chat_template(rows[1]["prompt"] + rows[1]["chosen"], tokenize=False)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    hidden = model.model(ids).last_hidden_state[0, -1]
     logits = model.score(hidden).tolist()
     want = logits[0] if labels == 1 else logits[1] - logits[0]  # log-odds of GOOD
     assert rows[1]["score_chosen"] == pytest.approx(want, abs=1e-4)
@@ -156,7 +157,7 @@ def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(
 ):
     def broken(rows, answers):
         given = [math.nan, 1.0, 1.0, -math.inf]
-        return [(value, "") for value in [*given, *[1.0] * (len(answers) - 4)]]
+        return [(value, "", "") for value in [*given, *[1.0] * (len(answers) - 4)]]
 
     settings = {"kind": "contrast", "model": "x"}
     monkeypatch.setattr(score, "make_reward", lambda *args: (broken, settings, None))
@@ -211,24 +212,16 @@ def test_the_audit_counts_wins_ties_and_length():
         pair_row(3, "a", "b", 0.0),
     ]
     text = audit([*rows, {"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}])
-    assert "scored 4 of 6 pairs (1 without a score, 1 failed)" in text
+    assert "scored 4 of 6 pairs; 1 without a score, 1 failed" in text
     assert "won 50%, lost 25%, ties 25%" in text
     assert "mean +0.500, root mean square 1.225" in text
     assert "length +0.9" in text
 
 
 def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
-    assert audit([{"id": "e", "error": "x"}]) == "scored 0 of 1 pairs (0 without a score, 1 failed)"
+    assert audit([{"id": "e", "error": "x"}]) == "scored 0 of 1 pairs; 0 without a score, 1 failed"
     assert "won 100%" in audit([pair_row(0, "a", "b")])
     assert "correlation" not in audit([pair_row(i, "a", "b") for i in range(3)])
-
-
-def test_a_judge_of_the_teachers_family_is_noted():
-    judge = {"reward": {"kind": "judge", "model": "Org/Qwen2.5-7B", "samples": 1}}
-    row = pair_row(0, "a", "b") | judge
-    assert "one family" in audit([row | {"teacher": {"model": "qwen/Qwen3-8B"}}])
-    assert "one family" not in audit([row | {"teacher": {"model": "smollm2"}}])
-    assert "one family" not in audit([row])
 
 
 # ---- the judge -----------------------------------------------------------------------------------
