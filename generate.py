@@ -177,21 +177,23 @@ def encode(tokenizer, prompt, completion=None):
     elif not tokenizer.chat_template:
         raise BadInput("the model has no chat template, so it takes text, not messages")
     else:
-
-        def ids_of(messages, **options):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            # the template writes BOS where the model wants one; a tokenizer would add a second
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        prompt_ids = whole = ids_of(prompt, add_generation_prompt=True)
+        prompt_ids = whole = template_ids(tokenizer, prompt, add_generation_prompt=True)
         if completion is not None:
-            whole = ids_of([*prompt, {"role": "assistant", "content": completion}])
+            answer = {"role": "assistant", "content": completion}
+            whole = template_ids(tokenizer, [*prompt, answer])
             # templates put a line break behind the end-of-turn token; a sampled answer has none
             while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
                 whole.pop()
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
     return prompt_ids, whole[len(prompt_ids) :]
+
+
+def template_ids(tokenizer, messages, **options):
+    """Token ids of messages in the chat template."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    # the template writes BOS where the model wants one; a tokenizer would add a second
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
