@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Output, Reply, make_parser, model_folder, provenance, run
+from generate import LocalModel, Reply, Rows, make_parser, model_folder, provenance, run
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
@@ -202,14 +202,18 @@ def draw(path, table, metric):
 
 def base_of(folder):
     """The model that a student comes from; where that is a student too, the one before it."""
-    name = json.loads((folder / "run.json").read_text())["model"]
+    name = facts_of(folder)["model"]
     return base_of(Path(name)) if (Path(name) / "run.json").exists() else name
+
+
+def facts_of(folder):
+    return json.loads((folder / "run.json").read_text())
 
 
 def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
-    runs = [file.parent for file in sorted(folder.glob("*/config.json"))]  # saved last by train.py
-    runs = [run for run in runs if (run / "run.json").exists() and run.suffix != ".bak"]
+    runs = [file.parent for file in sorted(folder.glob("*/run.json"))]
+    runs = [run for run in runs if facts_of(run).get("finished") and run.suffix != ".bak"]
     bases = sorted(set(map(base_of, runs))) or ["smollm2"]
     if len(bases) > 1:
         raise BadInput(f"{folder}: its students have several bases, {bases}; pass --models")
@@ -237,16 +241,28 @@ def jobs_of(models, names, rows, refined, samples):
     return jobs
 
 
+def add_answers(jobs, rows, chat, seed_by):
+    """The jobs with answers of a chat model; without one, the teacher's revisions.
+
+    rows: {id: row} of the test prompts."""
+    given = [rows[job["prompt_id"]] for job in jobs]
+    if chat is None:
+        replies = [Reply(row["chosen"][-1]["content"], "stop") for row in given]
+    else:
+        keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
+        replies = chat.ask([row["prompt"] for row in given], keys)
+    for job, reply in zip(jobs, replies, strict=True):
+        job |= {"answer": reply.text, "finish": reply.finish}
+
+
 def add_scores(jobs, rows, reward):
     """The jobs with the scores of their answers; an empty answer has none."""
     spoken = [job for job in jobs if job["answer"]]
-    given = [rows[job["prompt_id"]] for job in spoken]
-    scores = reward(given, [job["answer"] for job in spoken]) if spoken else []
-    for job, (value, _, error) in zip(spoken, scores, strict=True):
-        job["score"] = value
-        if error:
-            job["error"] = error
-    return jobs
+    scores = reward([rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken])
+    for job in jobs:
+        job["score"] = None
+    for job, score in zip(spoken, scores, strict=True):
+        job |= {"score": score.value} | ({"error": score.said} if score.failed else {})
 
 
 def main():
@@ -254,8 +270,8 @@ def main():
     add = parser.add_argument
     add_reward_flags(parser, None, None)
     # fmt: off
-    add("--reward-model", metavar="NAME", help="model of the reward (default: that of the pairs)")
-    add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
+    add("--reward-model", type="model", metavar="NAME", help="model of the reward (default: that of the pairs)")
+    add("--models", type="model", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
     add("--samples", type="count", default=1, help="answers a prompt (default: %(default)s)")
@@ -287,41 +303,28 @@ def main():
     reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed, "reward": reward_settings}
-    jobs = jobs_of(args.models, names, rows, refined, args.samples)
-    output = Output(out, args.overwrite, "settings", settings, jobs, others=True)
     by_id = {row["id"]: row for row in rows}
-    bar = tqdm(total=len(jobs), unit="answer")
+    jobs = jobs_of(args.models, names, rows, refined, args.samples)
+    output = Rows(out, args.overwrite)
+    done = output.done("settings", settings, jobs, others=True)
     for model, name in zip(args.models, names, strict=True):
-        if name != SELF_REFINE:
-            chat = LocalModel(model, args, **sampling)
         mine = [job for job in jobs if job["model"] == name]
+        if done.issuperset(job["id"] for job in mine):
+            continue
+        chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
         # cut from all answers, not from those left: a continued run samples the same batches
-        for batch in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
-            bar.update(len(batch))
-            if all(job["id"] in output.done for job in batch):
-                continue
-            given = [by_id[job["prompt_id"]] for job in batch]
-            if name == SELF_REFINE:
-                replies = [Reply(row["chosen"][-1]["content"], "stop") for row in given]
-            else:
-                seeds = [row[task["seed_by"]] for row in given]
-                keys = [(s, "eval", job["sample"]) for s, job in zip(seeds, batch, strict=True)]
-                replies = chat.ask([row["prompt"] for row in given], keys)
-            for job, reply in zip(batch, replies, strict=True):
-                job |= {"answer": reply.text, "finish": reply.finish, "score": None}
-                job["settings"] = settings
-            size, over = (judge.batch_size, judge.map) if judge else (args.batch_size, map)
-            parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-            for part in over(lambda part: add_scores(part, by_id, reward), parts):
-                for job in part:
-                    if job["id"] not in output.done:
-                        output.write(job)
-    bar.close()
+        for start in tqdm(range(0, len(mine), args.batch_size), name, unit="batch"):
+            batch = mine[start : start + args.batch_size]
+            new = [job for job in batch if job["id"] not in done]
+            if new:
+                add_answers(batch, by_id, chat, task["seed_by"])
+                add_scores(new if args.api_base else batch, by_id, reward)  # a judge is paid
+                output.add(*(job | {"settings": settings} for job in new))
     for job in jobs:  # by the metric as it is now, for old answers too
         row = output.rows[job["id"]]
         row["metric"] = measure(task["metric"], by_id[row["prompt_id"]], row["answer"])
         row["words"] = len(row["answer"].split())
-    answers = output.close()
+    answers = output.close(jobs)
     failed = sum("error" in row for row in answers)
     if judge and args.api_base:
         judge.close(not failed)

@@ -9,9 +9,11 @@ runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen
 (null where no score could be had, never 0) and reward; then an audit of the scores.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +21,11 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from generate import (
-    Output,
+    Rows,
     digest_of,
     encode,
     load_model,
     make_parser,
-    name_of,
     open_chat,
     pick_device,
     run,
@@ -35,106 +36,86 @@ from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
 
-# ---- the three rewards: (rows, answers) -> list of (score or None, judge's words, its error) ------
+
+class Score(NamedTuple):
+    """A score; None where none could be had. said: a judge's words, or why it said nothing."""
+
+    value: float | None
+    said: str = ""
+    failed: bool = False
 
 
-def contrast_reward(table, name, device, dtype, pack_tokens):
-    """r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)], in nats a token.
+# ---- the three rewards ---------------------------------------------------------------------------
+
+
+def contrast_reward(rows, answers, model, tokenizer, packs, table, pack_tokens):
+    """A Score for each answer, in nats a token:
+    r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
     table: [contrast] of the task file: two lists of messages, behind which the answer stands. Rows
     with `control` have a table of their own, if there is [contrast.control].
     """
-    model, tokenizer = load_model(name, device, dtype)
-    packs = check_model(model)
-
-    def reward(rows, answers):
-        sequences = {"principle": [], "opposite": []}
-        for row, answer in zip(rows, answers, strict=True):
-            part = table.get("control", table) if row.get("control") else table
-            for side in sequences:
-                sequences[side].append(encode(tokenizer, fill(part[side], row), answer))
-        # answers to one prompt are neighbours and share it in the packed sequence
-        both = sequences["principle"] + sequences["opposite"]
-        principle, opposite = all_logps(model, both, pack_tokens, packs).view(2, -1).tolist()
-        lengths = [len(completion) for _, completion in sequences["principle"]]
+    sequences = {"principle": [], "opposite": []}
+    for row, answer in zip(rows, answers, strict=True):
+        sides = table.get("control", table) if row.get("control") else table
+        for side in sequences:
+            sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
+    # answers to one prompt are neighbours and share it in the packed sequence
+    both = sequences["principle"] + sequences["opposite"]
+    gaps = all_logps(model, both, pack_tokens, packs).view(2, -1).diff(dim=0)[0].neg().tolist()
+    scores = []
+    for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
-        same = [a == b for a, b in zip(*sequences.values(), strict=True)]
-        columns = zip(principle, opposite, lengths, same, strict=True)
-        return [(0.0 if equal else (p - o) / count, "", "") for p, o, count, equal in columns]
-
-    return reward
+        scores.append(Score(0.0 if principle == opposite else gap / len(principle[1])))
+    return scores
 
 
-def classifier_reward(name, label, device, dtype):
-    """The logit of a reward model, or the log-odds of `label` in a classifier of several labels.
+@torch.no_grad()
+def classifier_reward(rows, answers, model, tokenizer, label):
+    """A Score for each answer: the logit of a reward model, or the log-odds of `label` in a
+    classifier of several labels.
 
-    Only sequences of equal length share a batch: with padding, transformers takes the last token
-    that is not the padding token, which may be an inner one (transformers#35352).
+    Sequences run one by one: with padding, transformers takes the last token that is not the
+    padding token, which may be an inner one (transformers#35352).
     """
-    model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
-    labels, plain = model.config.label2id, not tokenizer.chat_template
-    if model.config.num_labels > 1 and label not in labels:
-        raise BadInput(f"--label: {name} has the labels {', '.join(labels)}; name the good one")
-
-    def inputs_of(row, answer):
-        turns = as_messages(row["prompt"])
-        if not plain:  # the whole template, as reward models are published
-            turns = [*turns, {"role": "assistant", "content": answer}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-            return dict(tokenizer(text, add_special_tokens=False))
-        if len(labels) > 1:  # a classifier of texts judges the answer, not the request
-            return dict(tokenizer(answer, truncation=True))
-        text = "\n".join(message["content"] for message in turns)
-        return dict(tokenizer(text, answer, truncation=True))
-
-    @torch.no_grad()
-    def reward(rows, answers):
-        by_length = {}
-        for i, inputs in enumerate(map(inputs_of, rows, answers)):
-            # without a padding token in its configuration, a model takes one sequence at a time
-            length = len(inputs["input_ids"]) if model.config.pad_token_id is not None else -i
-            by_length.setdefault(length, []).append((i, inputs))
-        scores = [None] * len(answers)
-        for members in by_length.values():
-            batch = {
-                key: torch.tensor([inputs[key] for _, inputs in members], device=device)
-                for key in members[0][1]
-            }
-            logits = model(**batch).logits.double()  # (rows, labels)
-            if len(labels) > 1:
-                others = [k for k in range(logits.shape[1]) if k != labels[label]]
-                logits = (logits[:, labels[label]] - logits[:, others].logsumexp(1))[:, None]
-            for (i, _), value in zip(members, logits[:, 0].tolist(), strict=True):
-                scores[i] = (value, "", "")
-        return scores
-
-    return reward
+    labels, scores = model.config.label2id, []
+    for row, answer in zip(rows, answers, strict=True):
+        prompt = as_messages(row["prompt"])
+        if tokenizer.chat_template:  # a reward model reads the whole template
+            chat = [*prompt, {"role": "assistant", "content": answer}]
+            inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
+        elif len(labels) > 1:  # a classifier of texts judges the answer, not the request
+            inputs = tokenizer(answer, truncation=True, return_tensors="pt")
+        else:
+            text = "\n".join(message["content"] for message in prompt)
+            inputs = tokenizer(text, answer, truncation=True, return_tensors="pt")
+        logits = model(**inputs.to(model.device)).logits[0].double()  # (labels,)
+        value = logits[0]
+        if len(labels) > 1:
+            others = [k for name, k in labels.items() if name != label]
+            value = logits[labels[label]] - logits[others].logsumexp(0)
+        scores.append(Score(value.item()))
+    return scores
 
 
-def judge_reward(table, samples, ask):
-    """The mean of the ratings that a chat model gives an answer by the rubric of [judge].
+def judge_reward(rows, answers, ask, table, samples):
+    """A Score for each answer: the mean rating that a chat model gives it by the rubric of [judge].
 
     ask: as refine() of generate.py has it. samples: ratings of an answer.
     """
-
-    def reward(rows, answers):
-        conversations = [
-            fill(table["prompt"], row, answer=answer)
-            for row, answer in zip(rows, answers, strict=True)
-            for _ in range(samples)
-        ]
-        keys = [(row["id"], "judge", k) for row in rows for k in range(samples)]
-        replies, scores = ask(conversations, keys), []
-        for start in range(0, len(replies), samples):
-            mine = replies[start : start + samples]
-            ratings = [rating_of(reply.text, reply.finish, table) for reply in mine]
-            ratings = [rating for rating in ratings if rating is not None]
-            said = "\n----\n".join(reply.text for reply in mine)
-            error = next((r.finish for r in mine if r.finish.startswith("error")), "")
-            scores.append((np.mean(ratings).item() if ratings and not error else None, said, error))
-        return scores
-
-    return reward
+    both = [pair for pair in zip(rows, answers, strict=True) for _ in range(samples)]
+    conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
+    keys = [(row["id"], "judge", k) for row in rows for k in range(samples)]
+    replies, scores = iter(ask(conversations, keys)), []
+    for _ in answers:
+        mine = [next(replies) for _ in range(samples)]
+        errors = [reply.finish for reply in mine if reply.finish.startswith("error")]
+        ratings = [rating_of(reply.text, reply.finish, table) for reply in mine]
+        ratings = [rating for rating in ratings if rating is not None and not errors]
+        said = errors or [reply.text for reply in mine]
+        value = np.mean(ratings).item() if ratings else None
+        scores.append(Score(value, "\n----\n".join(said), bool(errors)))
+    return scores
 
 
 def rating_of(text, finish, table):
@@ -154,46 +135,50 @@ def rating_of(text, finish, table):
 
 
 def make_reward(args, task, journal):
-    """(reward function, settings that its scores depend on, chat model of a judge or None).
+    """(reward: (rows, answers) -> Scores, settings that they hang on, chat model of a judge or None).
 
     args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
     """
     kind, name = args.reward, args.reward_model
+    settings = {"kind": kind, "model": name, "label": args.label}
     if kind != "classifier" and kind not in task:
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
-    settings = {"kind": kind, "model": name_of(name), "label": args.label}
-    if kind != "classifier":
-        settings["prompt_text"] = digest_of(task[kind])
+    settings["prompt_text"] = digest_of(task.get(kind))
     if kind == "judge":
         temperature = float(args.judge_samples > 1)  # equal ratings need no mean
         sampling = {"max_tokens": args.judge_tokens, "temperature": temperature, "top_p": 1.0}
         chat = open_chat(name, args, journal, **sampling)
         settings |= {"samples": args.judge_samples, **chat.settings}
-        return judge_reward(task["judge"], args.judge_samples, chat.ask), settings, chat
+        more = {"ask": chat.ask, "table": task["judge"], "samples": args.judge_samples}
+        return functools.partial(judge_reward, **more), settings, chat
     device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
-        reward = contrast_reward(task["contrast"], name, device, dtype, args.pack_tokens)
-    elif name == "smollm2":
-        raise BadInput("--reward classifier: needs --model, a reward model or sequence classifier")
+        model, tokenizer = load_model(name, device, dtype)
+        more = {"packs": check_model(model), "pack_tokens": args.pack_tokens}
+        reward = functools.partial(contrast_reward, table=task["contrast"], **more)
     else:
-        reward = classifier_reward(name, args.label, device, dtype)
-    return reward, settings, None
+        model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
+        labels = model.config.label2id
+        if len(labels) > 1 and args.label not in labels:
+            raise BadInput(f"--label: {name} has the labels {', '.join(labels)}; name the good one")
+        reward = functools.partial(classifier_reward, label=args.label)
+    return functools.partial(reward, model=model, tokenizer=tokenizer), settings, None
 
 
 def add_scores(rows, reward, settings):
-    """The rows with both answers' scores, in place."""
+    """The rows with both answers' scores; those that failed before as they are."""
     pairs = [row for row in rows if not row.get("error")]
     answers = [text_of(row[side]) for row in pairs for side in SIDES]
     scores = iter(reward([row for row in pairs for _ in SIDES], answers) if pairs else [])
     for row in pairs:
         row["reward"] = dict(settings)
         for side in SIDES:
-            value, said, error = next(scores)
+            value, said, failed = next(scores)
             row[f"score_{side}"] = value if value is None or math.isfinite(value) else None
             row["reward"] |= {f"said_{side}": said} if said else {}
-            if error:
-                row["error"] = f"judge: {error}"
+            if failed:
+                row["error"] = f"judge: {said}"
     return rows
 
 
@@ -254,10 +239,10 @@ def main():
     add = parser.add_argument
     add_reward_flags(parser, "contrast", "smollm2")
     # fmt: off
-    add("--model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", type="model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type="count", help="rows that are scored, and written, together (default: 32, of a server 512)")
     add("--dry-run", action="store_true", help="judge: show the first call and an estimate of tokens and cost, and ask nothing")
     # fmt: on
     args = parser.parse_args()
@@ -280,20 +265,16 @@ def main():
         calls = [fill(task["judge"]["prompt"], row, answer=answer) for row, answer in answers]
         return show_plan(args, calls * args.judge_samples, args.judge_tokens)
 
-    args.reward_model, journal = args.model, f"{out}.calls"
-    reward, settings, judge = make_reward(args, task, journal)
-    output = Output(out, args.overwrite, "reward", settings, source)
-    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
-
-    size, over = (judge.batch_size, judge.map) if judge else (args.batch_size, map)
-    todo = [row for row in rows if row["id"] not in output.done]
-    batches = [todo[i : i + size] for i in range(0, len(todo), size)]
-    with tqdm(total=len(rows), unit="pair", initial=len(rows) - len(todo)) as bar:
-        for batch in over(lambda batch: add_scores(batch, reward, settings), batches):
-            for row in batch:
-                output.write(row)
-            bar.update(len(batch))
-    rows = output.close()
+    args.reward_model = args.model
+    reward, settings, judge = make_reward(args, task, f"{out}.calls")
+    output = Rows(out, args.overwrite)
+    done = output.done("reward", settings, source)
+    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(done)} done -> {out}")
+    todo = [row for row in rows if row["id"] not in done]
+    size = args.batch_size or (512 if args.api_base else 32)
+    for start in tqdm(range(0, len(todo), size), unit="batch"):
+        output.add(*add_scores(todo[start : start + size], reward, settings))
+    rows = output.close(source)
     print(f"{out}:\n{audit(rows)}")
     if judge and args.api_base:
         judge.close(not any(row.get("error") for row in rows))

@@ -37,30 +37,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-from generate import (
-    append,
-    encode,
-    load_model,
-    make_parser,
-    open_rows,
-    pick_device,
-    provenance,
-    run,
-)
+from generate import digest_of, encode, load_model, make_parser, pick_device, provenance, run
 from kernels.packed import check_model, completion_logps, micro_batches
 from prompts import BadInput, as_messages, read_rows
 from score import is_scored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
-WORLD, LOCAL_WORLD = (int(os.environ.get(f"{n}WORLD_SIZE", 1)) for n in ("", "LOCAL_"))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 
@@ -128,47 +117,44 @@ def loss_settings(args, pairs):
     --tau is in units of the root mean square of the reward gaps, so that any reward scale works and
     equal gaps do no harm, as they would to a standard deviation.
     """
-    delta = torch.tensor([pair.delta for pair in pairs], dtype=torch.float64)
-    delta = delta[~delta.isnan()]
-    scale = delta.square().mean().sqrt().item() if len(delta) else 0.0
+    delta = torch.tensor([pair.delta for pair in pairs if not math.isnan(pair.delta)])
+    scale = delta.double().square().mean().sqrt().item() if len(delta) else 0.0
     tau = args.tau * scale or 1.0
-    p = torch.sigmoid(delta / tau)
-    mean_weight = (2 * p - 1).clamp(min=0).mean().item() if len(delta) else 0.0
+    weights = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0)
     if args.loss in SCORED_LOSSES and scale == 0:
         raise BadInput("--in: every pair is a tie, so its scores say nothing; use --loss dpo")
-    if args.loss == "rdpo-weight" and mean_weight == 0:
+    if args.loss == "rdpo-weight" and weights.sum() == 0:
         raise BadInput("--in: no revision won, so rdpo-weight has nothing to learn from")
-    settings = {"beta": args.beta, "tau": tau, "epsilon": args.epsilon}
-    return settings | {"mean_weight": mean_weight or 1.0}
+    mean_weight = weights.mean().item() if weights.sum() else 1.0
+    return {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
 
 
 # ---- one training step ---------------------------------------------------------------------------
 
 
 def training_step(student, optimizer, batch, reference_logps, args, settings):
-    """One optimizer step on a batch of pairs: (log-probs before it, (B, 2), norm of the gradient).
+    """One optimizer step on B pairs: (log-probs before it, (B, 2), norm of the gradient).
 
     The batch is cut into micro-batches of at most --pack-tokens tokens and over the processes. Both
     leave the gradient as it is: a sum over pairs, divided by the size of the whole batch.
     """
     policy_logps = torch.zeros_like(reference_logps)
-    for places, weight in shares_of(batch, args.pack_tokens if student.packs else 0):
-        pairs = [batch[i] for i in places]
-        logps = student(completion_logps, sequences_of(pairs, args.loss), student.packs)
-        logps = logps.view(len(pairs), -1)  # (b, 2), chosen and rejected
+    for places, weight in shares_of(batch, student, args):
+        pairs, reference = [batch[i] for i in places], reference_logps[places]
+        logps = student(pairs)  # (b, 2), of chosen and rejected
         delta, tokens = columns_of(pairs, logps.device)
-        reference = reference_logps[places]
         losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
         policy_logps[places] += weight * logps.detach()
-    norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip))
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+    norm = norm.full_tensor().item() if WORLD > 1 else norm.item()
     if not math.isfinite(norm):
         names = ", ".join(str(pair.id) for pair in batch)
         raise BadInput(f"the gradient's norm is {norm}, so training stops; look at pairs {names}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return all_reduce(policy_logps), norm.item()
+    return all_reduce(policy_logps), norm
 
 
 def metrics_of(policy_logps, reference_logps, pairs, args, settings):
@@ -183,6 +169,16 @@ def metrics_of(policy_logps, reference_logps, pairs, args, settings):
     return {name: value.double().mean().item() for name, value in values.items() if len(value)}
 
 
+def check_first_loss(loss, reference_logps, pairs, args, settings):
+    """Stops the run where the first loss is not that of a policy that equals the reference, ln 2
+    for most losses: the cached log-probs are of another model then."""
+    expected = metrics_of(reference_logps, reference_logps, pairs, args, settings)["loss"]
+    slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z
+    if abs(loss - expected) > (1e-3 if args.dtype == "float32" else 0.05) * slope:
+        found = f"step 1: loss {loss:.4f}, but policy = reference gives {expected:.4f}"
+        raise BadInput(f"{found}; delete reference-*.safetensors in the run directories")
+
+
 def learning_rate(step, steps, args):
     """Linear up over the share --warmup of the steps, then half a cosine down to 0."""
     warmup = max(1, round(args.warmup * steps))
@@ -193,23 +189,21 @@ def learning_rate(step, steps, args):
 
 @torch.no_grad()
 def all_logps(student, pairs, args):
-    """Log-probs of all pairs, (len(pairs), 2) or for sft (len(pairs), 1), on every process."""
-    logps = torch.zeros(len(pairs), 1 if args.loss == "sft" else 2, device=student.device)
-    for places, weight in shares_of(pairs, args.pack_tokens if student.packs else 0):
-        sequences = sequences_of([pairs[i] for i in places], args.loss)
-        values = student(completion_logps, sequences, student.packs)
-        logps[places] += weight * values.view(len(places), -1)
+    """Log-probs of all pairs, (len(pairs), 2), on every process."""
+    logps = torch.zeros(len(pairs), len(student.sides), device=student.device)
+    for places, weight in shares_of(pairs, student, args):
+        logps[places] += weight * student([pairs[i] for i in places])
     return all_reduce(logps)
 
 
-def shares_of(pairs, budget):
+def shares_of(pairs, student, args):
     """This process's micro-batches: [(places in pairs, weight)], equally many on every process.
 
     FSDP gathers a layer on all processes at once: one that has fewer micro-batches than another
     runs the first pair again, with weight 0.
     """
     costs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
-    shares = []
+    shares, budget = [], args.pack_tokens if student.packs else 0
     for rank in range(WORLD):
         mine = range(rank, len(pairs), WORLD)
         batches = micro_batches([costs[i] for i in mine], budget)
@@ -217,18 +211,18 @@ def shares_of(pairs, budget):
     return shares[RANK] + [([0], 0.0)] * (max(map(len, shares)) - len(shares[RANK]))
 
 
-def sequences_of(pairs, loss):
-    """(prompt ids, completion ids) of the answers that a loss looks at; a pair's are neighbours."""
-    if loss == "sft":
-        return [(pair.prompt, pair.chosen) for pair in pairs]
-    return [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-
-
 def columns_of(pairs, device):
     """(delta (B,) fp32, tokens (B, 2)) of pairs."""
     delta = torch.tensor([pair.delta for pair in pairs], device=device)
     tokens = [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
     return delta, torch.tensor(tokens, device=device)
+
+
+def all_reduce(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -249,38 +243,37 @@ def make_pairs(rows, path, tokenizer, args):
     """
     pairs, counts = {"train": [], "test": []}, {}
     for number, row in enumerate(rows, 1):
-        for side in ("chosen", "rejected"):  # UltraFeedback's names
-            row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
         try:
             made = make_pair(row, row.get("id", number), tokenizer, args)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise BadInput(f"{path}: row {row.get('id', number)}: {error}") from None
-        if isinstance(made, str):
-            counts[made] = counts.get(made, 0) + 1
-        else:
+        if isinstance(made, Pair):
             pairs[row.get("split") or "train"].append(made)
+        else:
+            counts[made] = counts.get(made, 0) + 1
     return pairs["train"], pairs["test"], counts
 
 
 def make_pair(row, name, tokenizer, args):
     """The Pair of a row, or why the row is left out."""
-    teacher = row.get("teacher")
-    finish = teacher.get("finish", {}) if isinstance(teacher, dict) else {}
     if row.get("error"):
         return "failed"
+    for side in ("chosen", "rejected"):  # UltraFeedback's names
+        row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
     if (args.loss in SCORED_LOSSES or args.accept) and not is_scored(row):
         return "without scores"
+    finish = (row.get("teacher") or {}).get("finish", {})
     if "length" in (finish.get("answer"), finish.get("revision")) and not args.keep_cut:
         return "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return "not accepted"
     if row.get("split") not in (None, "train", "test"):
         return f"of the split {row['split']}"
-    prompt, chosen, rejected = split_row(row)
+    context, chosen, rejected = split_row(row)
     if not (chosen.strip() and rejected.strip()):
         return "with an empty answer"
-    prompt, chosen = encode(tokenizer, prompt, chosen)
-    rejected = encode(tokenizer, split_row(row)[0], rejected)[1]
+    prompt, chosen = encode(tokenizer, context, chosen)
+    _, rejected = encode(tokenizer, context, rejected)
     room = args.max_length - len(prompt)
     if room <= 0 or not prompt:
         return f"with a prompt of 0 or of more than {args.max_length - 1} tokens"
@@ -296,60 +289,65 @@ def split_row(row):
 
     Raises ValueError where the two answers do not follow the same messages.
     """
-    prompt = row.get("prompt")
-    if all(isinstance(part, str) for part in (prompt, row["chosen"], row["rejected"])):
-        return prompt, row["chosen"], row["rejected"]
-    prompt, answers, contexts = as_messages(prompt) if prompt else [], [], []
-    for side in ("chosen", "rejected"):
-        messages = as_messages(row[side])
-        if messages[0]["role"] == "assistant":  # TRL: what follows the prompt
-            messages = prompt + messages
-        else:  # UltraFeedback: the whole conversation, perhaps with a system prompt before it
-            start = messages.index(prompt[0]) if prompt and prompt[0] in messages else 0
-            if messages[start : start + len(prompt)] != prompt:
-                raise ValueError(f"'{side}' does not begin with the messages of 'prompt'")
-        *context, answer = messages
-        if answer["role"] != "assistant" or not context:
-            raise ValueError(f"'{side}' does not end with an answer to a prompt")
-        contexts.append(context)
-        answers.append(answer["content"])
-    if contexts[0] != contexts[1]:
+    prompt, sides = row.get("prompt"), (row["chosen"], row["rejected"])
+    if all(isinstance(part, str) for part in (prompt, *sides)):
+        return prompt, *sides
+    prompt = as_messages(prompt) if prompt else []
+    (context, chosen), (other, rejected) = (last_turn(prompt, as_messages(side)) for side in sides)
+    if context != other:
         raise ValueError("'chosen' and 'rejected' differ before their last message")
-    return contexts[0], *answers
+    return context, chosen, rejected
+
+
+def last_turn(prompt, messages):
+    """(all messages before the last one, its text) of one side of a pair."""
+    if messages[0]["role"] == "assistant":  # TRL: what follows the prompt
+        messages = prompt + messages
+    *context, answer = messages  # UltraFeedback: the whole conversation
+    if context[: len(prompt)] != prompt:
+        raise ValueError("an answer does not begin with the messages of 'prompt'")
+    if answer["role"] != "assistant" or not context:
+        raise ValueError("an answer is needed behind a prompt, as the last message")
+    return context, answer["content"]
 
 
 # ---- the student: in one process, or sharded over many by FSDP2 ----------------------------------
 
 
 class Student(torch.nn.Module):
-    """student(function, ...) is function(model, ...), computed in the number format of --dtype.
+    """student(pairs) gives their log-probs (B, 2), in the number format of --dtype.
 
-    FSDP gathers the outermost weights only while forward() of the outermost module runs, so all
-    that needs them goes through it.
+    FSDP gathers the outermost weights only while forward() of the outermost module runs.
     """
 
-    def __init__(self, model, device, dtype):
+    def __init__(self, model, device, dtype, sides):
         super().__init__()
-        self.model, self.device, self.dtype, self.packs = model, device, dtype, True
+        self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
+        self.packs = check_model(model, "packed" if device.type == "cpu" else None)
+        digest = hashlib.sha256()
+        for parameter in model.parameters():
+            digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
+        self.weights = digest.hexdigest()[:16]
 
-    def forward(self, function, *inputs):
+    def forward(self, pairs):
+        sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            return function(self.model, *inputs)
+            logps = completion_logps(self.model, sequences, self.packs)
+        return logps.view(len(pairs), -1)
 
 
-def load_student(name, device, dtype, checkpoint_activations=False):
+def load_student(args, device, dtype):
     """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards weights, gradients and
     moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
-    for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
-        dist.barrier()
-    model, tokenizer = load_model(name, here, torch.float32)
+    model, tokenizer = load_model(args.model, here, torch.float32)
+    sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
+    student = Student(model, device, dtype, sides)
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    if checkpoint_activations:  # keep a layer's input only, and compute the layer again in backward
+    if args.checkpoint_activations:  # keep a layer's input, and run the layer again in backward
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    student = Student(model, device, dtype)
     if WORLD > 1:
         mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(device.type, (WORLD,))
@@ -357,24 +355,18 @@ def load_student(name, device, dtype, checkpoint_activations=False):
             fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     elif here.type == "cpu" and model.config.tie_word_embeddings:
         model.get_input_embeddings().sparse = True  # adds its gradient to the head's in place
-    for _ in range(LOCAL_RANK, LOCAL_WORLD if WORLD > 1 else 0):
-        dist.barrier()
-    student.dtype = torch.float32  # for the comparison with the model's own logits
-    student.packs = student(check_model, "packed" if device.type == "cpu" else None)
-    student.dtype = dtype
     return student, tokenizer
 
 
-def reference_logps(student, weights, pairs, out, args):
+def reference_logps(student, pairs, out, args):
     """Log-probs of all pairs under the reference, computed once and cached in the run directory.
 
     The file's name is a hash of the weights, of every token and of what else the numbers depend on,
     so that other weights or data never meet an old file. Runs beside this one are looked into too.
     """
-    how = [weights, str(student.dtype), student.device.type, WORLD > 1, torch.__version__]
+    how = [student.weights, str(student.dtype), student.device.type, WORLD > 1, torch.__version__]
     tokens = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
-    key = hashlib.sha256(json.dumps([how, tokens]).encode()).hexdigest()[:16]
-    name = f"reference-{key}.safetensors"
+    name = f"reference-{digest_of([how, tokens])}.safetensors"
     found = sorted(out.parent.glob(f"*/{name}")) if RANK == 0 else []
     if all_reduce(torch.tensor(float(len(found)), device=student.device)):  # all do the same
         logps = load_file(found[0])["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
@@ -387,48 +379,39 @@ def reference_logps(student, weights, pairs, out, args):
     return logps
 
 
-def all_reduce(tensor):
-    """The sum over all processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+# ---- the run directory: checkpoints and the saved model ------------------------------------------
+
+# what the result of a run hangs on: where one of them differs, it is another run
+SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "weight_decay", "clip")
+SAME += ("steps", "batch_size", "dtype", "seed")
 
 
-def wait():
-    """Waits for all processes."""
-    if WORLD > 1:
-        dist.barrier()
-
-
-def whole(tensor):
-    """A tensor in one piece; where it is sharded, all processes must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def weights_digest(model):
-    """SHA-256 of all weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-# ---- checkpoints and the saved model -------------------------------------------------------------
+def open_run(out, record, overwrite):
+    """Makes or continues a run directory, whose run.json is returned. Raises BadInput where it
+    holds another run, or something else."""
+    path = out / "run.json"
+    if overwrite and path.exists():
+        shutil.rmtree(f"{out}.bak", ignore_errors=True)
+        out.rename(f"{out}.bak")
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if any(out.iterdir()):
+            raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    before = json.loads(path.read_text())
+    for key in SAME:
+        if before.get(key) != record[key]:
+            made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
+            raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
+    return before
 
 
 def state_of(model, optimizer):
-    """{name: tensor} of the weights and of AdamW's moments, which are made where there are none."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            device = parameter.device if parameter.is_cuda else None
-            state["step"] = torch.tensor(0.0, device=device)
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        tensors[f"weight.{name}"] = parameter.detach()
-        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-    return tensors
+    """{name: tensor} of the weights and of AdamW's moments, each process's own shards."""
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
+    state = dcp_state.get_optimizer_state_dict(model, optimizer, options=options)
+    moments = {name: value for name, value in state.items() if name.startswith("state.")}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | moments
 
 
 def save_checkpoint(out, step, model, optimizer):
@@ -444,11 +427,11 @@ def save_checkpoint(out, step, model, optimizer):
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
     if RANK == 0:
+        shutil.copy(out / "log.jsonl", part)
         old = checkpoints(out)
         part.rename(out / f"checkpoint-{step}")
         for folder in old:
             shutil.rmtree(folder)
-    wait()
 
 
 def checkpoints(out):
@@ -466,30 +449,32 @@ def load_checkpoint(out, model, optimizer):
     folder = checkpoints(out)[-1]
     reader = dcp.HuggingFaceStorageReader(str(folder))
     dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
-    step = int(folder.name.partition("-")[2])
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
-    return step
-
-
-def save_student(model, tokenizer, out, dtype):
-    """Saves the student as transformers does; sharded weights meet in the first process."""
-    model.to(dtype)  # training is over
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, untied = get_model_state_dict(model, options=options), dict(model.named_parameters())
     if RANK == 0:
-        part = out / "model.part"
-        shutil.rmtree(part, ignore_errors=True)
-        for name in dict(model.named_parameters(remove_duplicate=False)).keys() - untied.keys():
+        shutil.copy(folder / "log.jsonl", out)
+    return int(folder.name.partition("-")[2])
+
+
+def save_student(model, tokenizer, out, record):
+    """Saves the student as transformers does; sharded weights meet in the first process."""
+    source = AutoConfig.from_pretrained(model.name_or_path)
+    model.to(source.dtype or torch.float32)  # training is over
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=options)
+    if RANK == 0:
+        names = dict(model.named_parameters(remove_duplicate=False)).keys()
+        for name in names - dict(model.named_parameters()).keys():
             del weights[name]  # a tied weight is saved once
-        model.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
-        # config.json last: where it stands, the run is finished
-        for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, out / file.name)
-        part.rmdir()
+        model.save_pretrained(out, state_dict=weights)
+        tokenizer.save_pretrained(out)
+        (out / "run.json").write_text(json.dumps(record | {"finished": True}, indent=1) + "\n")
         for folder in checkpoints(out):
             shutil.rmtree(folder)
+
+
+def wait():
+    """Waits for all processes."""
+    if WORLD > 1:
+        dist.barrier()
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -499,7 +484,7 @@ def parse_args():
     parser = make_parser(__doc__, reads="scored.jsonl", server=False)
     add = parser.add_argument
     # fmt: off
-    add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
+    add("--model", type="model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="scored pairs, or any data set in TRL's preference format (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
@@ -528,46 +513,19 @@ def parse_args():
     return args
 
 
-# what the result of a run hangs on: where one of them differs, it is another run
-SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "weight_decay", "clip")
-SAME += ("steps", "batch_size", "dtype", "seed")
-
-
-def open_run(out, record, overwrite):
-    """Makes or continues a run directory: (rows of log.jsonl, that file, locked). Raises BadInput
-    where the directory holds another run, or none."""
-    path = out / "run.json"
-    model = (out / "config.json").exists()  # of somebody else, where there is no run.json
-    if not path.exists() and (model or (overwrite and any(out.glob("*")))):
-        raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-    if overwrite and path.exists():
-        open_rows(out / "log.jsonl", False)[1].close()  # stops if another process works in it
-        shutil.rmtree(f"{out}.bak", ignore_errors=True)
-        out.rename(f"{out}.bak")
-    before = json.loads(path.read_text()) if path.exists() else record
-    for key in SAME:
-        if before.get(key) != record[key]:
-            made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
-            raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    log = open_rows(out / "log.jsonl", False)
-    (out / "run.json.part").write_text(json.dumps(before, indent=1) + "\n")
-    os.replace(out / "run.json.part", path)
-    return log
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
 
 
 def note(file, step, row, part=None):
     """A line of log.jsonl and on the screen, by the first process. part: "held_out" or None."""
+    texts = {name: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}" for name, v in row.items()}
+    values = " | ".join(f"{name} {text:>8}" for name, text in texts.items())
+    say(f"{part or 'step':8} {step:4d} | {values}")
     if RANK == 0:
-        texts = {n: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}" for n, v in row.items()}
-        values = " | ".join(f"{name} {text:>8}" for name, text in texts.items())
-        print(f"{part or 'step':8} {step:4d} | {values}", flush=True)
-        append(file, {"step": step, **({part: row} if part else row)})
-
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
+        file.write(json.dumps({"step": step, **({part: row} if part else row)}) + "\n")
+        file.flush()
 
 
 def main():
@@ -584,9 +542,8 @@ def main():
         raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
 
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
-    student, tokenizer = load_student(args.model, device, dtype, args.checkpoint_activations)
+    student, tokenizer = load_student(args, device, dtype)
     model = student.model
-    saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
@@ -596,31 +553,29 @@ def main():
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
 
-    # the order of the pairs is a function of seed and epoch alone
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
-    pairs = json.dumps([train, held_out]).encode()
-    record = {**vars(args), "data": hashlib.sha256(pairs).hexdigest()[:16], "steps": steps}
-    record |= {"weights": weights_digest(model), "tau_absolute": settings["tau"]}
-    record |= {"pairs": len(train), "held_out": len(held_out), "left_out": counts}
-    record |= {"processes": WORLD, **provenance(args.device)}
-    log, log_file = open_run(out, record, args.overwrite) if RANK == 0 else (None, None)
+    record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
+    record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
+    record |= {"held_out": len(held_out), "left_out": counts, "processes": WORLD}
+    record |= provenance(args.device)
+    if RANK == 0:
+        record = open_run(out, record, args.overwrite)
     wait()
-    if (out / "config.json").exists():
+    if json.loads((out / "run.json").read_text()).get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
     options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     # before the checkpoint is loaded: the reference is the model before training
     reference = torch.zeros(len(train) + len(held_out), 1, device=device)
     if args.loss != "sft":
-        reference = reference_logps(student, record["weights"], train + held_out, out, args)
+        reference = reference_logps(student, train + held_out, out, args)
     start = load_checkpoint(out, model, optimizer)
-    if RANK == 0:  # lines of steps after the checkpoint go, since these steps are run again
-        kept = [json.dumps(row, ensure_ascii=False) for row in log if row["step"] <= start]
-        log_file.truncate(sum(len(line) + 1 for line in kept))
+    log = open(out / "log.jsonl", "a" if start else "w") if RANK == 0 else None
 
     for step in range(start, steps):
         began = time.perf_counter()
+        # the order of the pairs is a function of seed and epoch alone
         epoch, place = divmod(step, per_epoch)
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
@@ -630,28 +585,21 @@ def main():
         policy, norm = training_step(student, optimizer, batch, batch_reference, args, settings)
 
         # the rest is diagnostics and saving
-        row = metrics_of(policy, batch_reference, batch, args, settings)
-        at_start = metrics_of(batch_reference, batch_reference, batch, args, settings)
-        expected = at_start["loss"]  # ln 2 for most losses
-        slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of loss over z
-        tolerance = (1e-3 if args.dtype == "float32" else 0.05) * slope
-        if step == 0 and args.loss != "sft" and abs(row["loss"] - expected) > tolerance:
-            found = f"step 1: loss {row['loss']:.4f}, but policy = reference gives {expected:.4f}"
-            mend = "delete reference-*.safetensors in the run directories"
-            raise BadInput(f"{found}: the cached log-probs are wrong; {mend}")
         seconds = time.perf_counter() - began
-        tokens = sum(len(ids) for _, ids in sequences_of(batch, args.loss))
+        row = metrics_of(policy, batch_reference, batch, args, settings)
+        if step == 0 and args.loss != "sft":
+            check_first_loss(row["loss"], batch_reference, batch, args, settings)
+        tokens = sum(len(getattr(pair, side)) for pair in batch for side in student.sides)
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
-        note(log_file, step + 1, row | {"tokens_per_second": tokens / seconds})
+        note(log, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             policy = all_logps(student, held_out, args)
             row = metrics_of(policy, reference[len(train) :], held_out, args, settings)
-            note(log_file, step + 1, row, "held_out")
+            note(log, step + 1, row, "held_out")
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, model, optimizer)
-    save_student(model, tokenizer, out, saved_as)
+    save_student(model, tokenizer, out, record)
     say(f"{out}: saved")
-    wait()
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -61,24 +61,20 @@ def serve(ports):
 
 def with_client(url, calls, threads):
     args = SimpleNamespace(api_base=url, api_key_env="NO_KEY", concurrency=threads, timeout=60)
-    args.price_in, args.price_out, args.max_cost, args.overwrite, args.seed = (
-        1.0,
-        1.0,
-        None,
-        False,
-        0,
-    )
+    args.price_in, args.price_out, args.max_cost = 1.0, 1.0, None
+    args.overwrite, args.seed = False, 0
     with tempfile.TemporaryDirectory() as folder:
         server = Server("m", args, f"{folder}/calls", max_tokens=200, temperature=0.7, top_p=0.95)
 
-        def ask(i):
-            chat = [{"role": "user", "content": f"Question {i}: " + "why " * 50}]
-            return server.ask([chat], [(i, "answer")])[0]
-
-        began = time.perf_counter()
-        replies = list(server.map(ask, range(calls)))
+        text = "Question {}: " + "why " * 50
+        chats = [[{"role": "user", "content": text.format(i)}] for i in range(calls)]
+        began, replies = time.perf_counter(), []
+        for i in range(0, calls, 512):  # generate.py's batches
+            keys = [(k, "answer") for k in range(i, min(i + 512, calls))]
+            replies += server.ask(chats[i : i + 512], keys)
         seconds = time.perf_counter() - began
-        assert all(reply.finish == "stop" for reply in replies) and server.asked == calls
+        assert all(reply.finish == "stop" for reply in replies)
+        assert len(server.journal.rows) == calls
     return calls / seconds
 
 

@@ -97,8 +97,7 @@ def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path
 
 def finished(folder, model):
     write_jsonl(folder / "log.jsonl", [])
-    (folder / "run.json").write_text(json.dumps({"model": str(model)}))
-    (folder / "config.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps({"model": str(model), "finished": True}))
 
 
 def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(workdir):

@@ -15,7 +15,7 @@ import torch
 from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
 
 import generate
-from generate import BadInput, Output, Reply, encode, open_rows, refine, sample
+from generate import BadInput, Reply, Rows, encode, refine, sample
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
@@ -243,25 +243,24 @@ def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, wo
 
 
 def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
-    row = {"id": "a", "text": "one\u2028two\u0085three", "made": {}}
-    output = Output(tmp_path / "rows.jsonl", False, "made", {}, [{"id": "a"}])
-    output.write(row)
-    assert output.close() == [row] == open_rows(tmp_path / "rows.jsonl", False)[0]
+    row = {"id": "a", "text": "one\u2028two\u0085three"}
+    output = Rows(tmp_path / "rows.jsonl")
+    output.add(row)
+    assert output.close([row]) == [row] == list(Rows(tmp_path / "rows.jsonl").rows.values())
 
 
 def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_path):
     source, path = [{"id": name} for name in "abc"], tmp_path / "rows.jsonl"
-    output = Output(path, False, "made", {"by": 1}, source)
+    output = Rows(path)
     for name in "cab":
-        output.write({"id": name, "made": {"by": 1}} | ({"error": "x"} if name == "b" else {}))
-    assert [row["id"] for row in output.close()] == list("abc")
-    output = Output(path, False, "made", {"by": 1}, source)
-    assert list(output.done) == ["a", "c"]
-    output.write({"id": "b", "made": {"by": 1}})
-    assert [row["id"] for row in output.close()] == list("abc")
-    assert [row["id"] for row in read_rows(path)] == list(
-        "abc"
-    ) and b"error" not in path.read_bytes()
+        output.add({"id": name, "made": {"by": 1}} | ({"error": "x"} if name == "b" else {}))
+    assert [row["id"] for row in output.close(source)] == list("abc")
+    output = Rows(path)
+    assert list(output.done("made", {"by": 1}, source)) == ["a", "c"]
+    output.add({"id": "b", "made": {"by": 1}})
+    assert [row["id"] for row in output.close(source)] == list("abc")
+    assert [row["id"] for row in read_rows(path)] == list("abc")
+    assert b"error" not in path.read_bytes()
 
 
 def test_the_embedded_model_is_a_chat_model_that_knows_paris():
@@ -331,7 +330,7 @@ def test_a_passing_fault_costs_a_try_and_nothing_else(run, server, workdir, faul
     HostileServer.script = [fault, fault]
     status, said, err = ask(run, server, "--limit", "1")
     assert status == 0, err
-    assert len(HostileServer.asked) == 5 and "3 calls answered, 0 in the journal" in said
+    assert len(HostileServer.asked) == 5 and "15 prompt and 9 completion tokens" in said
     assert "error" not in read_rows(PAIRS)[0]
 
 
@@ -368,9 +367,9 @@ def test_an_empty_answer_that_was_paid_is_not_asked_for_again(run, server, workd
 def test_an_answer_is_known_at_another_address_too(run, server, workdir):
     HostileServer.script = [200, 200, 413]
     assert ask(run, server, "--limit", "1")[0] == 1
-    status, said, err = ask(run, server.replace("127.0.0.1", "localhost") + "/", "--limit", "1")
+    status, _, err = ask(run, server.replace("127.0.0.1", "localhost") + "/", "--limit", "1")
     assert status == 0, err
-    assert "1 calls answered, 2 in the journal" in said and len(HostileServer.asked) == 4
+    assert len(HostileServer.asked) == 4
 
 
 def test_the_key_comes_from_the_environment_alone(run, server, workdir, monkeypatch):
@@ -429,8 +428,9 @@ def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, w
 
 def test_a_server_that_fails_every_call_stops_the_run(run, server, workdir, monkeypatch):
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 400))
-    code, _, err = ask(run, server, "--concurrency", "4")
-    assert code == 2 and "20 calls in a row failed" in err and len(HostileServer.asked) <= 30
+    code, _, err = ask(run, server, "--batch-size", "20")
+    assert code == 2 and "every call failed, the last with error: status 400" in err
+    assert len(HostileServer.asked) == 20
 
 
 def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):
@@ -447,12 +447,12 @@ def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, serve
 
 def test_a_run_stops_before_it_costs_more_than_it_may(run, server, workdir):
     argv = ["--limit", "30", "--price-in", "100000", "--price-out", "100000", "--max-tokens", "10"]
-    status, _, err = ask(run, server, *argv, "--max-cost", "120", "--concurrency", "3")
+    status, _, err = ask(run, server, *argv, "--max-cost", "120", "--batch-size", "2")
     assert status == 2 and err.count("--max-cost") == 1
     before = len(HostileServer.answered)
     assert 20 < 0.8 * before <= 120  # 5 + 3 tokens at 0.1 each
     status, said, err = ask(run, server, *argv)
-    assert status == 0 and f"cost {0.8 * (90 - before):.2f}" in said, err
+    assert status == 0 and f"cost {0.8 * 90:.2f}" in said, err
     assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 90 > before
 
 
@@ -464,21 +464,6 @@ def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
     _, said, err = ask(run, server, "--limit", "2", "--concurrency", "1")
     files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
     assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
-
-
-@pytest.mark.parametrize("name", [PAIRS, f"{PAIRS}.calls"])
-def test_a_second_process_on_the_same_output_is_refused(run, server, workdir, name):
-    HostileServer.script = [200, 200, 200, 200, 400]
-    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 1
-    before = {path: path.read_bytes() for path in workdir.rglob("*.*") if path.is_file()}
-    _, held = open_rows(name, False)
-    for more in ([], ["--overwrite"] if name.endswith("calls") else []):
-        status, _, err = ask(run, server, "--limit", "2", *more)
-        assert status == 2 and "another process" in err and len(HostileServer.asked) == 5
-        assert {path: path.read_bytes() for path in before} == before
-    held.close()
-    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 0
-    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 6
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
@@ -532,31 +517,16 @@ def wait_for(test):
 
 
 @pytest.mark.parametrize("fault", ["stall", "stall inside"])
-def test_a_second_ctrl_c_ends_a_run_whose_server_stalls(start, monkeypatch, fault):
+def test_ctrl_c_ends_a_run_whose_server_stalls_at_once(start, monkeypatch, fault):
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: fault))
     process = start("--concurrency", "4")
     wait_for(lambda: len(HostileServer.asked) == 4)
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert process.poll() is None
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130 and time.perf_counter() - began < 2
     said = process.stderr.read().decode()
-    assert "waiting for calls under way" in said and "the same command" in said
-    assert "Traceback" not in said and len(HostileServer.asked) == 4
-
-
-def test_the_first_ctrl_c_waits_for_the_calls_under_way_and_keeps_them(start, monkeypatch):
-    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: "slow"))
-    process = start("--concurrency", "4", "--limit", "8")
-    wait_for(lambda: len(HostileServer.asked) == 4)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert "the same command" in said and "Traceback" not in said
     assert len(HostileServer.asked) == 4
-    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
-    assert start("--limit", "8").wait(60) == 0
-    assert len(HostileServer.asked) == 24
 
 
 def test_nothing_is_paid_twice_through_faults_and_kills(start, workdir, monkeypatch):

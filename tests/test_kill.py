@@ -20,8 +20,8 @@ WORDS = "warm dull moving long bright slow tender loud".split()
 SLOWED = """
 import importlib, signal, sys, time, generate
 signal.signal(signal.SIGINT, signal.default_int_handler)
-write = generate.append
-generate.append = lambda file, row: (time.sleep(0.02), write(file, row))
+write = generate.Rows.add
+generate.Rows.add = lambda rows, *new: [(time.sleep(0.02), write(rows, row)) for row in new]
 generate.run(importlib.import_module(sys.argv.pop(1)).main)
 """
 

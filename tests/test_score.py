@@ -19,7 +19,7 @@ from transformers import (
 import score
 from generate import encode, load_model
 from prompts import fill, load_task
-from score import audit, is_scored, rating_of
+from score import Score, audit, contrast_reward, is_scored, rating_of
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,11 @@ def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tin
     assert rows[1]["score_chosen"] == pytest.approx((good - bad) / len(chats[0][1]), abs=1e-5)
 
 
+def contrast(rows, folder, table, dtype=torch.float32):
+    model, tokenizer = load_model(folder, CPU, dtype)
+    return contrast_reward(rows, ["Lovely film."] * len(rows), model, tokenizer, True, table, 100)
+
+
 def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
     table = {
         "principle": [{"role": "user", "content": "{request}"}],
@@ -77,8 +82,8 @@ def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
     }
     rows = [pair_row(0, "a", "b"), pair_row(1, "a", "b") | {"request": "Review Heat."}]
     rows.append(rows[0] | {"prompt": "Review the film Heat."})  # text, as in other data sets
-    reward = score.contrast_reward(table, tiny, CPU, torch.bfloat16, 100)
-    same, other, plain = (value for value, _, _ in reward(rows, ["Lovely film."] * 3))
+    scores = contrast(rows, tiny, table, torch.bfloat16)
+    same, other, plain = (score.value for score in scores)
     assert same == plain == 0.0 and other != 0.0
 
 
@@ -87,12 +92,9 @@ def test_a_control_row_is_scored_by_the_table_of_the_controls(tiny):
     row = pair_row(0, "a", "b") | {"control": True}
     scores = []
     for table in (sides, sides["control"], sides | {"control": sides["control"]}):
-        reward = score.contrast_reward(table, tiny, CPU, torch.float32, 1000)
-        ((value, _, _),) = reward([row | {"control": "control" in table}], ["Lovely film."])
-        scores.append(value)
-    assert scores[0] == scores[1] == scores[2] != 0
-    reward = score.contrast_reward(sides, tiny, CPU, torch.float32, 1000)
-    assert reward([row | {"control": False}], ["Lovely film."])[0][0] != scores[0]
+        scores += contrast([row | {"control": "control" in table}], tiny, table)
+    assert scores[0] == scores[1] == scores[2] and scores[0].value != 0
+    assert contrast([row | {"control": False}], tiny, sides)[0] != scores[0]
 
 
 # ---- classifiers ---------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(
 ):
     def broken(rows, answers):
         given = [math.nan, 1.0, 1.0, -math.inf]
-        return [(value, "", "") for value in [*given, *[1.0] * (len(answers) - 4)]]
+        return [Score(value) for value in [*given, *[1.0] * (len(answers) - 4)]]
 
     settings = {"kind": "contrast", "model": "x"}
     monkeypatch.setattr(score, "make_reward", lambda *args: (broken, settings, None))
