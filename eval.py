@@ -14,6 +14,7 @@ interval from a bootstrap over groups, since variants of one text are not indepe
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -185,8 +186,8 @@ def draw(path, table, metric):
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
             if line[key]:  # a model may have no scored answer
-                mean, low, high = line[key]
-                axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="C0o", capsize=3)
+                mean, *ends = line[key]
+                axis.plot(ends, [y, y], "C0-|", mean, y, "C0o")
         if table[0][key]:
             axis.axvline(table[0][key][0], color="C7", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
@@ -200,24 +201,15 @@ def draw(path, table, metric):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def base_of(folder):
-    """The model that a student comes from; where that is a student too, the one before it."""
-    name = facts_of(folder)["model"]
-    return base_of(Path(name)) if (Path(name) / "run.json").exists() else name
-
-
-def facts_of(folder):
-    return json.loads((folder / "run.json").read_text())
-
-
 def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
-    runs = [file.parent for file in sorted(folder.glob("*/run.json"))]
-    runs = [run for run in runs if facts_of(run).get("finished") and run.suffix != ".bak"]
-    bases = sorted(set(map(base_of, runs))) or ["smollm2"]
+    runs = {os.path.relpath(file.parent): file for file in sorted(folder.glob("*/run.json"))}
+    runs = {name: json.loads(file.read_text()) for name, file in runs.items()}
+    runs = {n: run for n, run in runs.items() if run.get("finished") and not n.endswith(".bak")}
+    bases = sorted({run["model"] for run in runs.values()} - runs.keys()) or ["smollm2"]
     if len(bases) > 1:
         raise BadInput(f"{folder}: its students have several bases, {bases}; pass --models")
-    return [*bases, *[SELF_REFINE][: len(refined)], *map(str, runs)]
+    return [*bases, *[SELF_REFINE][: len(refined)], *runs]
 
 
 def fingerprint(model):
@@ -252,15 +244,14 @@ def add_answers(jobs, rows, chat, seed_by):
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, reply in zip(jobs, replies, strict=True):
-        job |= {"answer": reply.text, "finish": reply.finish}
+        job |= {"answer": reply.text, "finish": reply.finish, "score": None}
 
 
 def add_scores(jobs, rows, reward):
     """The jobs with the scores of their answers; an empty answer has none."""
     spoken = [job for job in jobs if job["answer"]]
-    scores = reward([rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken])
-    for job in jobs:
-        job["score"] = None
+    given, answers = [rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken]
+    scores = reward(given, answers) if spoken else []
     for job, score in zip(spoken, scores, strict=True):
         job |= {"score": score.value} | ({"error": score.said} if score.failed else {})
 
@@ -294,11 +285,10 @@ def main():
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
     made = next((row["reward"] for row in rows if row.get("reward")), {})
-    if args.reward in (None, made.get("kind")):  # that of the pairs, unless told otherwise
-        args.reward_model = args.reward_model or made.get("model")
-        args.label = args.label or made.get("label")
     args.reward = args.reward or made.get("kind", "contrast")
-    args.reward_model = args.reward_model or "smollm2"
+    made = made if args.reward == made.get("kind") else {}
+    args.reward_model = args.reward_model or made.get("model", "smollm2")
+    args.label = args.label or made.get("label")
     out = folder / "eval.jsonl"
     reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

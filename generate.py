@@ -228,12 +228,12 @@ def model_folder(name):
 
 def pick_device(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) of --device and --dtype; auto: a GPU, bf16 where it is fast."""
-    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
-    # under torchrun each process has a GPU of its own
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else device.replace("auto", "cpu")
-    fast = multiplies_bf16() if name == "cpu" else not cuda or torch.cuda.is_bf16_supported()
-    auto = "bfloat16" if fast else "float32"
-    return torch.device(name), getattr(torch, auto if dtype == "auto" else dtype)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        fast = multiplies_bf16() if device == "cpu" else torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
 
 
 def seed_of(*parts):
@@ -275,27 +275,29 @@ class Server:
         self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
-        seeds = [seed_of(self.args.seed, *key) for key in keys]
-        columns = zip(conversations, seeds, strict=True)
-        bodies = [{**self.settings, "messages": chat, "seed": seed} for chat, seed in columns]
-        new = [body for body in bodies if digest_of(body) not in self.journal.rows]
+        bodies = [
+            {**self.settings, "messages": messages, "seed": seed_of(self.args.seed, *key)}
+            for messages, key in zip(conversations, keys, strict=True)
+        ]
+        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
+        new = [body for digest, body in calls.items() if digest not in self.journal.rows]
         most = price(self.args, len(json.dumps(new)) / 2, len(new) * self.settings["max_tokens"])
         if self.args.max_cost is not None and self.paid()[2] + most > self.args.max_cost:
             raise BadInput(f"--max-cost: the next {len(new)} calls may cost {most:.2f}; raise it")
         pool = ThreadPoolExecutor(self.args.concurrency)
         try:
-            calls = pool.map(self.call, bodies)
-            replies = list(tqdm(calls, "calls", len(bodies), leave=False, disable=None))
+            answers = pool.map(self.call, calls, calls.values())
+            answers = list(tqdm(answers, "calls", len(calls), leave=False, disable=None))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        failed = [reply.finish for reply in replies if reply.finish.startswith("error")]
-        if len(failed) == len(replies) >= 20:
+        failed = [reply.finish for reply in answers if reply.finish.startswith("error")]
+        if len(failed) == len(answers) >= 20:
             raise BadInput(f"{self.where}: every call failed, the last with {failed[-1]}")
-        return replies
+        replies = dict(zip(calls, answers, strict=True))
+        return [replies[digest_of(body)] for body in bodies]
 
-    def call(self, body):
+    def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""
-        digest = digest_of(body)
         if digest not in self.journal.rows:
             reply = self.post(body)
             if not (reply.text or reply.completion_tokens):

@@ -456,8 +456,7 @@ def load_checkpoint(out, model, optimizer):
 
 def save_student(model, tokenizer, out, record):
     """Saves the student as transformers does; sharded weights meet in the first process."""
-    source = AutoConfig.from_pretrained(model.name_or_path)
-    model.to(source.dtype or torch.float32)  # training is over
+    model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32)
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=options)
     if RANK == 0:
@@ -534,7 +533,7 @@ def main():
     args.dtype = str(dtype).removeprefix("torch.")
     if WORLD > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))

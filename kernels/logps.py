@@ -6,10 +6,10 @@
 The problem
     A preference loss needs for every completion token t with label y the log-probability
         logp = z[y] - LSE,    LSE = log sum_v exp(z[v]),    z = W h                              (1)
-    W is (V, D), h is (D,). The result is one number a token, the logits z are V numbers: for 8,192
-    tokens and V = 128,256 they take 4.2 GB in fp32, and autograd keeps them and their gradient.
-    bf16 logits take half of that and spoil the result: near 20 their step is 1/8, and a sum over
-    128 tokens is off by up to 0.9 nat (SmolLM2-135M, English), more than many DPO margins.
+    W is (V, D), h is (D,). The logits of 8,192 tokens at V = 128,256 take 4.2 GB in fp32, and
+    autograd keeps them and their gradient. bf16 logits take half of that and spoil the result: near
+    20 their step is 1/8, and a sum over 128 tokens is off by up to 0.9 nat (SmolLM2-135M, English),
+    more than many DPO margins.
 
 The derivative
     d z[y] / d z[v] = 1[v = y], and d LSE / d z[v] = exp(z[v] - LSE) = p[v], the softmax. So
@@ -18,29 +18,27 @@ The derivative
         dH = c (dZ W)    (rows times c),        dW = dZ^T (c H)    (rows of H times c)           (3)
 
 When c is known
-    Cross-entropy's c is 1/N, known beforehand, so its gradient can be made in the forward pass,
-    while the logits are there. A preference loss has one c per sequence, known when both sequences
-    of a pair are summed. Rows of dZ W may be multiplied by a late c; dZ^T H may not, since its sum
-    over tokens is taken. So dZ is needed after the loss: either something of size N x V is kept,
-    or the logits are computed again. Here c is autograd's grad_output; the loss is not known.
+    Cross-entropy's c is 1/N, so its gradient can be made in the forward pass. A preference loss has
+    one c per sequence, known when both sequences of a pair are summed. Rows of dZ W may be
+    multiplied by a late c; dZ^T H may not, since its sum over tokens is taken. So dZ is needed
+    after the loss: either something of size N x V is kept, or the logits are computed again.
 
 Three modes, by whether a gradient is wanted and by a budget of bytes
                       matrix products             FLOPs   kept between the passes
         forward only  z                            2NDV   nothing
         retain        z; dZ W, dZ^T H              6NDV   2 bytes a logit (fp32 operands: 4)
         recompute     z; z again, dZ W, dZ^T H     8NDV   2 numbers a token
-    The vocabulary is cut into chunks of a few thousand columns, and the logits of one chunk exist
-    at a time: all N tokens are in one matrix product, and each chunk of dW is written once, summed
-    in fp32 accumulators. Chunks are retained as long as the budget lasts, others recomputed.
+    One chunk of the vocabulary, a few thousand columns, has its logits in memory at a time, for all
+    N tokens. So each chunk of dW is written once, from fp32 accumulators. Chunks are retained as
+    long as the budget lasts, others recomputed.
 
 What is retained
     Logits rounded to bf16 would spoil p as they spoil (1). Kept are their exponentials: with m the
     largest logit of a row in a block of columns, e = exp(z - m) in fp16 and m in fp32 give
         p = e exp(m - LSE)                                                                       (4)
     e is at most 1 and off by at most 2^-11 of itself, or by 2^-25 below 2^-14; so is p. p[y] - 1,
-    which (4) would spoil for p[y] near 1, comes from z[y] and LSE in fp32. With softcap
-    z = m + log e. fp32 operands ask for fp32 gradients, so their e is fp32. A second backward pass
-    (retain_graph=True) finds what was retained used up, and recomputes.
+    which (4) would spoil for p[y] near 1, comes from z[y] and LSE in fp32. fp32 operands ask for
+    fp32 gradients, so their e is fp32. A second backward pass (retain_graph=True) recomputes.
 
 Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
     sum_v exp(z[v]) overflows, so it is kept as (m, s), the largest logit so far and the sum of
@@ -48,9 +46,8 @@ Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
         m' = max(m, block),   s' = s exp(m - m') + sum exp(block - m'),   LSE = m + log s        (5)
     A finished LSE is the pair (LSE, 1), so a chunk goes on from the LSE of the chunks before it.
 
-The code that runs depends on the device: Triton on CUDA; PyTorch on a CPU; with TRITON_INTERPRET=1
-Triton's interpreter on a CPU (for tests). LSE and z[y] come from fp32 logits (fp64 operands: fp64).
-There are no atomics: same inputs, machine and threads give the same bits.
+CUDA runs Triton; a CPU runs PyTorch or, with TRITON_INTERPRET=1, Triton's interpreter (for tests).
+LSE and z[y] are fp32 (fp64 operands: fp64). There are no atomics, so a run repeats its bits.
 """
 
 from __future__ import annotations  # the kernels name tl.constexpr before Triton is imported
@@ -65,8 +62,8 @@ import torch
 _run_as_is = torch._disable_dynamo  # torch.compiler.disable without its 1.4 s of imports
 tl = None  # triton.language, set by _kernels()
 BLOCK_V, NUM_WARPS = 4096, 8  # 16 logits a thread: two 16-byte loads in bf16, four in fp32
-CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 16 << 20, 352 << 20  # in the cache; products stay large
-CPU_RETAIN_BYTES, CUDA_RETAIN_BYTES = 512 << 20, 4 << 30  # bf16: 5,461 tokens at V = 49,152
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 352 << 20}  # in the cache; products stay large
+RETAIN_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}  # bf16: 5,461 and 43,690 tokens at V = 49,152
 ALIGN = 128  # chunks have a multiple of this many columns, so that rows start on 16 bytes
 
 # ---- two Triton kernels: one program a row; int64 rows, since row * stride passes 2^31 -----------
@@ -163,6 +160,14 @@ def _kernels():
     return SimpleNamespace(fold=triton.jit(_fold_kernel), dz=triton.jit(_dz_kernel))
 
 
+def _launch(kernel, x, *arguments, **flags):
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
+        kernel[(len(x),)](
+            x, x.stride(0), *arguments, **flags, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
 def _on_triton(x):
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -172,20 +177,16 @@ def _on_triton(x):
 
 def _fold(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
     """Folds the chunk z (N, columns) into lse and target, in place; with e (N, columns) it fills e
-    and returns the peaks of eq. 4: of BLOCK_V columns in Triton, of the chunk in PyTorch.
-
-    PyTorch overwrites z, and e may be z; Triton does not.
-    """
+    and returns the m of eq. 4, of BLOCK_V columns in Triton, of the chunk in PyTorch. There z is
+    overwritten, and may be e."""
     if _on_triton(z):
         keep, blocks = e is not None, -(-z.shape[1] // BLOCK_V)
         peak = lse.new_empty(len(z), blocks) if keep else lse[:, None]  # not touched without KEEP
         e = e if keep else z
-        with torch.cuda.device_of(z):  # Triton launches on the current device, which may be another
-            _kernels().fold[(len(z),)](
-                z, z.stride(0), labels, lse, target, e, e.stride(0), peak, peak.stride(0),
-                z.shape[1], first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEEP=keep,
-                BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+        _launch(
+            _kernels().fold, z, labels, lse, target, e, e.stride(0), peak, peak.stride(0),
+            z.shape[1], first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEEP=keep,
+        )  # fmt: skip
         return peak
     _scale_and_cap_(z, logit_scale, softcap)
     rows, columns = _labels_in(z, labels, first_column)
@@ -205,28 +206,26 @@ def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, so
     """
     if _on_triton(x):
         kept, peak = peak is not None, lse[:, None] if peak is None else peak
-        with torch.cuda.device_of(x):
-            _kernels().dz[(len(x),)](
-                x, x.stride(0), peak, peak.stride(0), labels, lse, dz_label, coef, out,
-                out.stride(0), x.shape[1], first_column, logit_scale, softcap,
-                HAS_SOFTCAP=softcap != 0, KEPT=kept, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )  # fmt: skip
+        _launch(
+            _kernels().dz, x, peak, peak.stride(0), labels, lse, dz_label, coef, out, out.stride(0),
+            x.shape[1], first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEPT=kept,
+        )  # fmt: skip
         return
     if peak is None:
         _scale_and_cap_(x, logit_scale, softcap)
-        slope = 1 - (x / softcap).square_() if softcap else 1
-        out.copy_(x.sub_(lse[:, None]).exp_())
+        z = x.clone() if softcap else None
+        p = x.sub_(lse[:, None]).exp_()
     else:
-        z = x.to(lse.dtype, copy=True).clamp_(min=1e-37).log_().add_(peak) if softcap else None
-        slope = 1 - z.div_(softcap).square_() if softcap else 1
-        out.copy_(x).mul_((peak.squeeze(-1) - lse).exp()[:, None])
-    out.mul_(slope) if softcap else None
-    rows, columns = _labels_in(out, labels, first_column)
-    out[rows, columns] = dz_label[rows]
-    out.mul_(coef[:, None])
+        p = out.copy_(x).mul_((peak.squeeze(-1) - lse).exp()[:, None])
+        z = p.clamp(min=1e-37).log_().add_(lse[:, None]) if softcap else None  # finite for p = 0
+    if softcap:
+        p.addcmul_(p, z.div_(softcap).square_(), value=-1)
+    rows, columns = _labels_in(p, labels, first_column)
+    p[rows, columns] = dz_label[rows]
+    p.mul_(coef[:, None])
     if bool((coef == 0).any()):
-        out[coef == 0] = 0  # 0 times NaN is NaN: a row that nobody asked for must not spoil the sum
+        p[coef == 0] = 0  # 0 times NaN is NaN: a row that nobody asked for must not spoil the sum
+    out.copy_(p)  # rounded when it is finished; nothing to do where out is p
 
 
 def _scale_and_cap_(z, logit_scale, softcap):
@@ -246,8 +245,7 @@ def _labels_in(z, labels, first_column):
 def _dz_of_labels(lse, target, coef, softcap):
     """p[y] - 1, times the slope of softcap there; exact where p[y] is near 1. 0 where coef is 0."""
     dz = torch.expm1(target - lse)
-    if softcap:
-        dz = dz * (1 - (target / softcap) ** 2)
+    dz = dz * (1 - (target / softcap) ** 2) if softcap else dz
     return torch.where(coef != 0, dz, 0)
 
 
@@ -257,33 +255,26 @@ def _empty_state(x, labels):
     return x.new_full(labels.shape, -math.inf, dtype=wide), x.new_zeros(labels.shape, dtype=wide)
 
 
-# ---- logits given --------------------------------------------------------------------------------
-
-
 @_run_as_is
 def gather_logps(logits, labels, ignore_index=-100):
     """Log-probabilities, in nats, of labels under softmax(logits): eq. 1, with its gradient.
 
     logits: (..., V), bf16, fp16 or fp32, on a CPU also fp64; -inf is allowed. labels: (...), int32
     or int64; where a label is ignore_index, the result and the gradient are 0. Returns (...), fp32
-    (fp64 for fp64 logits). Raises ValueError for shapes, types and devices that do not fit, and for
-    labels outside [0, V); on CUDA such a label ends in a device-side assertion.
+    (fp64 for fp64 logits). Raises ValueError for shapes that do not fit and for labels outside
+    [0, V); on CUDA such a label ends in a device-side assertion.
     """
-    if logits.ndim < 1 or logits.shape[:-1] != labels.shape:
-        shapes = f"{list(logits.shape)} and {list(labels.shape)}"
-        raise ValueError(f"logits (..., V) and labels (...) are needed, got {shapes}")
-    flat = _check(logits, labels.reshape(-1), logits.shape[-1], ignore_index)
+    checked = _check(logits, labels, logits.shape[-1], ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return _GatherLogps.apply(rows, flat).view(labels.shape)
+    return _GatherLogps.apply(rows, checked.view(-1)).view(labels.shape)
 
 
 class _GatherLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels):
         lse, target = _empty_state(logits, labels)
-        for rows in _row_chunks(logits):
-            z = logits[rows] if _on_triton(logits) else logits[rows].to(lse.dtype, copy=True)
+        for rows, z in _row_chunks(logits, lse.dtype):
             _fold(z, labels[rows], 0, lse[rows], target[rows], 1.0, 0.0)
         ctx.save_for_backward(logits, labels, lse, target)
         return torch.where(labels >= 0, target - lse, 0)
@@ -294,21 +285,18 @@ class _GatherLogps(torch.autograd.Function):
         logits, labels, lse, target = ctx.saved_tensors
         coef = torch.where(labels >= 0, -grad_logps, 0).to(lse.dtype)
         label, grad = _dz_of_labels(lse, target, coef, 0.0), torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            z = logits[rows] if _on_triton(logits) else logits[rows].to(lse.dtype, copy=True)
-            dz = grad[rows] if _on_triton(logits) else z  # not rounded before it is finished
-            _dz(z, None, labels[rows], 0, lse[rows], label[rows], coef[rows], dz, 1.0, 0.0)
-            grad[rows] = dz
+        for rows, z in _row_chunks(logits, lse.dtype):
+            _dz(z, None, labels[rows], 0, lse[rows], label[rows], coef[rows], grad[rows], 1.0, 0.0)
         return grad, None
 
 
-def _row_chunks(logits):
-    """All rows at once for the kernels; on a CPU as many as fit the budget once they are fp32."""
-    rows = len(logits) if _on_triton(logits) else CPU_CHUNK_BYTES // (4 * logits.shape[1])
-    return [slice(i, i + max(1, rows)) for i in range(0, len(logits), max(1, rows))]
-
-
-# ---- hidden states and output layer given --------------------------------------------------------
+def _row_chunks(logits, dtype):
+    """(rows, their logits): all at once for the kernels; on a CPU copies that fit the cache."""
+    if _on_triton(logits):
+        return [(slice(None), logits)]
+    size = max(1, CHUNK_BYTES["cpu"] // (4 * logits.shape[1]))
+    chunks = (slice(i, i + size) for i in range(0, len(logits), size))
+    return ((rows, logits[rows].to(dtype, copy=True)) for rows in chunks)
 
 
 @_run_as_is
@@ -321,48 +309,35 @@ def linear_logps(
     hidden (N, D), weight (V, D), bias (V,) or None: one type, bf16, fp16, fp32, on a CPU also fp64.
         hidden[t] is the state that predicts labels[t]. N = 0 is fine.
     labels (N,): int32 or int64; ignore_index gives 0, and no gradient.
-    cu_seqlens (S + 1,): int32 or int64, 0 = cu[0] <= ... <= cu[S] = N; sequence s is tokens
-        cu[s]:cu[s + 1], and may be empty (its sum is 0).
+    cu_seqlens (S + 1,): 0 = cu[0] <= ... <= cu[S] = N; sequence s is cu[s]:cu[s + 1], maybe empty.
     logit_scale: Cohere's logit_scale, Granite's 1 / logits_scaling. softcap: cap(u) = softcap
         tanh(u / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); 0 is none.
     chunk_bytes: for what exists of one chunk only: fp32 logits, dZ, and its part of weight and dW
-        in another type. None: 16 MiB on a CPU, 352 MiB on CUDA. A chunk has at least 128 columns.
-    retain_bytes: for what is kept until backward, 2 bytes a logit (fp32 operands: 4, fp64: 8);
-        chunks beyond it are recomputed. None: 512 MiB on a CPU, 4 GiB on CUDA; never a share of
-        what is free, since the bits of a gradient must not depend on other processes.
+        in another type. None: CHUNK_BYTES. A chunk has at least 128 columns.
+    retain_bytes: for what is kept until backward; chunks beyond it are recomputed. None:
+        RETAIN_BYTES, no share of what is free: a gradient's bits depend on no other process.
     Returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,) sums.
 
-    Gradients go to hidden, weight and bias, if they ask, in their own types. On a CPU products are
-    in fp32 and skip ignored tokens and those without a gradient. On CUDA half operands enter the
-    products as halves and fp32 comes out; fp32 operands follow torch.backends.cuda.matmul. Autocast
-    is off in here. Raises as gather_logps does, and for a cu_seqlens that is not as above.
+    Gradients have the types of hidden, weight and bias. On a CPU products are in fp32, and backward
+    skips tokens without a gradient. On CUDA products of half operands come out in fp32; those of
+    fp32 operands follow torch.backends.cuda.matmul. Autocast is off. Raises as gather_logps does.
     """
-    operands = [hidden, weight] if bias is None else [hidden, weight, bias]
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-        raise ValueError(f"hidden (N, D) and weight (V, D) are needed, got {shapes}")
-    if labels.shape != hidden.shape[:1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"labels ({len(hidden)},) and bias ({len(weight)},) are needed")
-    if len({(operand.dtype, operand.device) for operand in operands}) > 1:
-        raise ValueError("hidden, weight and bias must have one type, on one device")
-    if not (math.isfinite(logit_scale) and 0 <= softcap < math.inf):
-        raise ValueError(f"logit_scale {logit_scale} and softcap {softcap} must be finite, >= 0")
-    if chunk_bytes is None:
-        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
-    if retain_bytes is None:
-        retain_bytes = CUDA_RETAIN_BYTES if hidden.is_cuda else CPU_RETAIN_BYTES
-    if chunk_bytes <= 0 or retain_bytes < 0:
-        raise ValueError(f"chunk_bytes {chunk_bytes} or retain_bytes {retain_bytes} is too small")
+    device = hidden.device.type
+    chunk_bytes = CHUNK_BYTES[device] if chunk_bytes is None else chunk_bytes
+    retain_bytes = RETAIN_BYTES[device] if retain_bytes is None else retain_bytes
+    budgets = chunk_bytes, retain_bytes if torch.is_grad_enabled() else 0
     labels = _check(hidden, labels, len(weight), ignore_index)
-    if cu_seqlens is not None:
-        cu_seqlens = _check_cu_seqlens(cu_seqlens, hidden)
-    wanted = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
-    settings = float(logit_scale), float(softcap), chunk_bytes, retain_bytes if wanted else 0
-    logps = _LinearLogps.apply(hidden, weight, bias, labels, settings)
+    settings = float(logit_scale), float(softcap), *budgets
+    with torch.autocast(device, enabled=False):
+        logps = _LinearLogps.apply(hidden, weight, bias, labels, settings)
     if cu_seqlens is None:
         return logps
+    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == len(hidden))
+    rises = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    _require(ends & rises, f"cu_seqlens must rise from 0 to the {len(hidden)} tokens")
     # summed in fp64 and rounded once; segment_reduce adds each sequence in order, without atomics
-    sums = torch.segment_reduce(logps.double(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+    offsets = cu_seqlens.to(hidden.device, torch.int64)
+    sums = torch.segment_reduce(logps.double(), "sum", offsets=offsets, initial=0, unsafe=True)
     return sums.to(logps.dtype)
 
 
@@ -370,25 +345,25 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, settings):
         logit_scale, softcap, chunk_bytes, retain_bytes = settings
+        retain_bytes = retain_bytes if any(ctx.needs_input_grad) else 0
         lse, target = _empty_state(hidden, labels)
+        h, half = _wide(hidden), hidden.dtype.itemsize == 2
+        e_dtype = torch.float16 if half else hidden.dtype
+        # half operands need 4 bytes a logit, 2 for dZ, and 6 D for W and dW in another type
+        bytes_a_column = 6 * sum(hidden.shape) if half else 4 * len(hidden)
+        columns = max(1, chunk_bytes // max(1, bytes_a_column) // ALIGN) * ALIGN
         kept = {}  # first column of a chunk -> (e, peak)
-        e_dtype = torch.float16 if hidden.dtype.itemsize == 2 else hidden.dtype
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = _live_rows(labels >= 0)
-            h, labels_, lse_, target_ = _wide(hidden[rows]), labels[rows], lse[rows], target[rows]
-            columns = _chunk_columns(h, hidden.dtype, chunk_bytes)
-            for chunk, tile in _chunks(h, weight, columns):
-                e, size = None, len(h) * (chunk.stop - chunk.start) * e_dtype.itemsize
-                if size <= retain_bytes:
-                    retain_bytes -= size
-                    e = h.new_empty(len(h), chunk.stop - chunk.start, dtype=e_dtype)
-                in_place = e is not None and tile is not None and e.dtype == h.dtype
-                z = _logits(h, _wide(weight[chunk]), bias, chunk, e if in_place else tile)
-                peak = _fold(z, labels_, chunk.start, lse_, target_, logit_scale, softcap, e)
-                if e is not None:
-                    kept[chunk.start] = e, peak
-                del z, e, peak  # before the next ones are made
-            lse[rows], target[rows] = lse_, target_
+        for chunk, tile in _chunks(h, weight, columns):
+            e, size = None, len(h) * (chunk.stop - chunk.start) * e_dtype.itemsize
+            if size <= retain_bytes:
+                retain_bytes -= size
+                e = h.new_empty(len(h), chunk.stop - chunk.start, dtype=e_dtype)
+            in_place = e is not None and tile is not None and e.dtype == h.dtype
+            z = _logits(h, _wide(weight[chunk]), bias, chunk, e if in_place else tile)
+            peak = _fold(z, labels, chunk.start, lse, target, logit_scale, softcap, e)
+            if e is not None:
+                kept[chunk.start] = e, peak
+            del z, e, peak  # before the next ones are made
         ctx.settings, ctx.kept = (logit_scale, softcap, columns), kept
         ctx.save_for_backward(hidden, weight, bias, labels, lse, target)
         return torch.where(labels >= 0, target - lse, 0)
@@ -396,47 +371,46 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps):
-        hidden, labels = ctx.saved_tensors[0], ctx.saved_tensors[3]
-        coef = torch.where(labels >= 0, -grad_logps, 0)  # minus: dZ is the derivative of -logp
-        with torch.autocast(hidden.device.type, enabled=False):
-            more = coef, ctx.kept, ctx.settings, ctx.needs_input_grad
-            return *_gradients(*ctx.saved_tensors, *more), None, None
+        with torch.autocast(grad_logps.device.type, enabled=False):
+            return *_gradients(ctx, grad_logps), None, None
 
 
-def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, wanted):
+def _gradients(ctx, grad_logps):
     """Eq. 3, chunk by chunk, using up what was kept: (dhidden, dweight, dbias), None if not wanted.
 
     Half operands under Triton: dZ and c H, over its largest entry, are rounded to fp16, whose 11
     bits fit numbers that are at most 1; bf16 W is turned to fp16 for it, exactly between 6e-5 and
-    65504. dZ in bf16 would cost 1.5e-3 of the norm of dH (SmolLM2-135M, 512 tokens), as much as
-    rounding dH itself. Otherwise c goes into dZ, and the products are in fp32; but that of dW,
-    whose result is rounded to bf16 anyway, is in bf16 on a CPU that multiplies it.
+    65504. dZ in bf16 would cost 1.5e-3 of the norm of dH (SmolLM2-135M), as much as rounding dH.
+    Otherwise c goes into dZ, and products are in fp32, but for a bf16 dW on a CPU with bf16.
     """
-    (scale, softcap, columns), coef = settings, coef.to(lse.dtype)
-    rows, picked = _live_rows(coef != 0), _live_rows(coef[_live_rows(labels >= 0)] != 0)
+    hidden, weight, bias, labels, lse, target = ctx.saved_tensors
+    (logit_scale, softcap, columns), wanted = ctx.settings, ctx.needs_input_grad
+    coef = torch.where(labels >= 0, -grad_logps, 0).to(lse.dtype)  # minus: dZ is that of -logp
+    # under Triton all rows: to count those with a gradient, the host would have to wait
+    rows = slice(None) if _on_triton(coef) or bool(coef.all()) else coef.nonzero().squeeze(-1)
     labels, lse, target, coef = (tensor[rows] for tensor in (labels, lse, target, coef))
-    h = _wide(hidden[rows])
+    h, scaled = _wide(hidden[rows]), coef * logit_scale
     label, half = _dz_of_labels(lse, target, coef, softcap), h.dtype.itemsize == 2
-    scaled = coef * scale
     right, c, unit = torch.where(coef[:, None] != 0, h, 0), scaled, 1.0
     if half:
         ch = scaled[:, None] * right
         unit = ch.abs().amax().clamp(min=1e-30) if len(h) else 1.0  # a tensor: no wait for CUDA
         right, c = (ch / unit).half(), (coef != 0).to(lse.dtype)
-    narrow = not _on_triton(h) and hidden.dtype == torch.bfloat16 and multiplies_bf16()
+    narrow = weight.dtype == torch.bfloat16 and multiplies_bf16()
+    direct = not half and (narrow or weight.dtype == h.dtype)  # the product has the type of dW
     dhidden = lse.new_zeros(h.shape) if wanted[0] else None  # a sum over chunks
     dweight = torch.empty_like(weight) if wanted[1] else None  # each chunk is written once
     dbias = torch.empty_like(bias) if wanted[2] else None
     for chunk, tile in _chunks(h, weight, columns):
         w, peak = _wide(weight[chunk]), None
-        if chunk.start in kept:
-            x, peak = (part[picked] for part in kept.pop(chunk.start))
+        if chunk.start in ctx.kept:
+            x, peak = (tensor[rows] for tensor in ctx.kept.pop(chunk.start))
         else:
             x = _logits(h, w, bias, chunk, tile)
         dz = x
         if x.dtype != right.dtype:
             dz = torch.empty_like(x, dtype=right.dtype) if tile is None else tile[:, : len(w)]
-        _dz(x, peak, labels, chunk.start, lse, label, c, dz, scale, softcap)
+        _dz(x, peak, labels, chunk.start, lse, label, c, dz, logit_scale, softcap)
         del x, peak
         if wanted[2]:
             dbias[chunk] = scaled @ dz.to(scaled.dtype) if half else dz.sum(0)
@@ -444,29 +418,19 @@ def _gradients(hidden, weight, bias, labels, lse, target, coef, kept, settings, 
             torch.addmm(dhidden, dz, w.half(), out_dtype=torch.float32, out=dhidden)
         elif wanted[0]:
             dhidden.addmm_(dz.to(dhidden.dtype), w.to(dhidden.dtype))
-        if wanted[1] and dweight.dtype == right.dtype and not half:
-            torch.mm(dz.t(), right, out=dweight[chunk])
-        elif wanted[1] and narrow:
-            torch.mm(dz.bfloat16().t(), right.bfloat16(), out=dweight[chunk])
+        if wanted[1] and direct:
+            torch.mm(dz.to(weight.dtype).t(), right.to(weight.dtype), out=dweight[chunk])
         elif wanted[1]:
             torch.mul(_mm(dz.t(), right), unit, out=dweight[chunk])  # rounded once
         del dz, w  # before the next ones are made
     if wanted[0]:
-        full = torch.zeros_like(hidden)
-        full[rows] = (dhidden.mul_(scaled[:, None]) if half else dhidden).to(hidden.dtype)
-        dhidden = full
+        total, dhidden = dhidden, torch.zeros_like(hidden)
+        dhidden[rows] = (total.mul_(scaled[:, None]) if half else total).to(hidden.dtype)
     return dhidden, dweight, dbias
 
 
-def _chunk_columns(h, dtype, chunk_bytes):
-    """Columns of a chunk. Half operands need 4 bytes a logit, 2 for dZ, and 6 D for W and dW."""
-    bytes_a_column = 6 * sum(h.shape) if dtype.itemsize == 2 else 4 * len(h)
-    return max(1, chunk_bytes // max(1, bytes_a_column) // ALIGN) * ALIGN
-
-
 def _chunks(h, weight, columns):
-    """(slice of the vocabulary, memory for its logits) of each chunk; on a CPU the same memory each
-    time, because page faults cost, and None under Triton."""
+    """(slice of the vocabulary, memory for its logits: None, but on a CPU, where page faults cost)."""
     tile = None if _on_triton(h) else h.new_empty(len(h), min(columns, len(weight)))
     for start in range(0, len(weight), columns):
         yield slice(start, min(start + columns, len(weight))), tile
@@ -490,44 +454,26 @@ def _wide(x):
     return x if _on_triton(x) or x.dtype == torch.float64 else x.float()
 
 
-def _live_rows(mask):
-    """The rows in mask; under Triton all rows, because counting them would make the host wait."""
-    return slice(None) if _on_triton(mask) or bool(mask.all()) else mask.nonzero().squeeze(-1)
-
-
 @functools.cache
 def multiplies_bf16():
     """Whether an x86 CPU has instructions for products of bf16 numbers."""
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-# ---- checks --------------------------------------------------------------------------------------
-
-
 def _check(x, labels, V, ignore_index):
     """Labels as int64, the ignored ones -1 - V: before column 0 of every chunk."""
-    floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    if x.dtype not in (floats[:3] if _on_triton(x) else floats):
-        raise ValueError(f"bf16, fp16 or fp32 is needed, on a CPU also fp64, got {x.dtype}")
-    if labels.dtype not in (torch.int32, torch.int64) or labels.device != x.device or V < 1:
-        raise ValueError(f"labels must be int32 or int64 on {x.device}, and V above 0, not {V}")
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"labels must be {list(x.shape[:-1])}, and are {list(labels.shape)}")
+    if x.dtype == torch.float64 and _on_triton(x):
+        raise ValueError("the kernels take bf16, fp16 and fp32, not fp64")
     ignored = labels == ignore_index
     valid = ignored | ((labels >= 0) & (labels < V))
-    _require(valid, f"a label is neither in [0, {V}) nor {ignore_index}")
+    _require(valid.all(), f"a label is neither in [0, {V}) nor {ignore_index}")
     return torch.where(ignored, -1 - V, labels.long()).contiguous()
-
-
-def _check_cu_seqlens(cu, hidden):
-    if cu.ndim != 1 or len(cu) < 1 or cu.dtype not in (torch.int32, torch.int64):
-        found = f"{list(cu.shape)} {cu.dtype}"
-        raise ValueError(f"cu_seqlens must be (S + 1,) int32 or int64, got {found}")
-    rises = torch.cat([torch.stack([cu[0] == 0, cu[-1] == len(hidden)]), cu[1:] >= cu[:-1]])
-    _require(rises, f"cu_seqlens must rise from 0 to the {len(hidden)} tokens")
-    return cu.to(hidden.device, torch.int64)
 
 
 def _require(ok, message):
     if ok.is_cuda:
-        torch._assert_async(ok.all(), message)  # fails on the device, later: the host does not wait
-    elif not bool(ok.all()):
+        torch._assert_async(ok, message)  # fails on the device, later: the host does not wait
+    elif not bool(ok):
         raise ValueError(message)

@@ -1,31 +1,22 @@
 """Log-probs of completions from one packed sequence, in which completions share their prompt.
 
-A preference pair is a prompt and two completions. Padded batches compute the prompt twice, and the
-padding for nothing. Here any number of pairs is one sequence without padding, in which each prompt
-stands once (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing):
-
-    input_ids      [prompt | chosen | rejected | next prompt | ...]
-    document_ids    0 ...                        1 ...            a prompt with its completions
-    segment_ids     0 ...    1 ...    2 ...      0 ...            0: prompt, 1, 2, ...: completions
-    position_ids    0 ..p-1  p ...    p ...      0 ...            both completions follow the prompt
+A padded batch of preference pairs computes each prompt twice, and padding besides. Here any number
+of pairs is one sequence [prompt | chosen | rejected | next prompt | ...] without padding, in which
+each prompt stands once (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing).
 
 A token attends to earlier tokens of its document that are in the prompt or in its own segment. The
 last prompt token's hidden state predicts the first token of each completion, so it is gathered once
 for each. Only completion tokens reach the output layer (logps.linear_logps).
-
-Which attention runs is read off model.config._attn_implementation:
-    packed           CPU: PackedAttention below, which computes only what the mask leaves
-    flex_attention   CUDA: a block mask, for FlexAttention to skip the rest
-    anything else    a dense mask, (1, 1, T, T) bool
 """
 
 import itertools
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kernels.logps import linear_logps
 
@@ -34,9 +25,9 @@ class Packed(NamedTuple):
     """What collate returns; T tokens in all, N completion tokens, S completions; all int64."""
 
     input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T)
-    document_ids: torch.Tensor  # (T,)
-    segment_ids: torch.Tensor  # (T,)
+    position_ids: torch.Tensor  # (1, T) all completions follow the prompt
+    document_ids: torch.Tensor  # (T,) a prompt with its completions is a document
+    segment_ids: torch.Tensor  # (T,) 0: prompt, 1, 2, ...: completions
     rows: torch.Tensor  # (N,) place of the hidden state that predicts each label
     labels: torch.Tensor  # (N,) the completion tokens
     cu_seqlens: torch.Tensor  # (S + 1,) completion s is labels[cu_seqlens[s] : cu_seqlens[s + 1]]
@@ -45,33 +36,30 @@ class Packed(NamedTuple):
 def collate(sequences):
     """Packs a list of (prompt ids, completion ids); neighbours with the same prompt share it.
 
-    >>> batch = collate([([5, 6], [7, 2]), ([5, 6], [8, 2])])
-    >>> batch.input_ids.tolist(), batch.position_ids.tolist()
-    ([[5, 6, 7, 2, 8, 2]], [[0, 1, 2, 3, 2, 3]])
-    >>> batch.document_ids.tolist(), batch.segment_ids.tolist()
-    ([0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 2, 2])
-    >>> batch.rows.tolist(), batch.labels.tolist(), batch.cu_seqlens.tolist()
-    ([1, 2, 1, 4], [7, 2, 8, 2], [0, 2, 4])
-    >>> place = torch.arange(6)
-    >>> mask = mask_mod(batch.document_ids, batch.segment_ids)(0, 0, place[:, None], place)
-    >>> mask[4].int().tolist()  # the 8 attends to the prompt and to itself
-    [1, 1, 0, 0, 1, 0]
+    >>> batch = collate([([5, 6], [7, 2]), ([5, 6], [8, 2]), ([9], [4])])
+    >>> for name, tensor in batch._asdict().items(): print(f"{name:12}", tensor.tolist())
+    input_ids    [[5, 6, 7, 2, 8, 2, 9, 4]]
+    position_ids [[0, 1, 2, 3, 2, 3, 0, 1]]
+    document_ids [0, 0, 0, 0, 0, 0, 1, 1]
+    segment_ids  [0, 0, 1, 1, 2, 2, 0, 1]
+    rows         [1, 2, 1, 4, 6]
+    labels       [7, 2, 8, 2, 4]
+    cu_seqlens   [0, 2, 4, 5]
     """
     ids, positions, documents, segments, rows, labels, cu_seqlens = [], [], [], [], [], [], [0]
     by_prompt = itertools.groupby(sequences, key=lambda sequence: sequence[0])
     for document, (prompt, neighbours) in enumerate(by_prompt):
         last = len(ids) + len(prompt) - 1
-        parts = [prompt, *(completion for _, completion in neighbours)]
-        for segment, part in enumerate(parts):
-            start = len(prompt) if segment else 0
+        for segment, tokens in enumerate([prompt, *(completion for _, completion in neighbours)]):
             if segment:
-                rows += [last, *range(len(ids), len(ids) + len(part) - 1)]
-                labels += part
+                rows += [last, *range(len(ids), len(ids) + len(tokens) - 1)]
+                labels += tokens
                 cu_seqlens.append(len(labels))
-            ids += part
-            positions += range(start, start + len(part))
-            documents += [document] * len(part)
-            segments += [segment] * len(part)
+            start = len(prompt) if segment else 0
+            positions += range(start, start + len(tokens))
+            ids += tokens
+            documents += [document] * len(tokens)
+            segments += [segment] * len(tokens)
     lists = [ids], [positions], documents, segments, rows, labels, cu_seqlens
     return Packed(*(torch.tensor(values, dtype=torch.int64) for values in lists))
 
@@ -86,37 +74,128 @@ def mask_mod(document_ids, segment_ids):
     return attends
 
 
-# ---- attention on a CPU --------------------------------------------------------------------------
+def attention_arguments(kind, document_ids, segment_ids):
+    """Arguments that give a model of attention `kind` the mask of a packed sequence."""
+    if kind == "packed":
+        ids, sizes = torch.unique_consecutive(segment_ids, return_counts=True)
+        ends = sizes.cumsum(0)
+        segments = torch.stack([ids, ends - sizes, ends], 1)  # (segments, 3): id, first token, end
+        return {"attention_mask": None, "segments": segments.tolist()}
+    # FlexAttention (CUDA) skips the blocks that its mask hides; others get (1, 1, T, T) bool
+    create = create_block_mask if kind == "flex_attention" else create_mask
+    attends, size = mask_mod(document_ids, segment_ids), len(document_ids)
+    return {"attention_mask": create(attends, None, None, size, size, device=segment_ids.device)}
+
+
+def completion_logps(model, sequences, packs=True):
+    """log pi(completion | prompt) of each (prompt ids, completion ids): (S,) fp32, in nats.
+
+    packs: what check_model says of the model; where it is False, the sequences run one by one.
+    """
+    if not packs and len(sequences) > 1:
+        return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
+    batch = Packed(*(tensor.to(model.device) for tensor in collate(sequences)))
+    attention = {}  # one sequence needs plain causal attention only, which every model has
+    if len(sequences) > 1:
+        kind = model.config._attn_implementation
+        attention = attention_arguments(kind, batch.document_ids, batch.segment_ids)
+    hidden = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention
+    ).last_hidden_state[0]  # (T, D)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    device, dtype = hidden.device.type, head.weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    operands = hidden[batch.rows], head.weight, getattr(head, "bias", None)
+    hidden, weight, bias = (x if x is None else x.to(dtype) for x in operands)
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies the logits
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides them
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma
+    return linear_logps(
+        hidden, weight, batch.labels, batch.cu_seqlens, bias=bias, logit_scale=scale, softcap=cap
+    )
+
+
+def micro_batches(costs, budget):
+    """Lists of neighbouring indices of costs that add up to at most budget, or hold one index."""
+    batch, spent = [], 0
+    for i, cost in enumerate(costs):
+        if batch and spent + cost > budget:
+            yield batch
+            batch, spent = [], 0
+        batch, spent = [*batch, i], spent + cost
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def all_logps(model, sequences, budget, packs=True):
+    """completion_logps of any number of sequences, `budget` tokens at a time: (S,), on the CPU."""
+    logps = [torch.zeros(0)]
+    for batch in micro_batches([len(prompt) + len(tokens) for prompt, tokens in sequences], budget):
+        logps.append(completion_logps(model, [sequences[i] for i in batch], packs).cpu())
+    return torch.cat(logps)
+
+
+@torch.no_grad()
+def check_model(model, attention=None):
+    """Whether packed sequences give the log-probs of a model's own logits. If so, the model is set
+    to `attention`, where that does too. Not so for recurrent layers, sliding windows. Raises
+    ValueError where single sequences differ as well: an output layer that is not supported here.
+    """
+    sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
+    known = []
+    for prompt, completion in sequences:
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        known.append(-cross_entropy(logits.double(), ids[0, len(prompt) :], reduction="sum"))
+    known, rtol = torch.stack(known), 1e-3 if logits.dtype == torch.float32 else 5e-2
+
+    def exact(packs):
+        return torch.allclose(completion_logps(model, sequences, packs).double(), known, rtol, 1e-2)
+
+    if not exact(packs=False):
+        raise ValueError("the log-probs are not those of the model's logits: not supported here")
+    config, usual = model.config.get_text_config(), model.config._attn_implementation
+    layers = set(getattr(config, "layer_types", None) or [])
+    if layers - {"full_attention"} or getattr(config, "sliding_window", None):
+        return False  # these sequences are too short to tell
+    for kind in dict.fromkeys([attention or usual, usual]):
+        try:
+            model.set_attn_implementation(kind)
+            if exact(packs=True):
+                return True
+        except (TypeError, KeyError, ValueError, RuntimeError):  # its layers take no such attention
+            continue
+    return False
+
 
 BLOCK = 128  # queries of a matrix product: smaller ones compute less that is masked, but slower
 
 
 class PackedAttention(torch.autograd.Function):
-    """softmax(Q K^T + mask) V for the mask above, block by block of queries.
-
-    On a CPU a training step is 1.25 times as fast with it as with scaled_dot_product_attention, by
-    segments or with a mask, because scores that the mask would hide are not computed. In bf16 the
-    scores are rounded to bf16, as in a plain implementation.
+    """Attention on a CPU: softmax(Q K^T + mask) V, for the mask above, block by block of queries.
 
     query: (G, T, H, d) of H query heads for each of G key heads; key: (G, T, d), scaled beforehand;
-    value: (G, T, e). Returns (G, T, H, e).
+    value: (G, T, e). Returns (G, T, H, e). In bf16 the scores are rounded to bf16.
 
-    The derivative is written out, because autograd would widen each block's gradient to all T
-    tokens before it adds them up. With the weights A = softmax(S) and the output O = A V:
+    Scores that the mask hides are not computed: a training step on a CPU is 1.25 times as fast as
+    with scaled_dot_product_attention. The derivative is written out, because autograd would widen
+    each block's gradient to all T tokens. With the weights A = softmax(S) and the output O = A V:
         dV = A^T dO,  dA = dO V^T,  dS = A (dA - sum over keys of A dA),  dQ = dS K,  dK = dS^T Q
     """
 
     @staticmethod
     def forward(ctx, query, key, value, segments):
         output, kept = query.new_empty(*query.shape[:3], value.shape[-1]), []
-        for rows, columns in blocks(segments):
-            size = rows.stop - rows.start
-            scores = torch.bmm(query[:, rows].flatten(1, 2), take(key, columns).mT)
+        for rows, prompt, own in blocks(segments):
+            keys, values = (torch.cat([x[:, prompt], x[:, own]], 1) for x in (key, value))
+            scores = torch.bmm(query[:, rows].flatten(1, 2), keys.mT)
             # the last `size` keys are the queries' own tokens: causal among themselves
-            own = scores.unflatten(1, (size, -1))[..., -size:]
-            own += scores.new_full((size, size), float("-inf")).triu(1)[:, None]
+            size = rows.stop - rows.start
+            causal = scores.new_full((size, size), float("-inf")).triu(1)[:, None]
+            scores.unflatten(1, (size, -1))[..., -size:] += causal
             weights = scores.softmax(-1).to(value.dtype)  # CUDA's autocast leaves it in fp32
-            output[:, rows] = torch.bmm(weights, take(value, columns)).unflatten(1, (size, -1))
+            output[:, rows] = torch.bmm(weights, values).unflatten(1, (size, -1))
             kept += [weights] if any(ctx.needs_input_grad) else []
         ctx.segments = segments
         ctx.save_for_backward(query, key, value, *kept)
@@ -128,48 +207,38 @@ class PackedAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         dquery = torch.empty_like(query)
         wide = torch.promote_types(value.dtype, torch.float32)  # dK and dV are sums over blocks
-        dkey, dvalue = (torch.zeros_like(part, dtype=wide) for part in (key, value))
-        for (rows, columns), weights in zip(blocks(ctx.segments), kept, strict=True):
-            above = doutput[:, rows].flatten(1, 2)
-            dweights = torch.bmm(above, take(value, columns).mT)
+        dkey, dvalue = (torch.zeros_like(x, dtype=wide) for x in (key, value))
+        for (rows, prompt, own), weights in zip(blocks(ctx.segments), kept, strict=True):
+            keys, values = (torch.cat([x[:, prompt], x[:, own]], 1) for x in (key, value))
+            queries, above = query[:, rows].flatten(1, 2), doutput[:, rows].flatten(1, 2)
+            dweights = torch.bmm(above, values.mT)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dquery[:, rows] = torch.bmm(dscores, take(key, columns)).view_as(dquery[:, rows])
-            add_to(dkey, columns, torch.bmm(dscores.mT, query[:, rows].flatten(1, 2)))
-            add_to(dvalue, columns, torch.bmm(weights.mT, above))
+            dquery[:, rows] = torch.bmm(dscores, keys).view_as(dquery[:, rows])
+            size = prompt.stop - prompt.start
+            for total, left, right in ((dkey, dscores, queries), (dvalue, weights, above)):
+                part = torch.bmm(left.mT, right)
+                total[:, prompt] += part[:, :size]
+                total[:, own] += part[:, size:]
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None
 
 
 def blocks(segments):
-    """(rows, columns) of each block: its queries; its keys in the prompt and its own segment."""
-    prompt = slice(0, 0)
+    """Slices of each block: its queries, its keys in the prompt, its keys in its own segment."""
+    prompt = nothing = slice(0, 0)
     for segment, start, end in segments:
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
-            yield slice(first, last), (prompt if segment else slice(0, 0), slice(start, last))
+            yield slice(first, last), prompt if segment else nothing, slice(start, last)
         prompt = prompt if segment else slice(start, end)
-
-
-def take(keys, columns):
-    """(G, T, d) at two slices of T, side by side."""
-    return torch.cat([keys[:, column] for column in columns], 1)
-
-
-def add_to(total, columns, values):
-    """The derivative of take: adds values to total where they were taken."""
-    sizes = [column.stop - column.start for column in columns]
-    for column, part in zip(columns, values.split(sizes, 1), strict=True):
-        total[:, column] += part
 
 
 def packed_attention(module, query, key, value, mask, scaling=None, segments=None, **options):
     """PackedAttention as transformers calls it; without segments, scaled_dot_product_attention.
 
-    query, key, value: (1, heads, T, d), key and value perhaps of fewer heads. segments: the list of
-    (segment id, first token, end). Returns ((1, T, heads, e), None).
+    query: (1, heads, T, d); key, value: perhaps fewer heads. Returns ((1, T, heads, e), None).
     """
     if segments is None:
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(module, query, key, value, mask, scaling=scaling, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     key = key * (key.shape[-1] ** -0.5 if scaling is None else scaling)
     key, value = (operand.squeeze(0).to(value.dtype) for operand in (key, value))
     # query heads that share a key head become rows of one matrix product
@@ -179,120 +248,3 @@ def packed_attention(module, query, key, value, mask, scaling=None, segments=Non
 
 
 AttentionInterface.register("packed", packed_attention)
-
-
-def attention_arguments(kind, document_ids, segment_ids):
-    """Arguments that give a model of attention `kind` the mask of a packed sequence of T tokens."""
-    size, rule = len(document_ids), mask_mod(document_ids, segment_ids)
-    if kind == "packed":
-        both = torch.stack([document_ids, segment_ids])
-        ids, counts = torch.unique_consecutive(both, dim=1, return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        segments = list(zip(ids[1].tolist(), [0, *ends[:-1]], ends, strict=True))
-        return {"attention_mask": None, "segments": segments}
-    if kind == "flex_attention":
-        device = document_ids.device
-        return {"attention_mask": create_block_mask(rule, None, None, size, size, device=device)}
-    place = torch.arange(size, device=document_ids.device)
-    return {"attention_mask": rule(0, 0, place[:, None], place)[None, None]}
-
-
-# ---- log-probs of completions --------------------------------------------------------------------
-
-
-def completion_logps(model, sequences, packs=True):
-    """log pi(completion | prompt) of each (prompt ids, completion ids): (S,) fp32, in nats.
-
-    model: of transformers, for causal language modelling. packs: what check_model says of it; where
-    it is false, the sequences run one by one. Differentiable, in autocast too.
-    """
-    if not packs and len(sequences) > 1:
-        return torch.cat([completion_logps(model, [sequence]) for sequence in sequences])
-    device = next(model.parameters()).device
-    batch = Packed(*(tensor.to(device) for tensor in collate(sequences)))
-    attention = {}  # one sequence needs plain causal attention only, which every model has
-    if len(sequences) > 1:
-        kind = model.config._attn_implementation
-        attention = attention_arguments(kind, batch.document_ids, batch.segment_ids)
-    hidden = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention
-    ).last_hidden_state[0]  # (T, D)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else head.weight.dtype
-    bias = getattr(head, "bias", None)
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies the logits
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides them
-    return linear_logps(
-        hidden[batch.rows].to(dtype),
-        head.weight.to(dtype),
-        batch.labels,
-        batch.cu_seqlens,
-        bias=None if bias is None else bias.to(dtype),
-        logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None) or 0.0,  # Gemma
-    )
-
-
-def micro_batches(costs, budget):
-    """Lists of neighbouring indices of costs that add up to at most budget, or hold one index."""
-    batch, spent = [], 0
-    for i, cost in enumerate(costs):
-        if batch and spent + cost > budget:
-            yield batch
-            batch, spent = [], 0
-        batch.append(i)
-        spent += cost
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def all_logps(model, sequences, budget, packs=True):
-    """completion_logps of any number of sequences, `budget` tokens at a time: (S,), on the CPU."""
-    costs = [len(prompt) + len(completion) for prompt, completion in sequences]
-    parts = [torch.zeros(0)]
-    for batch in micro_batches(costs, budget):
-        parts.append(completion_logps(model, [sequences[i] for i in batch], packs).cpu())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def check_model(model, attention=None):
-    """Whether packed sequences give a model's own log-probs. It is set to `attention` where so.
-
-    The known answer comes from the model's logits, one sequence at a time. Packing is not exact for
-    recurrent layers, sliding windows, and positions that a model takes from the mask. Raises
-    ValueError where even single sequences differ: an output layer that is not supported here.
-    """
-    device, usual = next(model.parameters()).device, model.config._attn_implementation
-    sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
-    known = []
-    for prompt, completion in sequences:
-        logits = model(input_ids=torch.tensor([prompt + completion], device=device)).logits[0]
-        logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
-        labels = torch.tensor(completion, device=device)[:, None]
-        known.append(logps.gather(-1, labels).sum())
-    known = torch.stack(known)
-    tolerance = known.abs() * (1e-3 if logits.dtype == torch.float32 else 5e-2) + 1e-2
-
-    def exact(packs):
-        logps = completion_logps(model, sequences, packs)
-        return bool(((logps.double() - known).abs() <= tolerance).all())
-
-    if not exact(packs=False):
-        raise ValueError("the log-probs are not those of the model's logits: not supported here")
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    if layers != {"full_attention"} or window or not exact(packs=True):
-        return False
-    if attention not in (None, usual):
-        try:
-            model.set_attn_implementation(attention)
-            suits = model.config._attn_implementation == attention and exact(packs=True)
-        except (TypeError, KeyError, ValueError, RuntimeError):  # its layers take no such attention
-            suits = False
-        if not suits:
-            model.set_attn_implementation(usual)
-    return True

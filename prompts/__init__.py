@@ -44,7 +44,7 @@ def load_task(name):
         re.compile("|".join(task["metric"].get("patterns", [])))
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
-    except (ValueError, TypeError, re.error) as error:  # also what is not TOML, or not UTF-8
+    except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
         raise BadInput(f"{path}: {error}") from None
     return task
 
@@ -67,15 +67,12 @@ def fill(call, row, **texts):
 
 
 def as_messages(prompt):
-    """A prompt as messages: text is one user message. Raises ValueError for anything else."""
+    """A prompt as messages: text is one user message. Raises an error for anything else."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        known = [m["role"] in ("system", "user", "assistant") for m in messages]
-        if known and all(known) and all(isinstance(m["content"], str) for m in messages):
-            return messages
-    except (TypeError, KeyError):
-        pass
-    raise ValueError("text is needed, or messages with content and role: system, user, assistant")
+    known = [message["role"] in ("system", "user", "assistant") for message in messages]
+    if not (known and all(known) and all(isinstance(m["content"], str) for m in messages)):
+        raise ValueError("messages are needed, of text and the role system, user or assistant")
+    return messages
 
 
 def read_rows(path, *fields):
@@ -118,7 +115,7 @@ def read_prompts(path, task):
                 raise ValueError(f"id {key}, group {group}: is there before, or in another split")
             if split not in ("train", "test"):
                 raise ValueError(f"split {split}: must be train or test")
-        except (ValueError, KeyError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{path}: row {number}: {error}") from None
         rows[key] = row | {k: v for k, v in columns.items() if k not in (*row, *WRITTEN)}
     return list(rows.values())
