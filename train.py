@@ -556,8 +556,8 @@ def main():
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
     record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
-    record |= {"held_out": len(held_out), "left_out": counts, "processes": WORLD}
-    record |= provenance(args.device)
+    record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
+    record |= {"processes": WORLD, **provenance(args.device)}
     if RANK == 0:
         record = open_run(out, record, args.overwrite)
     wait()

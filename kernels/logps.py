@@ -322,13 +322,13 @@ def linear_logps(
     skips tokens without a gradient. On CUDA products of half operands come out in fp32; those of
     fp32 operands follow torch.backends.cuda.matmul. Autocast is off. Raises as gather_logps does.
     """
-    device = hidden.device.type
+    device = "cuda" if hidden.is_cuda else "cpu"
     chunk_bytes = CHUNK_BYTES[device] if chunk_bytes is None else chunk_bytes
     retain_bytes = RETAIN_BYTES[device] if retain_bytes is None else retain_bytes
     budgets = chunk_bytes, retain_bytes if torch.is_grad_enabled() else 0
     labels = _check(hidden, labels, len(weight), ignore_index)
     settings = float(logit_scale), float(softcap), *budgets
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         logps = _LinearLogps.apply(hidden, weight, bias, labels, settings)
     if cu_seqlens is None:
         return logps
@@ -430,7 +430,8 @@ def _gradients(ctx, grad_logps):
 
 
 def _chunks(h, weight, columns):
-    """(slice of the vocabulary, memory for its logits: None, but on a CPU, where page faults cost)."""
+    """(slice of the vocabulary, memory for its logits): reused on a CPU, where page faults cost,
+    and None under Triton."""
     tile = None if _on_triton(h) else h.new_empty(len(h), min(columns, len(weight)))
     for start in range(0, len(weight), columns):
         yield slice(start, min(start + columns, len(weight))), tile
@@ -462,8 +463,8 @@ def multiplies_bf16():
 
 def _check(x, labels, V, ignore_index):
     """Labels as int64, the ignored ones -1 - V: before column 0 of every chunk."""
-    if labels.shape != x.shape[:-1]:
-        raise ValueError(f"labels must be {list(x.shape[:-1])}, and are {list(labels.shape)}")
+    if labels.shape != x.shape[:-1] or labels.is_floating_point():
+        raise ValueError(f"labels must be {list(x.shape[:-1])} integers, not {list(labels.shape)}")
     if x.dtype == torch.float64 and _on_triton(x):
         raise ValueError("the kernels take bf16, fp16 and fp32, not fp64")
     ignored = labels == ignore_index

@@ -97,8 +97,7 @@ def read_rows(path, *fields):
 def read_prompts(path, task):
     """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
 
-    Of a row only `prompt` is needed. Rows without `split` are divided by a hash of their group, four
-    to one. Raises BadInput.
+    Rows without `split` are divided by a hash of their group, four to one. Raises BadInput.
     """
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt"), 1):

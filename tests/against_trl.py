@@ -94,7 +94,7 @@ def run_ours(job):
         def step_with_reference(student, optimizer, batch, *more):
             frozen.extend([] if frozen else [copy.deepcopy(student).requires_grad_(False)])
             with torch.no_grad():
-                frozen[0](packed.completion_logps, train.sequences_of(batch, job["loss"]))
+                frozen[0](batch)
             return usual["step"](student, optimizer, batch, *more)
 
         train.training_step = step_with_reference
