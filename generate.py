@@ -186,11 +186,11 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     try:
         folder = model_folder(name)
         kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
-        if ("Classification" in kind) == (auto_class is AutoModelForCausalLM):
-            raise ValueError(
-                f"it is a {kind}; --reward classifier takes classifiers, and no others"
-            )
-        model = auto_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, loading = auto_class.from_pretrained(folder, **options)
+        classifier = auto_class is AutoModelForCausalLM and "Classification" in kind
+        if classifier or loading["missing_keys"]:
+            raise ValueError(f"it is a {kind}, not the kind of model that is needed (see --reward)")
         return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

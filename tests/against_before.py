@@ -22,10 +22,12 @@ import time
 import types
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from against_trl import make_rows
 
-from generate import provenance
+from generate import model_folder, provenance
 from kernels import bench
 from kernels import logps as kernel_now
 
@@ -81,7 +83,10 @@ def generate(folder, out, limit):
     argv = ["--task", "sentiment", "--limit", limit, "--out", out]
     _, seconds, memory = timed(folder, "generate.py", *argv)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    tokens = sum(sum(row["teacher"]["completion_tokens"].values()) for row in rows)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2"))
+    texts = [row[side][0]["content"] for row in rows for side in ("rejected", "chosen")]
+    texts += [row["critique"] for row in rows]
+    tokens = sum(len(ids) + 1 for ids in tokenizer(texts)["input_ids"])  # and the end of the turn
     return {"completion tokens a second": tokens / seconds, "GiB": memory}
 
 

@@ -92,13 +92,13 @@ def serve(port, share):
     asyncio.run(main())
 
 
-def drive(command, out, rows, kills, draw):
-    """Runs a stage until it is done, killed in its first two fifths; (seconds, kills)."""
-    began, marks = time.time(), sorted(draw.sample(range(rows // 50, 2 * rows // 5), kills))
-    killed = 0
+def drive(command, out, calls, kills, draw):
+    """Runs a stage until it is done, killed in its first four fifths; (seconds, kills)."""
+    began, marks = time.time(), sorted(draw.sample(range(calls // 50, 4 * calls // 5), kills))
+    killed, journal = 0, out.with_name(f"{out.name}.calls")
 
     def lines():
-        return out.read_bytes().count(b"\n") if out.exists() else 0
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     while True:
         start = lines()
@@ -147,7 +147,7 @@ def main():
     asked = answered = 0
     for out, command, calls in ((pairs, teacher, 3), (scored, judge, 2)):
         command = [sys.executable, *map(str, command)]
-        seconds, kills = drive(command, out, args.rows, args.kills, draw)
+        seconds, kills = drive(command, out, calls * args.rows, args.kills, draw)
         now = requests.get(url, timeout=60).json()
         rows = read_rows(out)
         assert [row["id"] for row in rows] == ids and not any("error" in row for row in rows)
