@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -272,7 +273,8 @@ class Server:
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
-        self.journal = Rows(journal, args.overwrite)
+        self.journal, self.lock = Rows(journal, args.overwrite), threading.Lock()
+        self.cost = self.paid()[2]  # and the most that calls under way may cost
 
     def ask(self, conversations, keys):
         bodies = [
@@ -280,30 +282,34 @@ class Server:
             for messages, key in zip(conversations, keys, strict=True)
         ]
         calls = {digest_of(body): body for body in bodies}  # equal ones are made once
-        new = [body for digest, body in calls.items() if digest not in self.journal.rows]
-        most = price(self.args, len(json.dumps(new)) / 2, len(new) * self.settings["max_tokens"])
-        if self.args.max_cost is not None and self.paid()[2] + most > self.args.max_cost:
-            raise BadInput(f"--max-cost: the next {len(new)} calls may cost {most:.2f}; raise it")
-        pool = ThreadPoolExecutor(self.args.concurrency)
+        pool, replies = ThreadPoolExecutor(self.args.concurrency), {}
         try:
-            answers = pool.map(self.call, calls, calls.values())
-            answers = list(tqdm(answers, "calls", len(calls), leave=False, disable=None))
+            answers = zip(calls, pool.map(self.call, calls, calls.values()), strict=True)
+            for digest, reply in tqdm(answers, "calls", len(calls), leave=False, disable=None):
+                replies[digest] = reply
+                if len(replies) == 20 and all(
+                    r.finish.startswith("error") for r in replies.values()
+                ):
+                    raise BadInput(f"{self.where}: every call failed, the last with {reply.finish}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        failed = [reply.finish for reply in answers if reply.finish.startswith("error")]
-        if len(failed) == len(answers) >= 20:
-            raise BadInput(f"{self.where}: every call failed, the last with {failed[-1]}")
-        replies = dict(zip(calls, answers, strict=True))
         return [replies[digest_of(body)] for body in bodies]
 
     def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""
-        if digest not in self.journal.rows:
-            reply = self.post(body)
-            if not (reply.text or reply.completion_tokens):
-                return reply  # that was no answer
-            self.journal.add({"id": digest, "reply": reply})
-        return Reply(*self.journal.rows[digest]["reply"])
+        if digest in self.journal.rows:
+            return Reply(*self.journal.rows[digest]["reply"])
+        most = price(self.args, len(json.dumps(body["messages"])) / 2, body["max_tokens"])
+        with self.lock:
+            if self.args.max_cost is not None and self.cost + most > self.args.max_cost:
+                raise BadInput("--max-cost: the next call could cost more than is left; raise it")
+            self.cost += most
+        reply = self.post(body)
+        with self.lock:
+            self.cost += price(self.args, reply.prompt_tokens, reply.completion_tokens) - most
+            if reply.text or reply.completion_tokens:  # else that was no answer
+                self.journal.add({"id": digest, "reply": reply})
+        return reply
 
     def post(self, body):
         """The Reply to a request; its finish is "error: ..." where there was no answer."""
@@ -519,7 +525,7 @@ def main():
     add("--max-tokens", type="count", default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
     add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    add("--batch-size", type="count", help="rows that are answered, and written, together (default: 64, of a server 512)")
+    add("--batch-size", type="count", help="rows that are answered, and written, together (default: 64, of a server all)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of tokens and cost, and ask nothing")
     # fmt: on
     args = parser.parse_args()
@@ -541,7 +547,8 @@ def main():
     output = Rows(out, args.overwrite)
     done = output.done("teacher", settings, source)
     print(f"{args.model} ({name}), {len(rows)} instructions, {len(done)} done -> {out}")
-    given, size = [row for row in rows if row["id"] not in done], args.batch_size or 512
+    given = [row for row in rows if row["id"] not in done]
+    size = args.batch_size or max(1, len(given))
     if not args.api_base:  # cut from all rows: a continued run then samples the same batches
         given, size = rows, args.batch_size or 64
     for start in tqdm(range(0, len(given), size), unit="batch"):

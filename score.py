@@ -242,7 +242,7 @@ def main():
     add("--model", type="model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type="count", help="rows that are scored, and written, together (default: 32, of a server 512)")
+    add("--batch-size", type="count", help="rows that are scored, and written, together (default: 32, of a server all)")
     add("--dry-run", action="store_true", help="judge: show the first call and an estimate of tokens and cost, and ask nothing")
     # fmt: on
     args = parser.parse_args()
@@ -271,7 +271,7 @@ def main():
     done = output.done("reward", settings, source)
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(done)} done -> {out}")
     todo = [row for row in rows if row["id"] not in done]
-    size = args.batch_size or (512 if args.api_base else 32)
+    size = args.batch_size or (max(1, len(todo)) if args.api_base else 32)
     for start in tqdm(range(0, len(todo), size), unit="batch"):
         output.add(*add_scores(todo[start : start + size], reward, settings))
     rows = output.close(source)

@@ -68,10 +68,8 @@ def with_client(url, calls, threads):
 
         text = "Question {}: " + "why " * 50
         chats = [[{"role": "user", "content": text.format(i)}] for i in range(calls)]
-        began, replies = time.perf_counter(), []
-        for i in range(0, calls, 512):  # generate.py's batches
-            keys = [(k, "answer") for k in range(i, min(i + 512, calls))]
-            replies += server.ask(chats[i : i + 512], keys)
+        began = time.perf_counter()
+        replies = server.ask(chats, [(i, "answer") for i in range(calls)])
         seconds = time.perf_counter() - began
         assert all(reply.finish == "stop" for reply in replies)
         assert len(server.journal.rows) == calls
