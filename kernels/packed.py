@@ -81,7 +81,7 @@ def attention_arguments(kind, document_ids, segment_ids):
         ends = sizes.cumsum(0)
         segments = torch.stack([ids, ends - sizes, ends], 1)  # (segments, 3): id, first token, end
         return {"attention_mask": None, "segments": segments.tolist()}
-    # FlexAttention (CUDA) skips the blocks that its mask hides; others get (1, 1, T, T) bool
+    # FlexAttention skips the blocks that its mask hides (no default yet); others get (1, 1, T, T)
     create = create_block_mask if kind == "flex_attention" else create_mask
     attends, size = mask_mod(document_ids, segment_ids), len(document_ids)
     return {"attention_mask": create(attends, None, None, size, size, device=segment_ids.device)}

@@ -30,8 +30,7 @@ def load_task(name):
     try:
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
         for form in {"conversation", "fresh"} & task.keys():
-            fill(task[form]["answer"], row)
-            fill(task[form]["critique"], row, **answer)
+            fill(task[form]["answer"], row), fill(task[form]["critique"], row, **answer)
             fill(task[form]["revise"], row, **answer, critique="CRITIQUE")
         if contrast := task.get("contrast"):
             for table in (contrast, contrast.get("control", contrast)):
@@ -40,8 +39,12 @@ def load_task(name):
             _lowest, _highest = judge["scale"]
             if "ANSWER" not in str(fill(judge["prompt"], row, **answer)):
                 raise ValueError("[judge] prompt: must show the judge the {answer}")
-        task["about"], *(task["metric"][key] for key in ("kind", "better", "meaning"))
-        re.compile("|".join(task["metric"].get("patterns", [])))
+        metric = task["metric"]
+        task["about"], metric["better"], metric["meaning"]
+        want = metric["want"] if metric["kind"] == "match" else "any"
+        if metric["kind"] not in ("match", "positive", "spread") or want not in ("any", "none"):
+            raise ValueError("[metric]: kind is match, positive or spread; want is any or none")
+        re.compile("|".join(metric.get("patterns", [])))
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
@@ -101,8 +104,8 @@ def read_prompts(path, task):
     """
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt"), 1):
-        key = str(columns.get("id") or f"{task}-{number:05d}")
-        group = str(columns.get("group") or key)
+        key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
+        group = str(columns.get("group", key))
         held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
         split = columns.get("split") or ("test" if held_out else "train")
         row = {"id": key, "task": task, "group": group, "split": split}

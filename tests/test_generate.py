@@ -15,7 +15,7 @@ import torch
 from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
 
 import generate
-from generate import BadInput, Reply, Rows, encode, refine, sample
+from generate import BadInput, Reply, Rows, encode, lock, refine, sample
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
@@ -464,6 +464,50 @@ def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
     _, said, err = ask(run, server, "--limit", "2", "--concurrency", "1")
     files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
     assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
+
+
+@pytest.mark.parametrize("name", [PAIRS, f"{PAIRS}.calls"])
+def test_a_second_process_on_the_same_output_is_refused(run, server, workdir, name):
+    HostileServer.script = [200, 200, 200, 200, 400]
+    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 1
+    before = {path: path.read_bytes() for path in workdir.rglob("*.*") if path.is_file()}
+    held = lock(name)
+    for more in ([], ["--overwrite"] if name.endswith("calls") else []):
+        status, _, err = ask(run, server, "--limit", "2", *more)
+        assert status == 2 and "another process" in err and len(HostileServer.asked) == 6
+        assert {path: path.read_bytes() for path in before} == before
+    held.close()
+    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 0
+    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 6
+
+
+def test_a_second_overwrite_of_an_empty_output_keeps_the_rows_of_the_first(run, server, workdir):
+    assert ask(run, server, "--limit", "2")[0] == 0
+    before = (workdir / PAIRS).read_bytes()
+    HostileServer.script = [401]
+    assert ask(run, server, "--limit", "2", "--overwrite")[0] == 2
+    assert ask(run, server, "--limit", "2", "--overwrite")[0] == 0
+    assert (workdir / f"{PAIRS}.bak").read_bytes() == before
+
+
+def test_a_folder_of_the_output_s_name_stays(run, server, workdir):
+    (workdir / "runs" / "safety").mkdir(parents=True)
+    status, _, err = ask(run, server, "--out", "runs/safety", "--overwrite", "--limit", "1")
+    assert status == 2 and "Is a directory" in err and (workdir / "runs" / "safety").is_dir()
+
+
+def test_equal_calls_are_made_once(run, server, workdir):
+    """The framings of an argument share their neutral request, and their random numbers."""
+    argv = ["--task", "sycophancy", "--form", "fresh", "--limit", "5"]
+    assert ask(run, server, *argv)[0] == 0
+    assert len(HostileServer.asked) == len(set(HostileServer.answered)) < 15
+
+
+def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir):
+    (workdir / "big").mkdir()
+    argv = ["--model", str(workdir / "big"), "--form", "conversation", "--limit", "1"]
+    assert run("generate", "--api-base", server, *argv)[0] == 0
+    assert {body["model"] for _, body in HostileServer.asked} == {str(workdir / "big")}
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):

@@ -45,6 +45,14 @@ def test_what_is_neither_text_nor_messages_is_no_prompt(prompt):
         as_messages(prompt)
 
 
+def test_a_group_0_is_a_group(tmp_path):
+    rows = [{"id": i, "group": 0, "prompt": f"Say {i}"} for i in range(8)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    read = read_prompts(tmp_path / "in.jsonl", "x")
+    assert {row["group"] for row in read} == {"0"} and len({row["split"] for row in read}) == 1
+    assert [row["id"] for row in read] == [str(i) for i in range(8)]
+
+
 # ---- instructions --------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import train
-from generate import load_model
+from generate import load_model, lock
 from prompts import BadInput
 from train import LOSSES, SCORED_LOSSES, Pair, preference_loss
 
@@ -293,7 +293,7 @@ def gradient_of(student, dense=False, **options):
     settings = {"beta": 0.1, "tau": 1.0, "epsilon": 0.1, "mean_weight": 1.0}
     reference = torch.zeros(len(PAIRS), 2)
     with torch.no_grad():
-        reference += train.all_logps(student, PAIRS, SimpleNamespace(**args)) + torch.tensor(
+        reference += train.pair_logps(student, PAIRS, SimpleNamespace(**args)) + torch.tensor(
             [1, -1]
         )
     train.training_step(student, Recorder(), PAIRS, reference, SimpleNamespace(**args), settings)
@@ -391,6 +391,16 @@ def test_the_saved_model_has_the_number_format_of_the_one_it_comes_from(
     trained(run, str(workdir / "half"), workdir / "out", "--max-steps", "1")
     weights = load_file(workdir / "out" / "model.safetensors").values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(workdir / "out").dtype == torch.bfloat16
+
+
+def test_two_processes_save_a_half_student_in_its_number_format(pairs_file, workdir, tokenizer):
+    make_model(len(tokenizer)).bfloat16().save_pretrained(workdir / "half")
+    tokenizer.save_pretrained(workdir / "half")
+    argv = ["--model", workdir / "half", "--out", workdir / "out", *FAST, "--max-steps", "1"]
+    torchrun(*argv)
+    weights = load_file(workdir / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(workdir / "out").dtype == torch.bfloat16
 
 
@@ -623,6 +633,15 @@ def test_overwrite_keeps_the_run_that_was_there_and_spares_other_folders(
     status, _, err = run("train", *argv)
     assert status == 2 and "no run directory" in err
     assert (workdir / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_second_process_in_the_same_run_directory_is_refused(run, tiny, pairs_file, workdir):
+    trained(run, tiny, workdir / "out", "--max-steps", "1")
+    with lock(workdir / "out" / "log.jsonl"):
+        for more in ([], ["--overwrite"]):
+            argv = ["--model", tiny, "--out", workdir / "out", *FAST, "--max-steps", "1", *more]
+            status, _, err = run("train", *argv)
+            assert status == 2 and "another process" in err
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
