@@ -299,20 +299,16 @@ def main():
     by_id = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    done = output.done("settings", settings, jobs, others=True)
+    output.resume("settings", settings, jobs, others=True)
     for model, name in zip(args.models, names, strict=True):
         mine = [job for job in jobs if job["model"] == name]
-        if done.issuperset(job["id"] for job in mine):
-            continue
-        chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
-        # cut from all answers, not from those left: a continued run samples the same batches
-        for start in tqdm(range(0, len(mine), args.batch_size), name, unit="batch"):
-            batch = mine[start : start + args.batch_size]
-            new = [job for job in batch if job["id"] not in done]
-            if new:
-                add_answers(batch, by_id, chat, task["seed_by"])
-                score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
-                output.add(*(job | {"settings": settings} for job in new))
+        if batches := output.batches(mine, args.batch_size):
+            chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
+        for batch in tqdm(batches, name, unit="batch"):
+            add_answers(batch, by_id, chat, task["seed_by"])
+            new = [job for job in batch if job["id"] not in output.done]
+            score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
+            output.add(*(job | {"settings": settings} for job in batch))
     for job in jobs:  # by the metric as it is now, for old answers too
         row = output.rows[job["id"]]
         given, answered = by_id[row["prompt_id"]], not row["finish"].startswith("error")

@@ -375,6 +375,8 @@ def price(args, prompt_tokens, completion_tokens):
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made."""
 
+    done = frozenset()  # ids of rows that need not be made again
+
     def __init__(self, path, overwrite=False):
         """A torn last line is cut off. With overwrite, what was there becomes NAME.bak. Raises
         BadInput for a file of something else, or of a process that still runs; it stays as it is.
@@ -396,14 +398,15 @@ class Rows:
         self.file.truncate(self.file.tell() - len(torn))
 
     def add(self, *rows):
-        """Hands rows to the operating system, so that a killed run keeps them."""
+        """Hands rows that are not done to the operating system, so that a killed run keeps them."""
+        rows = [row for row in rows if row["id"] not in self.done]
         self.rows |= {row["id"]: row for row in rows}
         self.file.write(lines_of(rows))
         self.file.flush()
 
-    def done(self, made_by, settings, source, others=False):
-        """Raises BadInput where a row was made with other settings, or from another row of the
-        input; else returns the ids of the rows without `error`, which need not be made again.
+    def resume(self, made_by, settings, source, others=False):
+        """Takes the rows without `error` as done. Raises BadInput where one was made with other
+        settings, or from another row of the input.
 
         made_by: the field that holds a row's settings. source: all rows of the input. others:
         whether rows that are made of none of them may stay.
@@ -420,7 +423,16 @@ class Rows:
                 mend = "go back to it, choose another --out, or pass --overwrite"
                 found = f"row {key} was made with another '{changed[0]}'"
                 raise BadInput(f"{self.path}: {found}; {mend}")
-        return set(done)
+        self.done = set(done)
+
+    def batches(self, rows, size, paid=False):
+        """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
+        computes the same ones. Calls that are paid are one batch of the rows that are left."""
+        if paid:
+            rows = [row for row in rows if row["id"] not in self.done]
+            return [rows] if rows else []
+        cut = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
 
     def close(self, source):
         """The rows of the input, in its order, which the file then has too."""
@@ -545,7 +557,7 @@ def main():
     add("--max-tokens", type="count", default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
     add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    add("--batch-size", type="count", help="rows that are answered, and written, together (default: 64, of a server all)")
+    add("--batch-size", type="count", default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of tokens and cost, and ask nothing")
     # fmt: on
     args = parser.parse_args()
@@ -565,19 +577,11 @@ def main():
     teacher = open_chat(args.model, args, f"{out}.calls", **sampling)
     settings = {**teacher.settings, "form": name, "prompt_text": digest_of([form, seed_by])}
     output = Rows(out, args.overwrite)
-    done = output.done("teacher", settings, source)
-    print(f"{args.model} ({name}), {len(rows)} instructions, {len(done)} done -> {out}")
-    given = [row for row in rows if row["id"] not in done]
-    size = args.batch_size or max(1, len(given))
-    if not args.api_base:  # cut from all rows: a continued run then samples the same batches
-        given, size = rows, args.batch_size or 64
-    for start in tqdm(range(0, len(given), size), unit="batch"):
-        batch = given[start : start + size]
-        if not done.issuperset(row["id"] for row in batch):
-            pairs = refine(batch, form, teacher.ask, seed_by)
-            for pair in pairs:
-                pair["teacher"] |= settings
-            output.add(*(pair for pair in pairs if pair["id"] not in done))
+    output.resume("teacher", settings, source)
+    print(f"{args.model} ({name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
+    for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
+        pairs = refine(batch, form, teacher.ask, seed_by)
+        output.add(*({**pair, "teacher": pair["teacher"] | settings} for pair in pairs))
     rows = output.close(source)
     whole = [row for row in rows if not row.get("error")]
     ends = [row["teacher"]["finish"] for row in whole]

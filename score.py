@@ -68,8 +68,8 @@ def contrast_reward(rows, answers, model, tokenizer, packs, table, pack_tokens):
             sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
-    gaps = all_logps(model, both, pack_tokens, packs).view(2, -1).diff(dim=0)[0].neg().tolist()
-    scores = []
+    good, bad = all_logps(model, both, pack_tokens, packs).double().view(2, -1)
+    gaps, scores = (good - bad).tolist(), []
     for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
         scores.append(Score(0.0 if principle == opposite else gap / len(principle[1])))
@@ -247,7 +247,7 @@ def main():
     add("--model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type="count", help="rows that are scored, and written, together (default: 32, of a server all)")
+    add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
     add("--dry-run", action="store_true", help="judge: show the first call and an estimate of tokens and cost, and ask nothing")
     # fmt: on
     args = parser.parse_args()
@@ -274,22 +274,14 @@ def main():
     args.reward_model = args.model
     reward, settings, judge = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
-    done = output.done("reward", settings, source)
-    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(done)} done -> {out}")
-    given = [row for row in rows if row["id"] not in done]
-    size = args.batch_size or max(1, len(given))
-    if not args.api_base:  # cut from all rows: a continued run then scores the same batches
-        given, size = rows, args.batch_size or 32
-    for start in tqdm(range(0, len(given), size), unit="batch"):
-        batch = given[start : start + size]
-        if done.issuperset(row["id"] for row in batch):
-            continue
+    output.resume("reward", settings, source)
+    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
+    for batch in tqdm(output.batches(rows, args.batch_size, judge and args.api_base), unit="batch"):
         try:
-            scored = add_scores(batch, reward, settings)
+            output.add(*add_scores(batch, reward, settings))
         except (ValueError, TypeError, LookupError) as error:
             names = f"{batch[0]['id']} to {batch[-1]['id']}"
             raise BadInput(f"{path}: rows {names}: {error}") from None
-        output.add(*(row for row in scored if row["id"] not in done))
     rows = output.close(source)
     print(f"{out}:\n{audit(rows)}")
     if judge and args.api_base:
