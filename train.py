@@ -401,8 +401,10 @@ def open_run(out, record, overwrite):
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
     held = lock(out / "log.jsonl")
     if overwrite and path.exists():
-        shutil.rmtree(f"{out}.bak", ignore_errors=True)
-        out.rename(f"{out}.bak")
+        begun = checkpoints(out) or "finished" in json.loads(path.read_text())
+        shutil.rmtree(f"{out}.bak" if begun else out, ignore_errors=True)
+        if begun:  # else there is nothing to keep, and an older .bak stays
+            out.rename(f"{out}.bak")
         out.mkdir()
         held = lock(out / "log.jsonl")
     if not path.exists():

@@ -340,7 +340,7 @@ def bench(args):
             "batch": args.batch,
         }
         job |= {"set": kind, "prompt_tokens": prompt}
-        who = MAIN + [("ours", off) for off in OFF]
+        who = MAIN + [("ours", off) for off in OFF if not args.whole]
         runs = {one: [] for one in who}
         for turn in range(args.rounds):  # in turns, so that a busy minute hits all
             for one in who if turn == 0 else MAIN:
@@ -465,6 +465,7 @@ def main():
         default=2,
         help="bench: runs of each kind; with a feature off, one (default: %(default)s)",
     )
+    parser.add_argument("--whole", action="store_true", help="bench: no run with a feature off")
     parser.add_argument(
         "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="parity: which"
     )

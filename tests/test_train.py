@@ -627,6 +627,11 @@ def test_overwrite_keeps_the_run_that_was_there_and_spares_other_folders(
     before = (workdir / "out" / "model.safetensors").read_bytes()
     trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
     assert (workdir / "out.bak" / "model.safetensors").read_bytes() == before
+    record = json.loads((workdir / "out" / "run.json").read_text())
+    del record["finished"]  # as of a run that failed at its first step
+    (workdir / "out" / "run.json").write_text(json.dumps(record))
+    trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
+    assert (workdir / "out.bak" / "model.safetensors").read_bytes() == before
     (workdir / "precious").mkdir()
     (workdir / "precious" / "thesis.txt").write_text("years of work")
     argv = ["--model", tiny, "--out", workdir / "precious", *FAST, "--overwrite"]
