@@ -46,8 +46,14 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
         markers = row[metric["field"]]
         patterns = [re.escape(m) for m in ([markers] if isinstance(markers, str) else markers)]
     text = answer.replace("\u2019", "'")
-    found = any(re.search(rf"(?i)(?<!\w)(?:{pattern})(?!\w)", text) for pattern in patterns)
+    found = any(re.search(f"(?i){whole_words(pattern)}", text) for pattern in patterns)
     return float(found == {"any": True, "none": False}[metric["want"]])
+
+
+def whole_words(pattern):
+    """The pattern between ends of words, where it begins or ends with a word or a group of them."""
+    start, end = (r"\b" * (char.isalnum() or char in "()") for char in (pattern[0], pattern[-1]))
+    return f"{start}(?:{pattern}){end}"
 
 
 def by_group(rows, field, kind="mean"):
@@ -192,6 +198,7 @@ def draw(path, table, metric):
         if table[0][key]:
             axis.axvline(table[0][key][0], color="C7", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
     axes[0].invert_yaxis()
@@ -241,7 +248,11 @@ def add_answers(jobs, rows, chat, seed_by):
     rows: {id: row} of the test prompts."""
     given = [rows[job["prompt_id"]] for job in jobs]
     if chat is None:
-        replies = [Reply(row["chosen"][-1]["content"], "stop") for row in given]
+        ends = [
+            (row.get("teacher") or {}).get("finish", {}).get("revision", "stop") for row in given
+        ]
+        texts = [row["chosen"][-1]["content"] for row in given]
+        replies = [Reply(text, end) for text, end in zip(texts, ends, strict=True)]
     else:
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
@@ -281,8 +292,12 @@ def main():
     rows = [row for row in read_rows(path, "id", "group", "prompt") if row.get("split") == "test"]
     rows = rows[: args.limit]
     refined = [row for row in rows if not row.get("error") and "chosen" in row]
-    if not rows or rows[0].get("task", args.task) != args.task:
-        raise BadInput(f"{path}: has no row of the task {args.task} and the split test; see --task")
+    if not rows:
+        raise BadInput(
+            f"{path}: no row has the split 'test', so nothing is held out to evaluate on"
+        )
+    if rows[0].get("task", args.task) != args.task:
+        raise BadInput(f"{path}: rows of another task; pass --task {rows[0]['task']}")
     args.models = args.models or models_in(folder, refined)
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):

@@ -243,6 +243,10 @@ def pick_device(device="auto", dtype="auto"):
     if dtype == "auto":
         fast = multiplies_bf16() if device == "cpu" else torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
     return torch.device(device), getattr(torch, dtype)
 
 
@@ -578,7 +582,9 @@ def main():
     settings = {**teacher.settings, "form": name, "prompt_text": digest_of([form, seed_by])}
     output = Rows(out, args.overwrite)
     output.resume("teacher", settings, source)
-    print(f"{args.model} ({name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
+    held_out = sum(row["split"] == "test" for row in rows)
+    print(f"{args.model} ({name}), {len(rows)} instructions, {held_out} of them held out,", end=" ")
+    print(f"{len(output.done)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         pairs = refine(batch, form, teacher.ask, seed_by)
         output.add(*({**pair, "teacher": pair["teacher"] | settings} for pair in pairs))

@@ -175,9 +175,10 @@ def check_first_loss(loss, reference_logps, pairs, args, settings):
     for most losses: the cached log-probs are of another model then."""
     expected = metrics_of(reference_logps, reference_logps, pairs, args, settings)["loss"]
     slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z
-    if abs(loss - expected) > (1e-3 if args.dtype == "float32" else 0.05) * slope:
+    if not abs(loss - expected) <= (1e-3 if args.dtype == "float32" else 0.05) * slope:  # or NaN
         found = f"step 1: loss {loss:.4f}, but policy = reference gives {expected:.4f}"
-        raise BadInput(f"{found}; delete reference-*.safetensors in the run directories")
+        mend = "delete reference-*.safetensors in the run directories, or mend a loss of your own"
+        raise BadInput(f"{found}; {mend}")
 
 
 def learning_rate(step, steps, args):
@@ -556,7 +557,8 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
-    if out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
+    student_in = [Path(args.model).resolve(), *Path(args.model).resolve().parents]
+    if out.resolve() in student_in or Path(f"{out}.bak").resolve() in student_in:
         raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
 
     rows = read_rows(source, "chosen", "rejected")[: args.limit]

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+METRICS = ("positive", "spread")  # and match, see measure() of eval.py
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 
 
@@ -41,10 +42,12 @@ def load_task(name):
                 raise ValueError("[judge] prompt: must show the judge the {answer}")
         metric = task["metric"]
         task["about"], metric["better"], metric["meaning"]
-        want = metric["want"] if metric["kind"] == "match" else "any"
-        if metric["kind"] not in ("match", "positive", "spread") or want not in ("any", "none"):
-            raise ValueError("[metric]: kind is match, positive or spread; want is any or none")
-        re.compile("|".join(metric.get("patterns", [])))
+        match = metric["kind"] == "match"
+        patterns = metric.get("patterns") or [metric["field"]] if match else []
+        known = metric["want"] in ("any", "none") if match else metric["kind"] in METRICS
+        if not (known and isinstance(patterns, list)):
+            raise ValueError(f"[metric]: kind is match, with want (any, none), or {METRICS}")
+        re.compile("|".join(patterns))
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
@@ -86,7 +89,7 @@ def read_rows(path, *fields):
     with open(path, "rb") as file:  # bytes, since an answer's own U+2028 does not end a line
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line))
+                rows.append(dict(json.loads(line)))
                 missing = [field for field in fields if field not in rows[-1]]
                 if missing and not rows[-1].get("error"):
                     raise ValueError(f"the field '{missing[0]}' is missing")

@@ -39,8 +39,10 @@ CASES = [
     # tasks and models
     case("no such task", "generate", ["--task", "nosuch"], "--task nosuch"),
     case("another task", "score", [*IN, "--task", "safety"], "pass --task sentiment", GOOD),
-    case("another task for eval", "eval", [*IN, "--task", "safety"], "see --task", TEST),
-    case("no test rows", "eval", IN, "see --task", GOOD),
+    case("another task for eval", "eval", [*IN, "--task", "safety"], "pass --task sentiment", TEST),
+    case("no test rows", "eval", IN, "nothing is held out", GOOD),
+    case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
+    case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),
     case("no such folder", "generate", ["--model", "./nowhere"], "--model ./nowhere"),
     case("no such hub id", "generate", ["--model", "nobody/nothing"],
          "--model nobody/nothing: cannot be loaded"),

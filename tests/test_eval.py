@@ -28,6 +28,12 @@ def test_metrics_of_single_answers_are_what_their_names_say():
     assert measure(persona, row, "An array of arrows.") == 1.0  # whole words only
 
 
+def test_a_pattern_that_is_punctuation_stands_behind_a_word():
+    metric = {"kind": "match", "want": "any", "patterns": ["!", "wow"]}
+    assert measure(metric, {}, "Hi everyone!") == measure(metric, {}, "Wow. Oh") == 1.0
+    assert measure(metric, {}, "Hi everyone, wowed.") == 0.0
+
+
 def test_a_field_that_holds_one_text_is_one_marker_and_not_its_letters():
     metric = {"kind": "match", "field": "marker", "want": "any"}
     assert measure(metric, {"marker": "ahoy"}, "a h o y") == 0.0

@@ -658,3 +658,8 @@ def test_a_student_s_own_folder_is_no_output(run, tiny, pairs_file, workdir, mor
     assert status == 2 and "holds the student itself" in err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert not out.with_name("rdpo.bak").exists()
+    status, _, err = run("train", "--model", out, "--out", workdir / "x", *FAST, "--max-steps", "1")
+    assert status == 0, err
+    (workdir / "x").rename(workdir / "y.bak")
+    argv = ["--model", workdir / "y.bak", "--out", workdir / "y", *FAST, "--overwrite"]
+    assert run("train", *argv)[0] == 2 and (workdir / "y.bak" / "run.json").exists()
