@@ -211,8 +211,8 @@ def draw(path, table, metric):
 
 def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
-    runs = {os.path.relpath(file.parent): file for file in sorted(folder.glob("*/run.json"))}
-    runs = {name: json.loads(file.read_text()) for name, file in runs.items()}
+    files = sorted(folder.glob("*/run.json"))
+    runs = {os.path.relpath(file.parent): json.loads(file.read_text()) for file in files}
     runs = {n: run for n, run in runs.items() if run.get("finished") and not n.endswith(".bak")}
     bases = {name_of(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
     if len(bases) > 1:
@@ -243,16 +243,15 @@ def jobs_of(models, names, rows, refined, samples):
 
 
 def add_answers(jobs, rows, chat, seed_by):
-    """The jobs with answers of a chat model; without one, the teacher's revisions.
+    """Adds answers of a chat model to the jobs; without one, the teacher's revisions.
 
     rows: {id: row} of the test prompts."""
     given = [rows[job["prompt_id"]] for job in jobs]
     if chat is None:
-        ends = [
-            (row.get("teacher") or {}).get("finish", {}).get("revision", "stop") for row in given
-        ]
-        texts = [row["chosen"][-1]["content"] for row in given]
-        replies = [Reply(text, end) for text, end in zip(texts, ends, strict=True)]
+        replies = []
+        for row in given:
+            finish = (row.get("teacher") or {}).get("finish", {})
+            replies.append(Reply(row["chosen"][-1]["content"], finish.get("revision", "stop")))
     else:
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
@@ -262,7 +261,7 @@ def add_answers(jobs, rows, chat, seed_by):
 
 
 def score_answers(jobs, rows, reward):
-    """The jobs with the scores of their answers; an empty answer has none."""
+    """Adds the scores of their answers to the jobs; an empty answer has none."""
     spoken = [job for job in jobs if job["answer"]]
     given, answers = [rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken]
     scores = reward(given, answers) if spoken else []

@@ -294,7 +294,8 @@ class Server:
             {**self.settings, "messages": messages, "seed": seed_of(self.args.seed, *key)}
             for messages, key in zip(conversations, keys, strict=True)
         ]
-        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
+        digests = [digest_of(body) for body in bodies]
+        calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
         pool, replies = ThreadPoolExecutor(self.args.concurrency), {}
         try:
             answers = zip(calls, pool.map(self.call, calls, calls.values()), strict=True)
@@ -306,7 +307,7 @@ class Server:
                     raise BadInput(f"{self.where}: every call failed, the last with {reply.finish}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return [replies[digest_of(body)] for body in bodies]
+        return [replies[digest] for digest in digests]
 
     def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""

@@ -118,8 +118,9 @@ def loss_settings(args, pairs):
     --tau is in units of the root mean square of the reward gaps, so that any reward scale works and
     equal gaps do no harm, as they would to a standard deviation.
     """
-    delta = torch.tensor([pair.delta for pair in pairs if not math.isnan(pair.delta)])
-    scale = delta.double().square().mean().sqrt().item() if len(delta) else 0.0
+    delta = [pair.delta for pair in pairs if not math.isnan(pair.delta)]
+    delta = torch.tensor(delta, dtype=torch.float64)
+    scale = delta.square().mean().sqrt().item() if len(delta) else 0.0
     tau = args.tau * scale or 1.0
     weights = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0)
     if args.loss in SCORED_LOSSES and scale == 0:
@@ -394,7 +395,7 @@ SAME += ("steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
-    """Makes or continues a run directory: (run.json, a lock). Raises BadInput where it holds
+    """Makes or continues a run directory, and returns its lock. Raises BadInput where it holds
     another run, or something else, or another process works in it."""
     path = out / "run.json"
     out.mkdir(parents=True, exist_ok=True)
@@ -415,7 +416,7 @@ def open_run(out, record, overwrite):
         if before.get(key) != record[key]:
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
-    return before, held
+    return held
 
 
 def write_record(out, record):
@@ -581,9 +582,10 @@ def main():
     record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
     record |= {"processes": WORLD, **provenance(args.device)}
     if RANK == 0:
-        record, _held = open_run(out, record, args.overwrite)
+        _held = open_run(out, record, args.overwrite)
     wait()
-    if json.loads((out / "run.json").read_text()).get("finished"):
+    record = json.loads((out / "run.json").read_text())  # of the run's beginning
+    if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
     options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)

@@ -22,6 +22,7 @@ import time
 import types
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -119,14 +120,14 @@ def module_of(text):
 def kernel(args):
     show = ["git", "show", f"{args.commit}:kernels/logps.py"]
     text = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    modules = {"now": kernel_now, f"{args.commit}": module_of(text)}
+    modules = {"now": kernel_now, args.commit: module_of(text)}
     for name, changes in SPECIAL.items():
         changed = text
         for old, new in changes:
             assert old in changed, old
             changed = changed.replace(old, new)
         modules[f"without {name}"] = module_of(changed)
-    problem = bench.make_problem(1024, 576, 49152, 0.0, False, bench.torch.bfloat16, "cpu")
+    problem = bench.make_problem(1024, 576, 49152, 0.0, False, torch.bfloat16, "cpu")
     exact, results = bench.exact(problem), {}
     for name, module in modules.items():
         results[name] = {"ms": [], **bench.errors(problem, method(module), exact)}
