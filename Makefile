@@ -1,9 +1,12 @@
 # make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (under 8 minutes)
 # make test   the tests                                make lint   ruff
+# make study  the methods side by side under noise, with three seeds (many hours; TASK= and SEEDS= choose)
 # make parity and make bench-train   train.py beside TRL's DPOTrainer: its numbers, its speed and memory
 # Needs Python 3.11 or newer (PYTHON=python3.12 chooses one) and nothing else; all goes into .venv.
 
 PYTHON ?= python3
+TASK ?= sentiment
+SEEDS ?= 0 1 2
 RUN = . .venv/bin/activate &&
 
 # 64 of the task's 120 instructions, so that two cores need no more than eight minutes. Status 1 says that some rows
@@ -21,6 +24,9 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(RUN) ruff check . && ruff format --check .
+
+study: .venv/ready
+	$(RUN) python results/study.py --task $(TASK) --seeds $(SEEDS)
 
 # TRL is needed here alone, so it has an environment of its own
 parity: .venv-dev/ready
@@ -44,4 +50,4 @@ bench-train: .venv-dev/ready
 clean:
 	rm -rf .venv .venv-dev runs .pytest_cache .ruff_cache
 
-.PHONY: demo test lint parity bench-train clean
+.PHONY: demo test lint study parity bench-train clean

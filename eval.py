@@ -6,10 +6,11 @@
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
 with its scores; report.md, the table and answers side by side; report.png.
 
-Every model answers every test prompt --samples times. An answer has three measures: the task's own
-metric, which training never saw (a lexicon or marker phrases), the reward that training listened
-to, and its length. Differences are taken from the first model, prompt by prompt, with a 95 %
-interval from a bootstrap over groups, since variants of one text are not independent.
+Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
+phrases), which training never saw, stands beside the reward, which training listened to, and beside
+what a gain may have cost: length, repetition, and the log-prob under the first model, by which text
+that is no English any more shows. Differences are taken from the first model, prompt by prompt, with
+a 95 % interval from a bootstrap over groups, since variants of one text are not independent.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Reply, Rows, make_parser, model_folder, name_of, provenance, run
+from generate import LocalModel, Rows, encode, make_parser, model_folder, name_of, provenance, run
+from kernels.packed import all_logps, check_model
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
@@ -56,6 +58,21 @@ def whole_words(pattern):
     return f"{start}(?:{pattern}){end}"
 
 
+def repetition(answer):
+    """Share of an answer's 4-grams of words that stand in it before, 0 to 1."""
+    words = answer.split()
+    grams = list(zip(*(words[start:] for start in range(4)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def add_measures(row, given, metric):
+    """Adds metric, words and repeats to a row of eval.jsonl; None where nothing was answered."""
+    answered, answer = not row["finish"].startswith("error"), row["answer"]
+    row["metric"] = measure(metric, given, answer) if answered else None
+    row["words"] = len(answer.split()) if answered else None
+    row["repeats"] = repetition(answer) if answered else None
+
+
 def by_group(rows, field, kind="mean"):
     """{group: value}: of each sample the mean of `field` over the group's prompts, or for the kind
     spread the largest less the smallest; then the mean over samples. None values are left out."""
@@ -87,15 +104,21 @@ def difference(values, first):
 
 def summarise(names, rows, kind):
     """A dictionary a model: bootstrap() of every measure and of its difference from the first."""
-    table, first = [], {}
+    table, first, usual = [], {}, {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
+        asked = [row for row in mine if not row["control"]]
+        words = by_group(mine, "words")
+        usual = usual or words  # those of the first model
+        long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
         measures = {
-            "metric": by_group([row for row in mine if not row["control"]], "metric", kind),
+            "metric": by_group(asked, "metric", kind),
             "control": by_group([row for row in mine if row["control"]], "metric", kind),
+            "long": by_group(long, "metric") if kind != "spread" else {},
             "reward": by_group(mine, "score"),
-            "words": by_group(mine, "words"),
         }
+        measures |= {key: by_group(mine, key) for key in ("repeats", "base_logp")}
+        measures["words"] = words
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line["cut"] = np.mean([row["finish"] == "length" for row in mine])
         line |= {key: bootstrap(values.values()) for key, values in measures.items()}
@@ -109,29 +132,27 @@ def summarise(names, rows, kind):
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def interval(triple, percent, sign=""):
-    """'0.413 [0.301, 0.520]', in per cent where the metric is a share."""
+def interval(triple, form):
+    """'0.413 [0.301, 0.520]', each number in the format `form`."""
     if triple is None:
         return "-"
-    form = f"{sign}.0f" if percent else f"{sign}.3f"
-    mean, low, high = (f"{100 * value if percent else value:{form}}" for value in triple)
+    mean, low, high = (format(value, form) for value in triple)
     return f"{mean} [{low}, {high}]"
 
 
 def make_table(table, metric):
     """The result table in Markdown."""
-    percent, control = metric["kind"] != "spread", any(line["control"] for line in table)
-    head = ["model", f"metric{', %' if percent else ''} ({metric['better']} is better)"]
-    head += ["difference", *["control, %"] * control, "mean reward", "difference"]
-    head += ["words", "cut off"]
-    rows = [head, ["---"] * len(head)]
+    form = ".3f" if metric["kind"] == "spread" else ".0%"
+    columns = {f"metric ({metric['better']} is better)": ("metric", form)}
+    columns |= {"difference": ("metric difference", f"+{form}"), "control": ("control", form)}
+    columns |= {"of long answers": ("long", form), "mean reward": ("reward", ".3f")}
+    columns |= {"its difference": ("reward difference", "+.3f"), "words": ("words", ".0f")}
+    columns |= {"repeats": ("repeats", ".1%"), "log-prob": ("base_logp", ".2f")}
+    columns = {head: c for head, c in columns.items() if any(line.get(c[0]) for line in table)}
+    rows = [["model", *columns, "cut off"], ["---"] * (len(columns) + 2)]
     for line in table:
-        cells = [line["model"], interval(line["metric"], percent)]
-        cells += [interval(line.get("metric difference"), percent, "+")]
-        cells += [interval(line["control"], True)] * control + [interval(line["reward"], False)]
-        cells += [interval(line.get("reward difference"), False, "+")]
-        words = f"{line['words'][0]:.0f}" if line["words"] else "-"
-        rows.append([*cells, words, f"{line['cut']:.0%}"])
+        cells = [interval(line.get(key), form) for key, form in columns.values()]
+        rows.append([line["model"], *cells, f"{line['cut']:.0%}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -166,7 +187,9 @@ model, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
 that look harmful; there lower is better. **difference**: from {first}, paired.
 - **mean reward**: {reward["kind"]} reward of {reward["model"]}.
-- **words**, **cut off**: mean length; share of answers that reached {args.max_tokens} tokens.
+- **of long answers**: the metric of answers at least half as long as {first}'s. \
+**words**: mean length. **repeats**: share of 4-grams that an answer has had before. **log-prob**: nats a \
+token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts.
 
 ![metric and reward of every model](report.png)
@@ -248,16 +271,15 @@ def add_answers(jobs, rows, chat, seed_by):
     rows: {id: row} of the test prompts."""
     given = [rows[job["prompt_id"]] for job in jobs]
     if chat is None:
-        replies = []
-        for row in given:
-            finish = (row.get("teacher") or {}).get("finish", {})
-            replies.append(Reply(row["chosen"][-1]["content"], finish.get("revision", "stop")))
+        ends = [(row.get("teacher") or {}).get("finish", {}) for row in given]
+        texts = [row["chosen"][-1]["content"] for row in given]
+        replies = [(t, end.get("revision", "stop")) for t, end in zip(texts, ends, strict=True)]
     else:
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
-    for job, reply in zip(jobs, replies, strict=True):
-        job |= {"answer": reply.text, "finish": reply.finish, "score": None}
-        job |= {"error": reply.finish} if reply.finish.startswith("error") else {}
+    for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
+        job |= {"answer": answer, "finish": finish, "score": None}
+        job |= {"error": finish} if finish.startswith("error") else {}
 
 
 def score_answers(jobs, rows, reward):
@@ -267,6 +289,17 @@ def score_answers(jobs, rows, reward):
     scores = reward(given, answers) if spoken else []
     for job, score in zip(spoken, scores, strict=True):
         job |= {"score": score.finite} | ({"error": score.said} if score.failed else {})
+
+
+def add_logps(answered, rows, chat, pack_tokens):
+    """Adds base_logp, the answers' log-prob under the chat model, in nats a token."""
+    answered = [row for row in answered if row["answer"]]
+    prompts = [rows[row["prompt_id"]]["prompt"] for row in answered]
+    texts = [row["answer"] for row in answered]
+    pairs = [encode(chat.tokenizer, *both) for both in zip(prompts, texts, strict=True)]
+    logps = all_logps(chat.model, pairs, pack_tokens, check_model(chat.model)).tolist()
+    for row, (_, tokens), logp in zip(answered, pairs, logps, strict=True):
+        row["base_logp"] = logp / len(tokens)
 
 
 def main():
@@ -323,11 +356,15 @@ def main():
             new = [job for job in batch if job["id"] not in output.done]
             score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
             output.add(*(job | {"settings": settings} for job in batch))
-    for job in jobs:  # by the metric as it is now, for old answers too
-        row = output.rows[job["id"]]
-        given, answered = by_id[row["prompt_id"]], not row["finish"].startswith("error")
-        row["metric"] = measure(task["metric"], given, row["answer"]) if answered else None
-        row["words"] = len(row["answer"].split()) if answered else None
+    made = [output.rows[job["id"]] for job in jobs]
+    for row in made:  # by the metric as it is now, for old answers too
+        add_measures(row, by_id[row["prompt_id"]], task["metric"])
+    new = [row for row in made if row.get("base") != names[0]]
+    for row in new:
+        row |= {"base": names[0], "base_logp": None}
+    if new and names[0] != SELF_REFINE:
+        chat = LocalModel(args.models[0], args, **sampling)
+        add_logps(new, by_id, chat, args.pack_tokens)
     answers = output.close(jobs)
     failed = sum("error" in row for row in answers)
     if judge and args.api_base:

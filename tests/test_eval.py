@@ -9,7 +9,16 @@ import pytest
 from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import bootstrap, by_group, difference, draw, make_table, measure, summarise
+from eval import (
+    bootstrap,
+    by_group,
+    difference,
+    draw,
+    make_table,
+    measure,
+    repetition,
+    summarise,
+)
 from prompts import BadInput, load_task
 
 # ---- metrics and intervals -----------------------------------------------------------------------
@@ -85,7 +94,7 @@ def test_a_paired_difference_is_narrower_than_its_parts():
 
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
     row = {"model": "a", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
-    row |= {"finish": "stop", "control": False}
+    row |= {"finish": "stop", "control": False, "repeats": 0.0, "base_logp": None}
     rows = [row, row | {"control": True, "group": "h"}]
     rows += [row | {"model": "b", "score": None, "words": 0}]
     table = summarise(["a", "b"], rows, "match")
@@ -96,6 +105,25 @@ def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path
         assert len({line.count("|") for line in text}) == 1 and len(text) == 4
     draw(tmp_path / "report.png", table, {"better": "higher"})
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
+    assert repetition("a b c d e f") == repetition("a b c") == repetition("") == 0.0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert repetition("no " * 40) == pytest.approx(36 / 37)
+
+
+def test_the_metric_of_long_answers_leaves_out_those_below_half_the_first_models_length():
+    row = {"model": "a", "sample": 0, "control": False, "score": 0.0, "finish": "stop"}
+    row |= {"repeats": 0.0, "base_logp": -1.0, "metric": 0.0, "words": 40}
+    rows = [row | {"group": group} for group in "gh"]
+    rows += [row | {"model": "b", "group": "g", "words": 19, "metric": 1.0}]
+    rows += [row | {"model": "b", "group": "h", "words": 20, "metric": 0.0}]
+    base, student = summarise(["a", "b"], rows, "match")
+    assert student["metric"][0] == 0.5 and student["long"][0] == base["long"][0] == 0.0
+    assert student["words"][0] == 19.5 and student["words difference"][0] == -20.5
+    table = make_table([base, student], {"kind": "match", "better": "higher"})
+    assert "of long answers" in table and "| 50% [0%, 100%] |" in table
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -141,7 +169,8 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     folder = workdir / "runs" / "safety"
     rows = read_rows(folder / "eval.jsonl")
     assert {row["model"] for row in rows} == {"tiny", "self-refine", "rdpo"}
-    assert all({"answer", "score", "metric", "words"} <= row.keys() for row in rows)
+    assert all({"answer", "score", "metric", "words", "repeats"} <= row.keys() for row in rows)
+    assert all(row["base_logp"] < 0 for row in rows if row["answer"])
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
     report = (folder / "report.md").read_text()
     assert "| tiny |" in report and "| rdpo |" in report and "control, %" in report

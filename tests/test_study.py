@@ -1,0 +1,95 @@
+"""The study: its statistics, its noise, and that a run is made once."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, write_jsonl
+
+sys.path.insert(0, str(ROOT / "results"))
+import study
+
+
+def test_holm_adjusts_the_smallest_p_by_the_whole_family_and_never_falls():
+    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert study.holm([0.5, 0.9]) == [1.0, 1.0] and study.holm([]) == []
+
+
+def test_the_interval_covers_groups_and_seeds_together():
+    rng = np.random.default_rng(0)
+    groups_alone = rng.normal(0, 1, (1, 200)).repeat(3, 0)
+    seeds_too = groups_alone + np.array([[-0.5], [0.0], [0.5]])
+    narrow, wide = (np.ptp(study.resample(v)[1:3]) for v in (groups_alone, seeds_too))
+    assert narrow == pytest.approx(2 * 1.96 / 200**0.5, rel=0.1) and wide > 2 * narrow
+    assert study.resample(np.ones((2, 5)))[3] == 1e-4  # p is never said to be 0
+    assert study.resample(rng.normal(0, 1, (3, 50)))[3] > 0.05
+
+
+def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it():
+    for task in ("sentiment", "safety"):
+        keys = [run.key for run in study.plan_of(task, [0, 1])]
+        assert len(set(keys)) == len(keys)
+        for run in study.plan_of(task, [0, 1]):
+            start = f"{run.kind}/{run.seed}/dsc"
+            assert run.start == "base" or keys.index(start) < keys.index(run.key)
+    every = {run.key for run in study.plan_of("sentiment", [0])}
+    assert every >= {f"fresh/0/{m}-flips{s}" for m in study.DIAL for s in (10, 20, 30, 40)}
+
+
+@pytest.fixture
+def made(workdir):
+    """A study with scored pairs of 40 training and 4 test rows, of which 4 are cut off."""
+    rows = []
+    for k in range(44):
+        finish = {"answer": "stop", "critique": "length", "revision": "length" if k < 4 else "stop"}
+        row = {"id": f"r{k}", "group": f"g{k}", "split": "train" if k < 40 else "test"}
+        row |= {"chosen": f"good {k}", "rejected": f"bad {k}", "teacher": {"finish": finish}}
+        rows.append(row | {"score_chosen": 1.0, "score_rejected": -1.0})
+    write_jsonl(workdir / "runs/study/sentiment/fresh-0/scored.jsonl", rows)
+    arguments = type("", (), {"task": "sentiment", "jobs": 1})
+    return study.Study(arguments)
+
+
+def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_not(made):
+    clean, test = made.rows(study.Run("fresh", "dpo", 0))
+    assert len(clean) == 36 and len(test) == 4
+    flipped, _ = made.rows(study.Run("fresh", "dpo", 0, flips=25))
+    turned = [row for row in flipped if row["chosen"].startswith("bad")]
+    assert len(turned) == 9 and all(row["score_chosen"] == -1.0 for row in turned)
+    swapped, _ = made.rows(study.Run("fresh", "rdpo", 0, swaps=50))
+    wrong = [row for row in swapped if row["score_chosen"] == -1.0]
+    assert len(wrong) == 18 and all(row["chosen"].startswith("good") for row in wrong)
+    # the levels are nested, so that they differ by what is added alone
+    assert {row["id"] for row in turned} < {row["id"] for row in wrong}
+
+
+def test_what_tunes_is_of_the_training_split_and_no_group_is_on_both_sides(made):
+    train, test = made.rows(study.Run("fresh", "dpo", 0, tune=(1e-5, 0.1)))
+    ids = {row["id"] for row in train} | {row["id"] for row in test}
+    assert ids.isdisjoint({f"r{k}" for k in range(40, 44)})
+    assert {row["group"] for row in train}.isdisjoint({row["group"] for row in test})
+    assert {row["split"] for row in test} == {"test"}
+
+
+def test_the_setting_is_the_best_of_those_that_keep_three_quarters_of_the_length(made):
+    def line(run, metric, words):
+        lr, beta = run.tune
+        values = {"metric": [metric], "words": [words], "reward": [0.0]}
+        made.lines[run.key] = {"method": run.method, "lr": lr, "beta": beta, "values": values}
+
+    for run in study.trials_of("sentiment"):
+        line(run, 0.5, 60 if run.method == "base" else 50)
+    best, short = study.GRID["dpo"][:2]
+    line(study.Run("conversation", "dpo", 0, tune=best), 0.7, 45)
+    line(study.Run("conversation", "dpo", 0, tune=short), 0.9, 44)
+    assert made.settings(study.Run("fresh", "dpo", 1)) == best
+    assert made.settings(study.Run("fresh", "robust", 1, "dsc")) == (best[0] / 2, best[1])
+
+
+def test_the_committed_lines_can_be_read_and_say_how_they_were_made():
+    for path in (ROOT / "results/study").glob("*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            assert {"commit", "date", "hardware", "torch", "transformers"} <= line["made"].keys()
+            assert all(len(v) == len(line["groups"]) for v in line["values"].values())
