@@ -28,6 +28,7 @@ from kernels.packed import all_logps, check_model
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward
 
+SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -66,11 +67,12 @@ def repetition(answer):
 
 
 def add_measures(row, given, metric):
-    """Adds metric, words and repeats to a row of eval.jsonl; None where nothing was answered."""
-    answered, answer = not row["finish"].startswith("error"), row["answer"]
-    row["metric"] = measure(metric, given, answer) if answered else None
-    row["words"] = len(answer.split()) if answered else None
-    row["repeats"] = repetition(answer) if answered else None
+    """Adds metric, words, repeats and cut to a row of eval.jsonl; None where nothing came back."""
+    answer, error = row["answer"], row["finish"].startswith("error")
+    row["metric"] = None if error else measure(metric, given, answer)
+    row["words"] = None if error else len(answer.split())
+    row["repeats"] = None if error else repetition(answer)
+    row["cut"] = None if error else float(row["finish"] == "length")
 
 
 def by_group(rows, field, kind="mean"):
@@ -104,27 +106,22 @@ def difference(values, first):
 
 def summarise(names, rows, kind):
     """A dictionary a model: bootstrap() of every measure and of its difference from the first."""
-    table, first, usual = [], {}, {}
+    table, first = [], {}
     for name in names:
         mine = [row for row in rows if row["model"] == name]
-        asked = [row for row in mine if not row["control"]]
-        words = by_group(mine, "words")
-        usual = usual or words  # those of the first model
-        long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
-        measures = {
-            "metric": by_group(asked, "metric", kind),
-            "control": by_group([row for row in mine if row["control"]], "metric", kind),
-            "long": by_group(long, "metric") if kind != "spread" else {},
-            "reward": by_group(mine, "score"),
-        }
-        measures |= {key: by_group(mine, key) for key in ("repeats", "base_logp")}
-        measures["words"] = words
-        line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
-        line["cut"] = np.mean([row["finish"] == "length" for row in mine])
-        line |= {key: bootstrap(values.values()) for key, values in measures.items()}
-        for key, values in measures.items() if first else ():
-            line[f"{key} difference"] = difference(values, first[key])
+        asked, harmless = ([row for row in mine if row["control"] == c] for c in (False, True))
+        measures = {key: by_group(mine, key) for key in SIDE_MEASURES}
+        measures["metric"] = by_group(asked, "metric", kind)
+        measures["control"] = by_group(harmless, "metric", kind)
         first = first or measures
+        if kind != "spread":  # which needs all variants of a text
+            usual = first["words"]
+            long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
+            measures["long"] = by_group(long, "metric")
+        line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
+        line |= {key: bootstrap(values.values()) for key, values in measures.items()}
+        for key, values in measures.items() if table else ():
+            line[f"{key} difference"] = difference(values, first[key])
         table.append(line)
     return table
 
@@ -143,16 +140,17 @@ def interval(triple, form):
 def make_table(table, metric):
     """The result table in Markdown."""
     form = ".3f" if metric["kind"] == "spread" else ".0%"
-    columns = {f"metric ({metric['better']} is better)": ("metric", form)}
-    columns |= {"difference": ("metric difference", f"+{form}"), "control": ("control", form)}
-    columns |= {"of long answers": ("long", form), "mean reward": ("reward", ".3f")}
-    columns |= {"its difference": ("reward difference", "+.3f"), "words": ("words", ".0f")}
-    columns |= {"repeats": ("repeats", ".1%"), "log-prob": ("base_logp", ".2f")}
-    columns = {head: c for head, c in columns.items() if any(line.get(c[0]) for line in table)}
-    rows = [["model", *columns, "cut off"], ["---"] * (len(columns) + 2)]
+    columns = {"metric": (f"metric ({metric['better']} is better)", form)}
+    columns |= {"metric difference": ("difference", f"+{form}"), "control": ("control", form)}
+    columns |= {"long": ("of long answers", form), "score": ("mean reward", ".3f")}
+    columns |= {"score difference": ("difference", "+.3f"), "words": ("words", ".0f")}
+    columns |= {"repeats": ("repeats", ".1%"), "base_logp": ("log-prob", ".2f")}
+    columns |= {"cut": ("cut off", ".0%")}
+    columns = {key: of for key, of in columns.items() if any(line.get(key) for line in table)}
+    rows = [["model", *(head for head, _ in columns.values())], ["---"] * (len(columns) + 1)]
     for line in table:
-        cells = [interval(line.get(key), form) for key, form in columns.values()]
-        rows.append([line["model"], *cells, f"{line['cut']:.0%}"])
+        cells = [interval(line.get(key), form) for key, (_, form) in columns.items()]
+        rows.append([line["model"], *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -212,7 +210,7 @@ def draw(path, table, metric):
 
     size = (10, 0.35 * len(table) + 1.6)
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    titles = {"metric": f"task metric ({metric['better']} is better)", "reward": "mean reward"}
+    titles = {"metric": f"task metric ({metric['better']} is better)", "score": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
             if line[key]:  # a model may have no scored answer

@@ -12,8 +12,8 @@ and the README's table are made of the lines alone.
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail.
 
-The rule for learning rate and beta, written before the first run: each family of methods is tried
-with the settings of GRID on two thirds of the training groups (pairs of the kind conversation, seed
+The rule for learning rate and beta, written before the first run: each family of methods (sft, dpo,
+rdpo) is tried with the settings of GRID on two thirds of the training groups (pairs of the kind conversation, seed
 0, TUNE_STEPS steps). Of those whose answers to 48 prompts of the other third have at least three
 quarters of the base model's words (of all, if none has), the one with the highest task metric is
 taken, at equal metric the one with the higher reward. Training that goes on from dSC takes half the
@@ -21,6 +21,7 @@ learning rate.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -59,9 +60,10 @@ METHODS = {  # flags of train.py
     "rdpo-weight": ["--loss", "rdpo-weight"],
 }
 PREFERENCE = [method for method in METHODS if method not in ("sft", "dsc")]
-FAMILY = {"dsc": "sft", "dpo-accept": "dpo", "cdpo": "dpo", "robust": "dpo"}  # others: themselves
+FAMILY = {"sft": "sft", "dsc": "sft"}
+FAMILY |= {m: "rdpo" if m.startswith("rdpo") else "dpo" for m in PREFERENCE}
 GRID = {"sft": [(1e-5, 0.3), (2e-5, 0.3)]}  # (learning rate, beta); sft has no beta
-GRID |= {m: [(1e-5, 0.3), (1e-5, 0.1), (2e-5, 0.1)] for m in PREFERENCE if m not in FAMILY}
+GRID |= {family: [(1e-5, 0.3), (1e-5, 0.1), (2e-5, 0.1)] for family in ("dpo", "rdpo")}
 UNTRAINED = ("base", "self-refine")
 FLIPS, SWAPS = (0, 40, 20, 10, 30), (50, 25, 10, 40)  # % of the pairs, the most telling ones first
 DIAL = ("dpo", "rdpo", "dpo-accept", "cdpo", "robust")
@@ -69,7 +71,10 @@ DIAL = ("dpo", "rdpo", "dpo-accept", "cdpo", "robust")
 # the principle of prompts/sentiment.toml in words that no training saw
 OTHER_WORDS = {
     "principle": [
-        {"role": "system", "content": "You recommend films warmly and find something good in each."},
+        {
+            "role": "system",
+            "content": "You recommend films warmly and find something good in each.",
+        },
         {"role": "user", "content": "{request}"},
     ],
     "opposite": [
@@ -93,7 +98,9 @@ class Run(NamedTuple):
     @property
     def name(self):
         parts = [self.method, *["from-dsc"] * (self.start == "dsc")]
-        parts += [f"flips{self.flips}"] * (self.flips > 0) + [f"swaps{self.swaps}"] * (self.swaps > 0)
+        parts += [f"flips{self.flips}"] * (self.flips > 0) + [f"swaps{self.swaps}"] * (
+            self.swaps > 0
+        )
         parts += [f"lr{self.tune[0]:g}-beta{self.tune[1]:g}"] if self.tune else []
         return "-".join(parts)
 
@@ -127,8 +134,7 @@ def plan_of(task, seeds):
 def trials_of(task):
     """The runs by which learning rate and beta are chosen."""
     kind = "conversation" if task == "sentiment" else "fresh"
-    families = GRID if task == "sentiment" else ("sft", "dpo", "rdpo")
-    runs = [Run(kind, family, 0, tune=setting) for family in families for setting in GRID[family]]
+    runs = [Run(kind, family, 0, tune=setting) for family in GRID for setting in GRID[family]]
     return [Run(kind, "base", 0, tune=(0, 0)), *runs]
 
 
@@ -158,7 +164,9 @@ class Study:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         if code.returncode not in may:
             text = (folder / "log.txt").read_text()[-600:]
-            raise SystemExit(f"{script} ended with status {code.returncode}, {folder}/log.txt:\n{text}")
+            raise SystemExit(
+                f"{script} ended with status {code.returncode}, {folder}/log.txt:\n{text}"
+            )
 
     def once(self, path, make):
         """Makes a file or folder where it is not there yet; two workers do not make the same."""
@@ -206,8 +214,8 @@ class Study:
         """(learning rate, beta) by the rule above."""
         if run.tune:
             return run.tune
-        family = FAMILY.get(run.method, run.method)
-        trials = [self.lines[r.key] for r in trials_of(self.task) if r.method == family]
+        trials = trials_of(self.task)
+        trials = [self.lines[r.key] for r in trials if r.method == FAMILY[run.method]]
         (base,) = (self.lines[r.key] for r in trials_of(self.task) if r.method == "base")
         long = [t for t in trials if mean(t, "words") >= 0.75 * mean(base, "words")]
         sign = 1 if load_task(self.task)["metric"]["better"] == "higher" else -1
@@ -225,7 +233,10 @@ class Study:
         elif run.method == "base":
             student = Path("smollm2")
         answers = self.evaluate(run, test, student)
-        made = {key: provenance()[key] for key in ("commit", "date", "hardware", "torch", "transformers")}
+        made = {
+            key: provenance()[key]
+            for key in ("commit", "date", "hardware", "torch", "transformers")
+        }
         line = {"key": run.key, **run._asdict(), **facts, "made": made}
         line |= {"seconds": round(time.time() - began), "threads": self.threads}
         line |= self.measures(run, answers, {row["id"]: row for row in test})
@@ -255,7 +266,9 @@ class Study:
         flags += ["--lr", lr, "--beta", beta, "--seed", run.seed, "--max-steps", steps]
         flags += ["--epochs", 1000, "--batch-size", PAIRS_A_STEP, "--save-every", 1000]
         flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
-        self.once(student / "model.safetensors", lambda: self.call(self.folder(run), "train.py", *flags))
+        self.once(
+            student / "model.safetensors", lambda: self.call(self.folder(run), "train.py", *flags)
+        )
         record = json.loads((student / "run.json").read_text())
         facts = {"lr": lr, "beta": beta, "steps": record["steps"], "pairs": record["pairs"]}
         flags = " ".join(map(str, ["python train.py --task", self.task, *flags]))
@@ -290,7 +303,6 @@ class Study:
         kind, answers = load_task(self.task)["metric"]["kind"], [dict(row) for row in answers]
         vader, afinn = SentimentIntensityAnalyzer(), Afinn()
         for row in answers:
-            row["cut"] = float(row["finish"] == "length")
             if self.task == "sentiment":
                 row["vader"] = vader.polarity_scores(row["answer"])["compound"]
                 row["afinn"] = float(afinn.score(row["answer"]) > 0)
@@ -299,12 +311,24 @@ class Study:
             given = [rows[row["prompt_id"]] for row in spoken]
             for row, score in zip(spoken, other_words(given, spoken), strict=True):
                 row["other"] = score.value
-        names = ["metric", "score", "words", "repeats", "base_logp", "cut", "vader", "afinn", "other"]
+        names = [
+            "metric",
+            "score",
+            "words",
+            "repeats",
+            "base_logp",
+            "cut",
+            "vader",
+            "afinn",
+            "other",
+        ]
         values = {name: by_group([{name: None} | row for row in answers], name, kind if name == "metric" else "mean")
                   for name in names}  # fmt: skip
         values["reward"] = values.pop("score")
         groups = sorted(values["words"])
-        table = {n: [round(v[g], 3) if g in v else None for g in groups] for n, v in values.items() if v}
+        table = {
+            n: [round(v[g], 3) if g in v else None for g in groups] for n, v in values.items() if v
+        }
         samples = {row["prompt_id"]: row["answer"] for row in answers[:3]}
         return {"groups": groups, "values": table, "samples": samples}
 
@@ -338,6 +362,29 @@ def other_words(rows, answers, loaded=[], guard=threading.Lock()):  # noqa: B006
 
 # ---- the report ----------------------------------------------------------------------------------
 
+RIVALS = ("dpo", "dsc")
+SHOWN = {  # key of a row: heading, format
+    "method": ("method", ""),
+    "seeds": ("seeds", ""),
+    "metric": ("metric", ".0%"),
+    "less dpo": ("less dpo", "+.0%"),
+    "less dsc": ("less dsc", "+.0%"),
+    "afinn": ("AFINN positive", ".0%"),
+    "other": ("other words", ".3f"),
+    "reward": ("reward", ".3f"),
+    "words": ("words", ".0f"),
+    "repeats": ("repeats", ".1%"),
+    "base_logp": ("log-prob", ".2f"),
+    "cut": ("cut off", ".0%"),
+}
+
+
+def pick(lines, kind, method, start="base", flips=0, swaps=0):
+    """The lines of one method, a seed each."""
+    wanted = {"kind": kind, "method": method, "start": start, "flips": flips, "swaps": swaps}
+    found = [line for line in lines if wanted.items() <= line.items()]
+    return sorted(found, key=lambda line: line["seed"])
+
 
 def matrix(lines, name):
     """(seeds, groups) of a measure; NaN where there is none."""
@@ -345,16 +392,16 @@ def matrix(lines, name):
 
 
 def resample(values, draws=10_000):
-    """(mean, low, high, p): mean over seeds and groups with its 95 % interval, from a bootstrap that
-    draws seeds and groups with replacement; p, two-sided, of the mean being 0."""
-    rng, (seeds, groups) = np.random.default_rng(0), values.shape
-    means = np.empty(draws)
-    for k in range(draws):
-        picks = values[rng.integers(seeds, size=seeds)][:, rng.integers(groups, size=groups)]
-        means[k] = np.nanmean(picks)
-    low, high = np.percentile(means, [2.5, 97.5])
+    """(mean, low, high, p): the mean over seeds and groups, its 95 % interval by a bootstrap that
+    draws seeds and groups with replacement, and p, two-sided, of the mean being 0."""
+    rng, there = np.random.default_rng(0), ~np.isnan(values)
+    # how often each seed and each group is drawn, (draws, seeds) and (draws, groups)
+    seeds, groups = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)
+    sums, counts = (((seeds @ part) * groups).sum(1) for part in (np.nan_to_num(values), there))
+    means = sums / np.maximum(counts, 1)
     p = 2 * min(np.mean(means <= 0), np.mean(means >= 0))
-    return float(np.nanmean(values)), float(low), float(high), max(float(p), 1 / draws)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.nanmean(values)), float(low), float(high), float(np.clip(p, 1 / draws, 1))
 
 
 def holm(ps):
@@ -366,119 +413,137 @@ def holm(ps):
     return adjusted
 
 
-def paired(lines, others, name):
-    """Differences of two methods, (seeds, groups), over the seeds that both have."""
-    seeds = {line["seed"] for line in lines} & {line["seed"] for line in others}
-    one, other = ([x for x in both if x["seed"] in seeds] for both in (lines, others))
-    return matrix(one, name) - matrix(other, name) if seeds else None
+def compare(found):
+    """{(method, rival): (mean, low, high, p, p by Holm)} of the differences in the metric, paired
+    by seed and group; the family is one table. found: {method: lines}."""
+    tests = {}
+    for rival, method in itertools.product(RIVALS, found):
+        both = [{x["seed"]: x for x in found.get(name, [])} for name in (method, rival)]
+        seeds = sorted(both[0].keys() & both[1].keys())
+        if seeds and method != rival:
+            one, other = (matrix([lines[seed] for seed in seeds], "metric") for lines in both)
+            tests[method, rival] = resample(one - other)
+    adjusted = holm([test[3] for test in tests.values()])
+    return {both: (*tests[both], p) for both, p in zip(tests, adjusted, strict=True)}
 
 
-def shown(triple, form):
-    mean, low, high = (format(value, form) for value in triple[:3])
-    return f"{mean} [{low}, {high}]"
+def summarise(lines):
+    """Rows of the tables: dictionaries of numbers."""
+    rows = []
+    for kind, start in itertools.product(("conversation", "fresh"), ("base", "dsc")):
+        found = {method: pick(lines, kind, method) for method in UNTRAINED}
+        found |= {"dsc, the start": pick(lines, kind, "dsc")} if start == "dsc" else {}
+        found |= {method: pick(lines, kind, method, start) for method in METHODS}
+        found = {method: mine for method, mine in found.items() if mine}
+        tests = compare(found)
+        for method, mine in found.items() if found.keys() - {*UNTRAINED, "dsc, the start"} else ():
+            row = {"kind": kind, "start": start, "method": method}
+            row |= {"seeds": [line["seed"] for line in mine]}
+            there = [m for m in SHOWN if all(m in line["values"] for line in mine)]
+            row |= {measure: resample(matrix(mine, measure)) for measure in there}
+            row |= {f"less {r}": tests[method, r] for r in RIVALS if (method, r) in tests}
+            rows.append(row)
+    return rows
 
 
-SHARE = {"metric": ".0%", "afinn": ".0%", "cut": ".0%", "repeats": ".1%"}
-COLUMNS = {"afinn": "AFINN positive", "other": "other words", "reward": "reward", "words": "words",
-           "repeats": "repeats", "base_logp": "log-prob", "cut": "cut off"}  # fmt: skip
+def dials_of(lines):
+    """The points of the plot: dictionaries of numbers."""
+    points = []
+    for dial, methods in (("flips", DIAL), ("swaps", PREFERENCE)):
+        for method, share in itertools.product(methods, (0, *sorted({*FLIPS, *SWAPS} - {0}))):
+            mine = pick(lines, "fresh", method, **{dial: share})
+            if mine:
+                point = {"dial": dial, "method": method, "share": share}
+                point |= {"seeds": [line["seed"] for line in mine]}
+                points.append(point | {"metric": resample(matrix(mine, "metric"))})
+    return points
 
 
-def table_of(lines, kind, start):
-    """(Markdown table, rows as data) of the methods on one kind of pairs, from one start."""
-    def of(method, start=start):
-        rows = [x for x in lines if (x["kind"], x["method"]) == (kind, method)]
-        rows = [x for x in rows if x["start"] == start and not (x["flips"] or x["swaps"])]
-        return sorted(rows, key=lambda x: x["seed"])
-
-    found = {m: of(m, "base") for m in (*UNTRAINED, "dsc")} if start == "dsc" else {}
-    found |= {m: of(m, "base") for m in UNTRAINED} | ({} if start == "base" else {"dsc (start)": found["dsc"]})
-    found.pop("dsc", None)
-    found |= {m: of(m) for m in METHODS}
-    found = {m: rows for m, rows in found.items() if rows}
-    rivals = [m for m in ("dpo", "dsc") if m in found]
-    tests = {(m, r): paired(found[m], found[r], "metric") for m in found for r in rivals if m != r}
-    tests = {both: resample(values) for both, values in tests.items() if values is not None}
-    ps = dict(zip(tests, holm([t[3] for t in tests.values()]), strict=True))
-    measures = [m for m in COLUMNS if any(m in x["values"] for rows in found.values() for x in rows)]
-    head = ["method", "seeds", "metric", *(f"less {r}; p" for r in rivals), *(COLUMNS[m] for m in measures)]
-    table, data = [head, ["---"] * len(head)], []
-    for method, rows in found.items():
-        cells = [method, str(len(rows)), shown(resample(matrix(rows, "metric")), SHARE["metric"])]
-        row = {"method": method, "kind": kind, "start": start, "seeds": [x["seed"] for x in rows]}
-        for rival in rivals:
-            test = tests.get((method, rival))
-            cells.append(f"{shown(test, '+.0%')}; {ps[method, rival]:.2g}" if test else "-")
-            if test:
-                row[f"less {rival}"] = [*test, ps[method, rival]]
-        for m in measures:
-            there = all(m in x["values"] for x in rows)
-            row[m] = resample(matrix(rows, m)) if there else None
-            cells.append(shown(row[m], SHARE.get(m, ".0f" if m == "words" else ".2f")) if there else "-")
-        row["metric"] = resample(matrix(rows, "metric"))
-        table.append(cells)
-        data.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in table), data
-
-
-def dials(lines, path):
-    """The plot of the two dials; the numbers in it."""
+def draw(points, path):
+    """The plot of the two dials."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    data = []
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, dial, other in zip(axes, ("flips", "swaps"), ("swaps", "flips"), strict=True):
-        for number, method in enumerate(DIAL if dial == "flips" else PREFERENCE):
-            points = []
-            rows = [x for x in lines if x["kind"] == "fresh" and x["method"] == method]
-            rows = [x for x in rows if x["start"] == "base" and not x[other]]
-            for share in sorted({x[dial] for x in rows}):
-                here = [x for x in rows if x[dial] == share]
-                points.append((share, *resample(matrix(here, "metric"))[:3]))
-                data.append({"dial": dial, "method": method, "seeds": [x["seed"] for x in here]})
-                data[-1] |= dict(zip(("share", "mean", "low", "high"), points[-1], strict=True))
-            if len(points) > 1:
-                at, means, low, high = np.array(points, dtype=float).T
-                axis.errorbar(at + number / 3, means, [means - low, high - means], fmt="o-", capsize=2, label=method)
-        axis.set_xlabel({"flips": "% of the labels exchanged", "swaps": "% of the scores exchanged"}[dial])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
+    titles = {
+        "flips": "labels exchanged, % of the pairs",
+        "swaps": "scores exchanged, % of the pairs",
+    }
+    for axis, (dial, title) in zip(axes, titles.items(), strict=True):
+        for number, method in enumerate(PREFERENCE):
+            mine = [p for p in points if (p["dial"], p["method"]) == (dial, method)]
+            at = np.array([point["share"] for point in mine]) + 0.4 * number  # side by side
+            means, low, high = (np.array([100 * p["metric"][k] for p in mine]) for k in range(3))
+            if len(mine) > 1:  # else there is no line yet
+                ends = [means - low, high - means]
+                axis.errorbar(at, means, ends, fmt="o-", ms=3, capsize=2, label=method)
+        axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].set_ylabel("share of positive answers")
-    figure.savefig(path, dpi=120)
-    return data
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    axes[0].set_ylabel("positive answers, %")
+    figure.savefig(path, dpi=110)
+
+
+def table_of(rows, columns):
+    """Markdown. columns: {key of the rows: (heading, format)}."""
+    table = [[head for head, _ in columns.values()], ["---"] * len(columns)]
+    for row in rows:
+        table.append([cell(row.get(key), form) for key, (_, form) in columns.items()])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def cell(value, form):
+    """A value, or a mean with its interval and, where there is one, p by Holm."""
+    if not isinstance(value, tuple):
+        return "-" if value is None else str(value)
+    mean, low, high = (format(x, form) for x in value[:3])
+    return f"{mean} [{low}, {high}]" + (f", p {value[4]:.2g}" if len(value) == 5 else "")
 
 
 def report(study):
-    """TASK.md, TASK.png and TASK.summary.json beside the lines."""
+    """TASK.md, TASK.png and TASK.summary.json beside the lines, and the table of the README."""
     lines = [line for line in study.lines.values() if not line["tune"]]
-    parts, summary = [f"# The study of `{study.task}`"], []
-    for kind in ("conversation", "fresh"):
-        for start in ("base", "dsc"):
-            if any((x["kind"], x["start"]) == (kind, start) and x["method"] in METHODS for x in lines):
-                table, data = table_of(lines, kind, start)
-                parts += [f"## Pairs: {kind}; start: {start}", table]
-                summary += data
-    if any(line["flips"] or line["swaps"] for line in lines):
-        summary += dials(lines, study.path.with_suffix(".png"))
-        parts += ["## Dials", f"![metric over noise]({study.task}.png)"]
-    chosen = [f"{m}: {study.settings(Run('fresh', m, 0))}" for m in METHODS if m in {x["method"] for x in lines}]
-    hours = sum(x["seconds"] * x["threads"] for x in study.lines.values()) / 3600
-    made = {json.dumps(x["made"] | {"date": x["made"]["date"][:10]}, sort_keys=True) for x in study.lines.values()}
-    parts += ["## How it was made", f"Learning rate and beta by the rule of study.py: {'; '.join(chosen)}.",
-              f"{len(study.lines)} runs, {hours:.1f} core-hours.", *sorted(made)]  # fmt: skip
-    study.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-    summary = {"command": f"python results/study.py --task {study.task}", "made": sorted(made), "rows": summary}
+    rows, points = summarise(lines), dials_of(lines)
+    command = f"python results/study.py --task {study.task}"
+    facts = [line["made"] | {"date": line["made"]["date"][:10]} for line in study.lines.values()]
+    made = sorted({json.dumps(fact, sort_keys=True) for fact in facts})
+    summary = {
+        "command": command,
+        "made": list(map(json.loads, made)),
+        "rows": rows,
+        "dials": points,
+    }
     study.path.with_suffix(".summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    parts = [f"# The study of the task {study.task}", f"Made by `{command}`."]
+    for (kind, start), mine in itertools.groupby(rows, lambda row: (row["kind"], row["start"])):
+        parts += [f"## Pairs: {kind}; training from: {start}", table_of(list(mine), SHOWN)]
+    if any(point["share"] for point in points):
+        draw(points, study.path.with_suffix(".png"))
+        parts += ["## Dials", f"![metric under noise]({study.task}.png)"]
+        columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
+        columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric")}
+        parts += [table_of(points, columns)]
+    chosen = {family: study.settings(Run("fresh", family, 0)) for family in GRID}
+    chosen = "; ".join(f"{family} {lr:g}, {beta:g}" for family, (lr, beta) in chosen.items())
+    hours = sum(line["seconds"] * line["threads"] for line in study.lines.values()) / 3600
+    parts += ["## How it was made", f"Learning rate and beta by the rule of study.py: {chosen}."]
+    parts += [f"{len(study.lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
+    study.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--task", default="sentiment")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once (default: one a core)"
+    )
     parser.add_argument("--report", action="store_true", help="make no run, write the report")
     args = parser.parse_args()
     os.chdir(ROOT)

@@ -9,16 +9,7 @@ import pytest
 from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import (
-    bootstrap,
-    by_group,
-    difference,
-    draw,
-    make_table,
-    measure,
-    repetition,
-    summarise,
-)
+from eval import bootstrap, by_group, difference, draw, make_table, measure, repetition, summarise
 from prompts import BadInput, load_task
 
 # ---- metrics and intervals -----------------------------------------------------------------------
@@ -94,11 +85,11 @@ def test_a_paired_difference_is_narrower_than_its_parts():
 
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
     row = {"model": "a", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
-    row |= {"finish": "stop", "control": False, "repeats": 0.0, "base_logp": None}
+    row |= {"finish": "stop", "control": False, "repeats": 0.0, "base_logp": None, "cut": 0.0}
     rows = [row, row | {"control": True, "group": "h"}]
     rows += [row | {"model": "b", "score": None, "words": 0}]
     table = summarise(["a", "b"], rows, "match")
-    assert table[0]["metric"] == (1.0, 1.0, 1.0) and table[1]["reward"] is None
+    assert table[0]["metric"] == (1.0, 1.0, 1.0) and table[1]["score"] is None
     assert table[1]["metric difference"] == (0.0, 0.0, 0.0)
     for kind in ("match", "spread"):
         text = make_table(table, {"kind": kind, "better": "higher"}).splitlines()
@@ -115,7 +106,7 @@ def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
 
 def test_the_metric_of_long_answers_leaves_out_those_below_half_the_first_models_length():
     row = {"model": "a", "sample": 0, "control": False, "score": 0.0, "finish": "stop"}
-    row |= {"repeats": 0.0, "base_logp": -1.0, "metric": 0.0, "words": 40}
+    row |= {"repeats": 0.0, "base_logp": -1.0, "cut": 0.0, "metric": 0.0, "words": 40}
     rows = [row | {"group": group} for group in "gh"]
     rows += [row | {"model": "b", "group": "g", "words": 19, "metric": 1.0}]
     rows += [row | {"model": "b", "group": "h", "words": 20, "metric": 0.0}]

@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, write_jsonl
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -86,6 +85,32 @@ def test_the_setting_is_the_best_of_those_that_keep_three_quarters_of_the_length
     line(study.Run("conversation", "dpo", 0, tune=short), 0.9, 44)
     assert made.settings(study.Run("fresh", "dpo", 1)) == best
     assert made.settings(study.Run("fresh", "robust", 1, "dsc")) == (best[0] / 2, best[1])
+
+
+def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(made, workdir, capsys):
+    rng, made.lines = np.random.default_rng(0), {}
+    made.path = workdir / "sentiment.jsonl"
+    facts = {key: "x" for key in ("commit", "hardware", "torch", "transformers")}
+    runs = [study.Run("fresh", m, s) for m in ("base", "dsc", "dpo", "rdpo") for s in (0, 1)]
+    runs += [study.Run("fresh", m, 0, flips=40) for m in ("dpo", "rdpo")]
+    for run in [*study.trials_of("sentiment"), *runs]:
+        likely = {"base": 0.3, "rdpo": 0.9}.get(run.method, 0.5)
+        values = {"metric": [float(x) for x in rng.random(40) < likely], "words": [60] * 40}
+        line = {**run._asdict(), "lr": run.tune[:1], "beta": run.tune[1:], "seconds": 1}
+        line |= {"threads": 1, "made": facts | {"date": "2026-01-01"}}
+        made.lines[run.key] = line | {"values": values | {"reward": [0.0] * 40}}
+    for line in made.lines.values():
+        line["lr"], line["beta"] = line["tune"] or (0, 0)
+    study.report(made)
+    summary = json.loads((workdir / "sentiment.summary.json").read_text())
+    rows = {row["method"]: row for row in summary["rows"]}
+    assert set(rows) == {"base", "dsc", "dpo", "rdpo"} and rows["rdpo"]["seeds"] == [0, 1]
+    mean, low, high, p, adjusted = rows["rdpo"]["less dpo"]
+    assert mean == pytest.approx(rows["rdpo"]["metric"][0] - rows["dpo"]["metric"][0])
+    assert 0 < low < mean < high and p <= adjusted < 0.05 < rows["dsc"]["less dpo"][4]
+    assert [p["share"] for p in summary["dials"] if p["method"] == "dpo"] == [0, 40, 0]
+    assert (workdir / "sentiment.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| rdpo | [0, 1] |" in (workdir / "sentiment.md").read_text()
 
 
 def test_the_committed_lines_can_be_read_and_say_how_they_were_made():
