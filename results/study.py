@@ -13,8 +13,8 @@ Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revi
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail.
 
 The rule for learning rate and beta, written before the first run: each family of methods (sft, dpo,
-rdpo) is tried with the settings of GRID on two thirds of the training groups (pairs of the kind conversation, seed
-0, TUNE_STEPS steps). Of those whose answers to 48 prompts of the other third have at least three
+rdpo) is tried with the settings of GRID on two thirds of the training groups (pairs of the kind fresh, seed 0,
+ TUNE_STEPS steps). Of those whose answers to 48 prompts of the other third have at least three
 quarters of the base model's words (of all, if none has), the one with the highest task metric is
 taken, at equal metric the one with the higher reward. Training that goes on from dSC takes half the
 learning rate.
@@ -65,7 +65,7 @@ FAMILY |= {m: "rdpo" if m.startswith("rdpo") else "dpo" for m in PREFERENCE}
 GRID = {"sft": [(1e-5, 0.3), (2e-5, 0.3)]}  # (learning rate, beta); sft has no beta
 GRID |= {family: [(1e-5, 0.3), (1e-5, 0.1), (2e-5, 0.1)] for family in ("dpo", "rdpo")}
 UNTRAINED = ("base", "self-refine")
-FLIPS, SWAPS = (0, 40, 20, 10, 30), (50, 25, 10, 40)  # % of the pairs, the most telling ones first
+FLIPS, SWAPS = (40, 20, 10, 30), (50, 25, 10, 40)  # % of the pairs, the most telling ones first
 DIAL = ("dpo", "rdpo", "dpo-accept", "cdpo", "robust")
 
 # the principle of prompts/sentiment.toml in words that no training saw
@@ -118,24 +118,26 @@ def plan_of(task, seeds):
         ]
     runs = []
     for seed in seeds:
+        runs += [Run("fresh", m, seed) for m in (*UNTRAINED, "dsc", *DIAL)]
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *METHODS)]
-        runs += [Run("fresh", m, seed) for m in (*UNTRAINED, "dsc")]
-        runs += [Run("fresh", m, seed, flips=share) for share in FLIPS[:3] for m in DIAL]
-        runs += [Run("fresh", "rdpo", seed, swaps=share) for share in SWAPS[:2]]
+        for flips, swaps in zip(FLIPS, SWAPS, strict=True):
+            runs += [Run("fresh", m, seed, flips=flips) for m in DIAL]
+            runs += [Run("fresh", "rdpo", seed, swaps=swaps)]
         for kind in ("conversation", "fresh"):
             runs += [Run(kind, m, seed, "dsc") for m in (*PREFERENCE, "dsc")]
         runs += [Run("fresh", m, seed) for m in METHODS]
-        runs += [Run("fresh", m, seed, flips=share) for share in FLIPS[3:] for m in DIAL]
-        for m in ("rdpo", "rdpo-margin", "rdpo-weight"):
-            runs += [Run("fresh", m, seed, swaps=share) for share in SWAPS]
+        runs += [
+            Run("fresh", m, seed, swaps=share)
+            for m in ("rdpo-margin", "rdpo-weight")
+            for share in SWAPS
+        ]
     return list(dict.fromkeys(runs))
 
 
 def trials_of(task):
     """The runs by which learning rate and beta are chosen."""
-    kind = "conversation" if task == "sentiment" else "fresh"
-    runs = [Run(kind, family, 0, tune=setting) for family in GRID for setting in GRID[family]]
-    return [Run(kind, "base", 0, tune=(0, 0)), *runs]
+    runs = [Run("fresh", family, 0, tune=setting) for family in GRID for setting in GRID[family]]
+    return [Run("fresh", "base", 0, tune=(0, 0)), *runs]
 
 
 # ---- one run: the four stages --------------------------------------------------------------------
@@ -178,16 +180,21 @@ class Study:
         return path
 
     def scored(self, run):
-        """The scored pairs of a kind and seed, training and test prompts."""
+        """Pairs of a kind and seed: whole ones to train on, scored, and those of the test prompts."""
         folder = Path(f"runs/study/{self.task}/{run.kind}-{run.seed}")
 
         def make():
             folder.mkdir(parents=True, exist_ok=True)
             form = ["--form", run.kind, "--seed", run.seed, "--batch-size", 128]
             self.call(folder, "generate.py", *form, "--out", folder / "pairs.jsonl", may=(0, 1))
-            files = ["--in", folder / "pairs.jsonl", "--out", folder / "scoring.jsonl"]
+            rows = read_rows(folder / "pairs.jsonl", "id")
+            train = [row for row in rows if row["split"] == "train" and is_whole(row)]
+            write(folder / "train.jsonl", train)
+            files = ["--in", folder / "train.jsonl", "--out", folder / "scoring.jsonl"]
             self.call(folder, "score.py", *files, "--batch-size", 64, may=(0, 1))
-            os.replace(folder / "scoring.jsonl", folder / "scored.jsonl")
+            test = [row for row in rows if row["split"] == "test"]
+            write(folder / "scored.part", read_rows(folder / "scoring.jsonl", "id") + test)
+            os.replace(folder / "scored.part", folder / "scored.jsonl")
 
         return self.once(folder / "scored.jsonl", make)
 
@@ -201,14 +208,13 @@ class Study:
             kept = set(groups[len(groups) // 3 :])
             test = [row | {"split": "test"} for row in train if row["group"] not in kept][:48]
             train = [row for row in train if row["group"] in kept]
-        usable = [row for row in train if not row.get("error") and "length" not in ends_of(row)]
-        order = random.Random(f"noise {run.seed}").sample(range(len(usable)), len(usable))
-        for i in order[: round(len(usable) * run.flips / 100)]:
-            exchange(usable[i], "chosen", "rejected")
-            exchange(usable[i], "score_chosen", "score_rejected")
-        for i in order[: round(len(usable) * run.swaps / 100)]:
-            exchange(usable[i], "score_chosen", "score_rejected")
-        return usable, test
+        order = random.Random(f"noise {run.seed}").sample(range(len(train)), len(train))
+        for i in order[: round(len(train) * run.flips / 100)]:
+            exchange(train[i], "chosen", "rejected")
+            exchange(train[i], "score_chosen", "score_rejected")
+        for i in order[: round(len(train) * run.swaps / 100)]:
+            exchange(train[i], "score_chosen", "score_rejected")
+        return train, test
 
     def settings(self, run):
         """(learning rate, beta) by the rule above."""
@@ -333,9 +339,10 @@ class Study:
         return {"groups": groups, "values": table, "samples": samples}
 
 
-def ends_of(row):
+def is_whole(row):
+    """Whether neither answer of a pair was cut off."""
     finish = row["teacher"]["finish"]
-    return {finish["answer"], finish["revision"]}
+    return not row.get("error") and "length" not in (finish["answer"], finish["revision"])
 
 
 def exchange(row, one, other):

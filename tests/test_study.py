@@ -39,12 +39,11 @@ def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it(
 
 @pytest.fixture
 def made(workdir):
-    """A study with scored pairs of 40 training and 4 test rows, of which 4 are cut off."""
+    """A study with scored pairs of 36 training and 4 test rows."""
     rows = []
-    for k in range(44):
-        finish = {"answer": "stop", "critique": "length", "revision": "length" if k < 4 else "stop"}
-        row = {"id": f"r{k}", "group": f"g{k}", "split": "train" if k < 40 else "test"}
-        row |= {"chosen": f"good {k}", "rejected": f"bad {k}", "teacher": {"finish": finish}}
+    for k in range(40):
+        row = {"id": f"r{k}", "group": f"g{k}", "split": "train" if k < 36 else "test"}
+        row |= {"chosen": f"good {k}", "rejected": f"bad {k}"}
         rows.append(row | {"score_chosen": 1.0, "score_rejected": -1.0})
     write_jsonl(workdir / "runs/study/sentiment/fresh-0/scored.jsonl", rows)
     arguments = type("", (), {"task": "sentiment", "jobs": 1})
@@ -64,10 +63,18 @@ def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_n
     assert {row["id"] for row in turned} < {row["id"] for row in wrong}
 
 
+def test_pairs_with_an_answer_that_was_cut_off_or_failed_are_not_whole():
+    finish = {"answer": "stop", "critique": "length", "revision": "stop"}
+    assert study.is_whole({"teacher": {"finish": finish}})
+    assert not study.is_whole({"teacher": {"finish": finish | {"revision": "length"}}})
+    assert not study.is_whole({"teacher": {"finish": finish | {"answer": "length"}}})
+    assert not study.is_whole({"teacher": {"finish": finish}, "error": "no answer"})
+
+
 def test_what_tunes_is_of_the_training_split_and_no_group_is_on_both_sides(made):
     train, test = made.rows(study.Run("fresh", "dpo", 0, tune=(1e-5, 0.1)))
     ids = {row["id"] for row in train} | {row["id"] for row in test}
-    assert ids.isdisjoint({f"r{k}" for k in range(40, 44)})
+    assert ids.isdisjoint({f"r{k}" for k in range(36, 40)})
     assert {row["group"] for row in train}.isdisjoint({row["group"] for row in test})
     assert {row["split"] for row in test} == {"test"}
 
@@ -81,8 +88,8 @@ def test_the_setting_is_the_best_of_those_that_keep_three_quarters_of_the_length
     for run in study.trials_of("sentiment"):
         line(run, 0.5, 60 if run.method == "base" else 50)
     best, short = study.GRID["dpo"][:2]
-    line(study.Run("conversation", "dpo", 0, tune=best), 0.7, 45)
-    line(study.Run("conversation", "dpo", 0, tune=short), 0.9, 44)
+    line(study.Run("fresh", "dpo", 0, tune=best), 0.7, 45)
+    line(study.Run("fresh", "dpo", 0, tune=short), 0.9, 44)
     assert made.settings(study.Run("fresh", "dpo", 1)) == best
     assert made.settings(study.Run("fresh", "robust", 1, "dsc")) == (best[0] / 2, best[1])
 
