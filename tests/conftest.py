@@ -41,7 +41,7 @@ def make_tokenizer(template=CHATML, bos=None):
         vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     lines = (ROOT / "prompts" / "sentiment.jsonl").read_text().splitlines()
-    raw.train_from_iterator([json.loads(line)["request"] for line in lines], trainer)
+    raw.train_from_iterator([json.loads(line)["request"] for line in lines[:120]], trainer)
     if bos:
         from tokenizers.processors import TemplateProcessing
 
