@@ -272,7 +272,7 @@ class Study:
             first, start = Run(run.kind, "dsc", run.seed), self.folder(run) / "dsc"
             self.train(first, self.rows(first)[0], start)
         steps = TUNE_STEPS if run.tune else STEPS
-        source = student.with_suffix(".jsonl")
+        source = student.with_name(f"{student.name}.jsonl")
         source.write_bytes(lines_of(rows))
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
         flags += ["--lr", lr, "--beta", beta, "--seed", run.seed, "--max-steps", steps]
