@@ -63,7 +63,7 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums over tokens in
     nats (for sft (B, 1), chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2).
     settings: beta; tau, in units of delta; epsilon, the assumed share of flipped labels;
-    mean_weight, the mean of max(0, 2p - 1) over the training pairs.
+    mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight, see below.
 
     With z = beta (log-ratio of chosen - log-ratio of rejected), log-ratio = policy - reference,
     s = sigmoid and the preference probability p = s(delta / tau):
@@ -81,6 +81,10 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     delta / tau < 0; rdpo-margin asks for less than dpo does; rdpo-weight leaves it out. A tie
     (p = 1/2): rdpo pulls z back to 0, where its gradient is 0; rdpo-margin is dpo; rdpo-weight
     leaves it out. The paper's equation was not at hand; see the top of this file.
+
+    To all but sft, sft_weight adds that times the loss sft of the better answer, after RPO
+    (arXiv 2404.19733, eq. 1): of chosen, and under the rdpo losses p of chosen's and 1 - p of
+    rejected's. Without it both answers' log-probs fall, the end of a turn with them.
 
     ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
     squared loss a matter of length.
@@ -109,6 +113,10 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
         losses = (h - 1 / (2 * beta)) ** 2
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
+    if settings["sft_weight"]:
+        better = p if kind in SCORED_LOSSES else torch.ones_like(p)
+        weights = torch.stack([better, 1 - better], 1)  # of chosen and rejected
+        losses = losses - settings["sft_weight"] * (weights * policy_logps / tokens).sum(1)
     return losses, z
 
 
@@ -128,7 +136,8 @@ def loss_settings(args, pairs):
     if args.loss == "rdpo-weight" and weights.sum() == 0:
         raise BadInput("--in: no revision won, so rdpo-weight has nothing to learn from")
     mean_weight = weights.mean().item() if weights.sum() else 1.0
-    return {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
+    settings = {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
+    return settings | {"sft_weight": args.sft_weight}
 
 
 # ---- one training step ---------------------------------------------------------------------------
@@ -391,7 +400,7 @@ def reference_logps(student, pairs, out, args):
 
 # what the result of a run hangs on: where one of them differs, it is another run
 SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "weight_decay", "clip")
-SAME += ("steps", "batch_size", "dtype", "seed")
+SAME += ("sft_weight", "steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
@@ -511,6 +520,7 @@ def parse_args():
     add("--beta", type="positive", default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models (default: %(default)s)")
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and under rdpo z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
+    add("--sft-weight", type="amount", default=0.0, help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: %(default)s)")
     add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 1e-5, with sft 2e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")

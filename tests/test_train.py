@@ -30,13 +30,23 @@ CPU = torch.device("cpu")
 
 
 def losses_at(
-    kind, z, delta=1.0, tau=1.0, beta=0.1, epsilon=0.1, mean_weight=0.5, tokens=10, rejected=-40.0
+    kind,
+    z,
+    delta=1.0,
+    tau=1.0,
+    beta=0.1,
+    epsilon=0.1,
+    mean_weight=0.5,
+    tokens=10,
+    rejected=-40.0,
+    sft_weight=0.0,
 ):
     """The loss where log pi_ref is -30 and -40, and its slope over z; policy(rejected) as given."""
     reference = torch.tensor([[-30.0, -40.0]], dtype=torch.float64)
     chosen = torch.tensor(-30.0 + z / beta + rejected + 40, dtype=torch.float64, requires_grad=True)
     policy = torch.stack([chosen, torch.tensor(rejected, dtype=torch.float64)])[None]
     settings = {"tau": tau, "beta": beta, "epsilon": epsilon, "mean_weight": mean_weight}
+    settings["sft_weight"] = sft_weight
     delta, tokens = torch.tensor([delta], dtype=torch.float64), torch.tensor([[tokens, tokens]])
     losses, got_z = preference_loss(kind, policy, reference, delta, tokens, **settings)
     assert kind == "sft" or got_z.item() == pytest.approx(z, abs=1e-9)
@@ -46,6 +56,20 @@ def losses_at(
 
 def log_s(x):
     return -math.log1p(math.exp(-x))
+
+
+def test_the_sft_term_imitates_the_better_answer():
+    # beside dpo: -log pi(chosen) / tokens; its slope over log pi(chosen) is -1/10, over z -1/10/beta
+    loss, slope = losses_at("dpo", 0.5)
+    more, steeper = losses_at("dpo", 0.5, sft_weight=2.0)
+    chosen = -30.0 + 0.5 / 0.1
+    assert more - loss == pytest.approx(-2.0 * chosen / 10)
+    assert (steeper - slope) * 0.1 == pytest.approx(-2.0 / 10)
+    # under rdpo by p: after a failed revision the answer before it is imitated
+    p = 1 / (1 + math.exp(1.3))
+    loss, more = (losses_at("rdpo", 0.5, delta=-1.3, sft_weight=w)[0] for w in (0.0, 2.0))
+    assert more - loss == pytest.approx(-2.0 * (p * chosen + (1 - p) * -40.0) / 10)
+    assert losses_at("sft", 0.0, sft_weight=2.0) == losses_at("sft", 0.0)
 
 
 @pytest.mark.parametrize("z", [-1.7, 0.0, 0.4])
@@ -75,7 +99,7 @@ def test_initial_loss_is_ln2(kind):
 
 def test_ipo_takes_means_over_the_tokens_of_each_answer():
     policy, reference = torch.tensor([[-20.0, -60.0]]), torch.tensor([[-30.0, -40.0]])
-    settings = {"tau": 1.0, "beta": 0.1, "epsilon": 0.1, "mean_weight": 1.0}
+    settings = {"tau": 1.0, "beta": 0.1, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 0.0}
     tokens = torch.tensor([[5, 40]])
     losses, _ = preference_loss("ipo", policy, reference, torch.zeros(1), tokens, **settings)
     assert losses.item() == pytest.approx((10 / 5 - -20 / 40 - 5) ** 2)
@@ -132,7 +156,9 @@ def test_every_loss_and_gradient_is_finite_for_ties_and_extremes(kind, z):
 
 def settings_of(deltas, loss="rdpo", tau=0.5):
     pairs = [Pair(i, [1], [2], [3], delta) for i, delta in enumerate(deltas)]
-    return train.loss_settings(SimpleNamespace(tau=tau, loss=loss, beta=0.1, epsilon=0.1), pairs)
+    return train.loss_settings(
+        SimpleNamespace(tau=tau, loss=loss, beta=0.1, epsilon=0.1, sft_weight=0.0), pairs
+    )
 
 
 def test_tau_is_in_units_of_the_root_mean_square_gap():
@@ -290,7 +316,7 @@ def gradient_of(student, dense=False, **options):
         def zero_grad(self, **_):
             student.zero_grad()
 
-    settings = {"beta": 0.1, "tau": 1.0, "epsilon": 0.1, "mean_weight": 1.0}
+    settings = {"beta": 0.1, "tau": 1.0, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 0.0}
     reference = torch.zeros(len(PAIRS), 2)
     with torch.no_grad():
         reference += train.pair_logps(student, PAIRS, SimpleNamespace(**args)) + torch.tensor(
