@@ -23,10 +23,10 @@ import numpy as np
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Rows, encode, make_parser, model_folder, name_of, provenance, run
+from generate import LocalModel, Rows, encode, make_parser, model_folder, provenance, run
 from kernels.packed import all_logps, check_model
 from prompts import BadInput, load_task, read_rows
-from score import add_reward_flags, make_reward
+from score import add_reward_flags, make_reward, repetition
 
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
@@ -57,13 +57,6 @@ def whole_words(pattern):
     """The pattern between ends of words, where it begins or ends with a word or a group of them."""
     start, end = (r"\b" * (char.isalnum() or char in "()") for char in (pattern[0], pattern[-1]))
     return f"{start}(?:{pattern}){end}"
-
-
-def repetition(answer):
-    """Share of an answer's 4-grams of words that stand in it before, 0 to 1."""
-    words = answer.split()
-    grams = list(zip(*(words[start:] for start in range(4)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def add_measures(row, given, metric):
@@ -235,7 +228,7 @@ def models_in(folder, refined):
     files = sorted(folder.glob("*/run.json"))
     runs = {os.path.relpath(file.parent): json.loads(file.read_text()) for file in files}
     runs = {n: run for n, run in runs.items() if run.get("finished") and not n.endswith(".bak")}
-    bases = {name_of(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
+    bases = {os.path.relpath(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
     if len(bases) > 1:
         several = " and ".join(sorted(bases))
         raise BadInput(f"{folder}: its students have several bases, {several}; pass --models")

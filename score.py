@@ -201,6 +201,13 @@ def text_of(answer):
     return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
+def repetition(answer):
+    """Share of an answer's 4-grams of words that stand in it before, 0 to 1."""
+    words = answer.split()
+    grams = list(zip(*(words[start:] for start in range(4)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def audit(rows):
     """What to know of the scores before training on them, as text."""
     scored = [row for row in rows if is_scored(row)]
@@ -212,8 +219,10 @@ def audit(rows):
         f"scored {len(scored)} of {len(rows)} pairs; {without} without a score, {failed} failed"
     ]
     if len(gap):
+        again = np.mean([repetition(text_of(row["chosen"])) > 0 for row in scored])
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
+        lines.append(f"revisions that repeat four words {again:.0%} (train.py --max-repeats)")
         mean, rms = gap.mean(), np.sqrt(np.mean(gap**2))
         lines.append(
             f"reward gap (chosen - rejected): mean {mean:+.3f}, root mean square {rms:.3f}"

@@ -46,7 +46,7 @@ from transformers import AutoConfig
 from generate import digest_of, encode, load_model, lock, make_parser, pick_device, provenance, run
 from kernels.packed import check_model, completion_logps, micro_batches
 from prompts import BadInput, as_messages, read_rows
-from score import is_scored
+from score import is_scored, repetition
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
@@ -284,6 +284,8 @@ def make_pair(row, name, tokenizer, args):
     context, chosen, rejected = split_row(row)
     if not (chosen.strip() and rejected.strip()):
         return "with an empty answer"
+    if repetition(chosen) > args.max_repeats:
+        return "that repeat themselves"
     prompt, chosen = encode(tokenizer, context, chosen)
     _, rejected = encode(tokenizer, context, rejected)
     room = args.max_length - len(prompt)
@@ -517,6 +519,7 @@ def parse_args():
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
+    add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
     add("--beta", type="positive", default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models (default: %(default)s)")
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and under rdpo z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")

@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import bootstrap, by_group, difference, draw, make_table, measure, repetition, summarise
+from eval import bootstrap, by_group, difference, draw, make_table, measure, summarise
 from prompts import BadInput, load_task
+from score import repetition
 
 # ---- metrics and intervals -----------------------------------------------------------------------
 

@@ -202,7 +202,8 @@ MORE = {"role": "user", "content": "Really?"}
 
 
 def load(rows, tokenizer, **options):
-    args = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 512} | options
+    args = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 512}
+    args |= {"max_repeats": 1.0} | options
     return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
 
 
@@ -280,6 +281,13 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer):
         ({"loss": "dpo"}, {"row-0", "row-2", "row-3", "row-4", "row-9"}),
     ):
         assert {pair.id for pair in load(rows, tokenizer, **options)[0]} == names
+
+
+def test_pairs_whose_chosen_answer_repeats_itself_are_left_out_on_demand(tokenizer):
+    rows = [pair_row(0, "so it is and so it is and so", "b"), pair_row(1, "a", "so so so so so so")]
+    assert len(load(rows, tokenizer)[0]) == 2
+    (pair,), _, counts = load(rows, tokenizer, max_repeats=0.0)
+    assert pair.id == "row-1" and counts == {"that repeat themselves": 1}
 
 
 def test_answers_that_differ_only_beyond_max_length_are_left_out_as_identical(tokenizer):
