@@ -13,12 +13,9 @@ Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revi
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
 the first LIMIT instructions only, since it takes three times as long.
 
-The rule for learning rate and beta, written before the first run: each family of methods (sft, dpo,
-rdpo) is tried with the settings of GRID on two thirds of the training groups (pairs of the kind fresh, seed 0,
- TUNE_STEPS steps). Of those whose answers to 48 prompts of the other third have at least three
-quarters of the base model's words (of all, if none has), the one with the highest task metric is
-taken, at equal metric the one with the higher reward. Training that goes on from dSC takes half the
-learning rate.
+All methods have the same pairs, STEPS steps of PAIRS_A_STEP pairs, and the settings of RECIPE, which
+the pilots of results/pilots.md are the reason for; they were not chosen method by method. What goes on
+from dSC's student takes half the learning rate.
 """
 
 import argparse
@@ -48,7 +45,7 @@ from kernels.packed import check_model  # noqa: E402
 from prompts import load_task, read_prompts, read_rows  # noqa: E402
 from score import contrast_reward  # noqa: E402
 
-STEPS, TUNE_STEPS, PAIRS_A_STEP = 24, 16, 8
+STEPS, PAIRS_A_STEP = 24, 8
 METHODS = {  # flags of train.py
     "sft": ["--loss", "sft"],
     "dsc": ["--loss", "sft", "--accept"],
@@ -61,10 +58,8 @@ METHODS = {  # flags of train.py
     "rdpo-weight": ["--loss", "rdpo-weight"],
 }
 PREFERENCE = [method for method in METHODS if method not in ("sft", "dsc")]
-FAMILY = {"sft": "sft", "dsc": "sft"}
-FAMILY |= {m: "rdpo" if m.startswith("rdpo") else "dpo" for m in PREFERENCE}
-GRID = {"sft": [(1e-5, 0.3), (2e-5, 0.3)]}  # (learning rate, beta); sft has no beta
-GRID |= {family: [(1e-5, 0.3), (2e-5, 0.1)] for family in ("dpo", "rdpo")}
+RECIPE = {"lr": 1e-5, "beta": 0.1, "sft-weight": 1.0}  # of the preference methods
+SFT_LR = 2e-5
 UNTRAINED = ("base", "self-refine")
 LIMIT = {"conversation": 384}  # instructions: there each call reads the calls before it
 FLIPS, SWAPS = (40, 20, 10, 30), (50, 25, 10, 40)  # % of the pairs, the most telling ones first
@@ -95,7 +90,6 @@ class Run(NamedTuple):
     start: str = "base"  # or dsc, from whose student training goes on
     flips: int = 0  # % of the pairs with chosen and rejected exchanged, the scores with their texts
     swaps: int = 0  # % of the pairs with their two scores exchanged
-    tune: tuple = ()  # (learning rate, beta) on trial
 
     @property
     def name(self):
@@ -103,12 +97,11 @@ class Run(NamedTuple):
         parts += [f"flips{self.flips}"] * (self.flips > 0) + [f"swaps{self.swaps}"] * (
             self.swaps > 0
         )
-        parts += [f"lr{self.tune[0]:g}-beta{self.tune[1]:g}"] if self.tune else []
         return "-".join(parts)
 
     @property
     def key(self):
-        return f"{self.kind}/{self.seed}/{'tune/' * bool(self.tune)}{self.name}"
+        return f"{self.kind}/{self.seed}/{self.name}"
 
 
 def plan_of(task, seeds):
@@ -137,12 +130,6 @@ def plan_of(task, seeds):
     return list(dict.fromkeys(runs))
 
 
-def trials_of(task):
-    """The runs by which learning rate and beta are chosen."""
-    runs = [Run("fresh", family, 0, tune=setting) for family in GRID for setting in GRID[family]]
-    return [Run("fresh", "base", 0, tune=(0, 0)), *runs]
-
-
 # ---- one run: the four stages --------------------------------------------------------------------
 
 
@@ -158,7 +145,7 @@ class Study:
         self.guard, self.guards = threading.Lock(), {}
 
     def folder(self, run):
-        return Path(f"runs/study/{self.task}/{run.kind}-{run.seed}{'-tune' * bool(run.tune)}")
+        return Path(f"runs/study/{self.task}/{run.kind}-{run.seed}")
 
     def call(self, folder, script, *flags, may=(0,)):
         """Runs a stage; its output goes to the folder's log."""
@@ -208,12 +195,6 @@ class Study:
         """(rows to train on, rows to test on), noise included."""
         rows = read_rows(self.scored(run), "id")
         train, test = ([r for r in rows if r["split"] == split] for split in ("train", "test"))
-        if run.tune:
-            groups = sorted({row["group"] for row in train})
-            random.Random("tune").shuffle(groups)
-            kept = set(groups[len(groups) // 3 :])
-            test = [row | {"split": "test"} for row in train if row["group"] not in kept][:48]
-            train = [row for row in train if row["group"] in kept]
         order = random.Random(f"noise {run.seed}").sample(range(len(train)), len(train))
         for i in order[: round(len(train) * run.flips / 100)]:
             exchange(train[i], "chosen", "rejected")
@@ -221,18 +202,6 @@ class Study:
         for i in order[: round(len(train) * run.swaps / 100)]:
             exchange(train[i], "score_chosen", "score_rejected")
         return train, test
-
-    def settings(self, run):
-        """(learning rate, beta) by the rule above."""
-        if run.tune:
-            return run.tune
-        trials = trials_of(self.task)
-        trials = [self.lines[r.key] for r in trials if r.method == FAMILY[run.method]]
-        (base,) = (self.lines[r.key] for r in trials_of(self.task) if r.method == "base")
-        long = [t for t in trials if mean(t, "words") >= 0.75 * mean(base, "words")]
-        sign = 1 if load_task(self.task)["metric"]["better"] == "higher" else -1
-        best = max(long or trials, key=lambda t: (sign * mean(t, "metric"), mean(t, "reward")))
-        return (best["lr"] / 2 if run.start == "dsc" else best["lr"]), best["beta"]
 
     def make(self, run):
         """Trains and evaluates, and adds the line."""
@@ -253,7 +222,7 @@ class Study:
         line |= {"seconds": round(time.time() - began), "threads": self.threads}
         line |= self.measures(run, answers, {row["id"]: row for row in test})
         shutil.rmtree(folder / f"{student.name}.bak", ignore_errors=True)
-        if run.method not in (*UNTRAINED, "dsc") or run.tune or run.start == "dsc":
+        if run.method not in (*UNTRAINED, "dsc") or run.start == "dsc":
             shutil.rmtree(student, ignore_errors=True)  # half a gigabyte; the answers stay
         with self.guard:
             self.lines[run.key] = line
@@ -264,18 +233,19 @@ class Study:
 
     def train(self, run, rows, student):
         """Calls train.py; what is to be known of it."""
-        lr, beta = self.settings(run)
+        recipe = {"lr": SFT_LR} if run.method in ("sft", "dsc") else dict(RECIPE)
+        recipe["lr"] /= 2 if run.start == "dsc" else 1
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps < 0), 0.01, 0.45))
         start = "smollm2"
         if run.start == "dsc":
             first, start = Run(run.kind, "dsc", run.seed), self.folder(run) / "dsc"
             self.train(first, self.rows(first)[0], start)
-        steps = TUNE_STEPS if run.tune else STEPS
         source = student.with_name(f"{student.name}.jsonl")
         source.write_bytes(lines_of(rows))
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
-        flags += ["--lr", lr, "--beta", beta, "--seed", run.seed, "--max-steps", steps]
+        flags += [part for name, value in recipe.items() for part in (f"--{name}", value)]
+        flags += ["--seed", run.seed, "--max-steps", STEPS]
         flags += [
             "--epochs",
             1000,
@@ -291,14 +261,14 @@ class Study:
             student / "model.safetensors", lambda: self.call(self.folder(run), "train.py", *flags)
         )
         record = json.loads((student / "run.json").read_text())
-        facts = {"lr": lr, "beta": beta, "steps": record["steps"], "pairs": record["pairs"]}
+        facts = {"recipe": recipe, "steps": record["steps"], "pairs": record["pairs"]}
         flags = " ".join(map(str, ["python train.py --task", self.task, *flags]))
         return facts | {"won": float(np.mean(gaps > 0)), "epsilon": rate, "command": flags}
 
     def evaluate(self, run, test, student):
         """Calls eval.py; its rows of this run's answers. The base model's answers are made once."""
         folder = self.folder(run)
-        base = Path(f"runs/study/{self.task}/base-{run.seed}{'-tune' * bool(run.tune)}")
+        base = Path(f"runs/study/{self.task}/base-{run.seed}")
         source = self.once(folder / "test.jsonl", lambda: write(folder / "test.jsonl", test))
         flags = ["--in", source, "--seed", run.seed, "--batch-size", 160]
 
@@ -327,7 +297,7 @@ class Study:
             if self.task == "sentiment":
                 row["vader"] = vader.polarity_scores(row["answer"])["compound"]
                 row["afinn"] = float(afinn.score(row["answer"]) > 0)
-        if self.task == "sentiment" and not (run.flips or run.swaps or run.tune):
+        if self.task == "sentiment" and not (run.flips or run.swaps):
             spoken = [row for row in answers if row["answer"]]
             given = [rows[row["prompt_id"]] for row in spoken]
             for row, score in zip(spoken, other_words(given, spoken), strict=True):
@@ -527,7 +497,7 @@ def cell(value, form):
 
 def report(study):
     """TASK.md, TASK.png and TASK.summary.json beside the lines, and the table of the README."""
-    lines = [line for line in study.lines.values() if not line["tune"]]
+    lines = list(study.lines.values())
     rows, points = summarise(lines), dials_of(lines)
     command = f"python results/study.py --task {study.task}"
     facts = [line["made"] | {"date": line["made"]["date"][:10]} for line in study.lines.values()]
@@ -548,10 +518,8 @@ def report(study):
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
         columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric")}
         parts += [table_of(points, columns)]
-    chosen = {family: study.settings(Run("fresh", family, 0)) for family in GRID}
-    chosen = "; ".join(f"{family} {lr:g}, {beta:g}" for family, (lr, beta) in chosen.items())
     hours = sum(line["seconds"] * line["threads"] for line in study.lines.values()) / 3600
-    parts += ["## How it was made", f"Learning rate and beta by the rule of study.py: {chosen}."]
+    parts += ["## How it was made"]
     parts += [f"{len(study.lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
     study.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
@@ -570,7 +538,8 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     study = Study(args)
-    for runs in () if args.report else (trials_of(args.task), plan_of(args.task, args.seeds)):
+    if not args.report:
+        runs = plan_of(args.task, args.seeds)
         missing = [run for run in runs if run.key not in study.lines]
         print(f"{len(missing)} of {len(runs)} runs are missing", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -71,43 +71,18 @@ def test_pairs_with_an_answer_that_was_cut_off_or_failed_are_not_whole():
     assert not study.is_whole({"teacher": {"finish": finish}, "error": "no answer"})
 
 
-def test_what_tunes_is_of_the_training_split_and_no_group_is_on_both_sides(made):
-    train, test = made.rows(study.Run("fresh", "dpo", 0, tune=(1e-5, 0.1)))
-    ids = {row["id"] for row in train} | {row["id"] for row in test}
-    assert ids.isdisjoint({f"r{k}" for k in range(36, 40)})
-    assert {row["group"] for row in train}.isdisjoint({row["group"] for row in test})
-    assert {row["split"] for row in test} == {"test"}
-
-
-def test_the_setting_is_the_best_of_those_that_keep_three_quarters_of_the_length(made):
-    def line(run, metric, words):
-        lr, beta = run.tune
-        values = {"metric": [metric], "words": [words], "reward": [0.0]}
-        made.lines[run.key] = {"method": run.method, "lr": lr, "beta": beta, "values": values}
-
-    for run in study.trials_of("sentiment"):
-        line(run, 0.5, 60 if run.method == "base" else 50)
-    best, short = study.GRID["dpo"][:2]
-    line(study.Run("fresh", "dpo", 0, tune=best), 0.7, 45)
-    line(study.Run("fresh", "dpo", 0, tune=short), 0.9, 44)
-    assert made.settings(study.Run("fresh", "dpo", 1)) == best
-    assert made.settings(study.Run("fresh", "robust", 1, "dsc")) == (best[0] / 2, best[1])
-
-
 def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(made, workdir, capsys):
     rng, made.lines = np.random.default_rng(0), {}
     made.path = workdir / "sentiment.jsonl"
     facts = {key: "x" for key in ("commit", "hardware", "torch", "transformers")}
     runs = [study.Run("fresh", m, s) for m in ("base", "dsc", "dpo", "rdpo") for s in (0, 1)]
     runs += [study.Run("fresh", m, 0, flips=40) for m in ("dpo", "rdpo")]
-    for run in [*study.trials_of("sentiment"), *runs]:
+    for run in runs:
         likely = {"base": 0.3, "rdpo": 0.9}.get(run.method, 0.5)
         values = {"metric": [float(x) for x in rng.random(40) < likely], "words": [60] * 40}
-        line = {**run._asdict(), "lr": run.tune[:1], "beta": run.tune[1:], "seconds": 1}
+        line = {**run._asdict(), "seconds": 1}
         line |= {"threads": 1, "made": facts | {"date": "2026-01-01"}}
         made.lines[run.key] = line | {"values": values | {"reward": [0.0] * 40}}
-    for line in made.lines.values():
-        line["lr"], line["beta"] = line["tune"] or (0, 0)
     study.report(made)
     summary = json.loads((workdir / "sentiment.summary.json").read_text())
     rows = {row["method"]: row for row in summary["rows"]}
