@@ -179,8 +179,10 @@ def add_scores(rows, reward, settings):
     scores = iter(reward([row for row in pairs for _ in SIDES], answers) if pairs else [])
     for row in pairs:
         row["reward"] = dict(settings)
-        for side in SIDES:
-            score = next(scores)
+        both = [next(scores), next(scores)]
+        if text_of(row["chosen"]) == text_of(row["rejected"]):
+            both[1] = both[0]  # a copied draft is a tie, whatever rounding or a judge's mood says
+        for side, score in zip(SIDES, both, strict=True):
             row[f"score_{side}"] = score.finite
             row["reward"] |= {f"said_{side}": score.said} if score.said else {}
             row |= {"error": f"judge: {score.said}"} if score.failed else {}

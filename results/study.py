@@ -43,7 +43,7 @@ from eval import by_group  # noqa: E402
 from generate import lines_of, load_model, pick_device, provenance  # noqa: E402
 from kernels.packed import check_model  # noqa: E402
 from prompts import load_task, read_prompts, read_rows  # noqa: E402
-from score import contrast_reward  # noqa: E402
+from score import contrast_reward, repetition, text_of  # noqa: E402
 
 STEPS, PAIRS_A_STEP = 24, 8
 METHODS = {  # flags of train.py
@@ -58,8 +58,9 @@ METHODS = {  # flags of train.py
     "rdpo-weight": ["--loss", "rdpo-weight"],
 }
 PREFERENCE = [method for method in METHODS if method not in ("sft", "dsc")]
-RECIPE = {"lr": 1e-5, "beta": 0.1, "sft-weight": 1.0}  # of the preference methods
-SFT_LR = 2e-5
+RECIPE = ["--lr", 1e-5, "--beta", 0.1, "--sft-weight", 1, "--skip-end"]  # of preference methods
+SFT_RECIPE = ["--lr", 2e-5]
+MAX_REPEATS = 0.05  # of a revision, see train.py
 UNTRAINED = ("base", "self-refine")
 LIMIT = {"conversation": 384}  # instructions: there each call reads the calls before it
 FLIPS, SWAPS = (40, 20, 10, 30), (50, 25, 10, 40)  # % of the pairs, the most telling ones first
@@ -233,8 +234,8 @@ class Study:
 
     def train(self, run, rows, student):
         """Calls train.py; what is to be known of it."""
-        recipe = {"lr": SFT_LR} if run.method in ("sft", "dsc") else dict(RECIPE)
-        recipe["lr"] /= 2 if run.start == "dsc" else 1
+        recipe = list(RECIPE if run.method in PREFERENCE else SFT_RECIPE)
+        recipe[1] /= 2 if run.start == "dsc" else 1
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps < 0), 0.01, 0.45))
         start = "smollm2"
@@ -244,8 +245,7 @@ class Study:
         source = student.with_name(f"{student.name}.jsonl")
         source.write_bytes(lines_of(rows))
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
-        flags += [part for name, value in recipe.items() for part in (f"--{name}", value)]
-        flags += ["--seed", run.seed, "--max-steps", STEPS]
+        flags += [*recipe, "--seed", run.seed, "--max-steps", STEPS]
         flags += [
             "--epochs",
             1000,
@@ -261,7 +261,7 @@ class Study:
             student / "model.safetensors", lambda: self.call(self.folder(run), "train.py", *flags)
         )
         record = json.loads((student / "run.json").read_text())
-        facts = {"recipe": recipe, "steps": record["steps"], "pairs": record["pairs"]}
+        facts = {"steps": record["steps"], "pairs": record["pairs"]}
         flags = " ".join(map(str, ["python train.py --task", self.task, *flags]))
         return facts | {"won": float(np.mean(gaps > 0)), "epsilon": rate, "command": flags}
 
@@ -325,9 +325,11 @@ class Study:
 
 
 def is_whole(row):
-    """Whether neither answer of a pair was cut off."""
+    """Whether neither answer of a pair was cut off, and the revision does not repeat itself."""
     finish = row["teacher"]["finish"]
-    return not row.get("error") and "length" not in (finish["answer"], finish["revision"])
+    if row.get("error") or "length" in (finish["answer"], finish["revision"]):
+        return False
+    return repetition(text_of(row["chosen"])) <= MAX_REPEATS
 
 
 def exchange(row, one, other):

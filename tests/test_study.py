@@ -63,12 +63,13 @@ def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_n
     assert {row["id"] for row in turned} < {row["id"] for row in wrong}
 
 
-def test_pairs_with_an_answer_that_was_cut_off_or_failed_are_not_whole():
+def test_pairs_with_an_answer_that_was_cut_off_or_repeats_itself_are_not_whole():
     finish = {"answer": "stop", "critique": "length", "revision": "stop"}
-    assert study.is_whole({"teacher": {"finish": finish}})
-    assert not study.is_whole({"teacher": {"finish": finish | {"revision": "length"}}})
-    assert not study.is_whole({"teacher": {"finish": finish | {"answer": "length"}}})
-    assert not study.is_whole({"teacher": {"finish": finish}, "error": "no answer"})
+    row = {"chosen": "a fine film", "teacher": {"finish": finish}}
+    assert study.is_whole(row) and not study.is_whole(row | {"error": "no answer"})
+    assert not study.is_whole(row | {"chosen": "a fine film " * 4})
+    for name in ("answer", "revision"):
+        assert not study.is_whole(row | {"teacher": {"finish": finish | {name: "length"}}})
 
 
 def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(made, workdir, capsys):
