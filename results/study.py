@@ -112,13 +112,13 @@ def plan_of(task, seeds):
         return [Run("fresh", m, s) for s in seeds for m in (*UNTRAINED, *few)] + [
             Run("fresh", m, s, "dsc") for s in seeds for m in ("dpo", "rdpo")
         ]
-    runs, best = [], ("dsc", "dpo", "rdpo", "rdpo-margin", "rdpo-weight", "dpo-accept")
+    runs, short = [], ("dpo", "rdpo", "dsc")
     for seed in seeds:
-        runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *best)]
-        runs += [Run("fresh", m, seed) for m in ("dsc", *DIAL[:3])]
-        runs += [Run("fresh", m, seed, flips=FLIPS[0]) for m in DIAL[:3]]
+        runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *short)]
+        runs += [Run("fresh", m, seed, flips=FLIPS[0]) for m in short[:2]]
+        runs += [Run("fresh", m, seed) for m in short]
+        runs += [Run("conversation", m, seed) for m in ("rdpo-weight", "rdpo-margin", *METHODS)]
         runs += [Run("fresh", "rdpo", seed, swaps=SWAPS[0])]
-        runs += [Run("conversation", m, seed) for m in METHODS]
     for seed in seeds:
         for kind in ("conversation", "fresh"):
             runs += [Run(kind, m, seed, "dsc") for m in ("dpo", "rdpo", "dsc", *PREFERENCE)]
