@@ -34,17 +34,7 @@ import transformers
 from requests.adapters import HTTPAdapter, Retry
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-)
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kernels.logps import multiplies_bf16
 from prompts import FOLDER, BadInput, fill, load_task, read_prompts
@@ -101,8 +91,6 @@ class LocalModel:
         self.model, self.tokenizer = load_model(name, *pick_device(args.device, args.dtype))
         if not self.tokenizer.chat_template:
             raise BadInput(f"--model {name}: has no chat template; take its instruct version")
-        if self.model.device.type == "cpu" and self.model.config._attn_implementation == "sdpa":
-            self.model.set_attn_implementation("one_token")
         self.sampling = sampling
         self.settings = {"model": name_of(name), "dtype": str(self.model.dtype)}
         self.settings |= {"seed": args.seed, **sampling}
@@ -110,44 +98,6 @@ class LocalModel:
     def ask(self, conversations, keys):
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values, with room for the next ones: transformers' own layer copies all of
-    them at every token."""
-
-    room = shown = ()
-
-    def update(self, keys, values, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if self.shown is not self.keys or end > self.room[0].shape[2]:
-            new = [x.new_empty(*x.shape[:2], end + 64, x.shape[3]) for x in (keys, values)]
-            for room, old in zip(new, (self.keys, self.values) if start else (), strict=False):
-                room[:, :, :start] = old
-            self.room, self.is_initialized = new, True
-        for room, x in zip(self.room, (keys, values), strict=True):
-            room[:, :, start:end] = x
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        self.shown = self.keys  # another tensor stands there once finished rows have left
-        return self.keys, self.values
-
-
-def one_token_attention(module, query, key, value, mask, scaling, **kwargs):
-    """Attention as transformers calls it. Where each row has one new token, two products for all
-    heads that share their keys: a quarter of the time of scaled_dot_product_attention on a CPU."""
-    rows, heads, length, width = query.shape
-    if length > 1:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    query = query.view(rows, key.shape[1], -1, width)  # (rows, key heads, heads of each, width)
-    scores = (query @ key.transpose(2, 3)).float() * scaling
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    output = scores.softmax(-1).to(value.dtype) @ value
-    return output.view(rows, 1, heads, -1), None
-
-
-AttentionInterface.register("one_token", one_token_attention)
-AttentionMaskInterface.register("one_token", sdpa_mask)
 
 
 @torch.inference_mode()
@@ -172,7 +122,6 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     mask = (ids >= 0).long()
     stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     for step in tqdm(range(max_tokens), f"{len(live)} answers", leave=False, disable=None):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids.clamp(min=0), "attention_mask": mask, "position_ids": positions}
