@@ -220,6 +220,14 @@ def test_the_audit_counts_wins_ties_and_length():
     assert "length +0.9" in text
 
 
+def test_a_copied_draft_is_a_tie_whatever_the_reward_says():
+    scores = iter(score.Score(value) for value in (0.5, 0.3, 0.2, 0.1))
+    rows = [pair_row(0, "same", "same"), pair_row(1, "a", "b")]
+    done = score.add_scores(rows, lambda rows, answers: [next(scores) for _ in answers], {})
+    assert [row["score_chosen"] for row in done] == [0.5, 0.2]
+    assert [row["score_rejected"] for row in done] == [0.5, 0.1]
+
+
 def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
     assert audit([{"id": "e", "error": "x"}]) == "scored 0 of 1 pairs; 0 without a score, 1 failed"
     assert "won 100%" in audit([pair_row(0, "a", "b")])
