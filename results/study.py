@@ -95,9 +95,8 @@ class Run(NamedTuple):
     @property
     def name(self):
         parts = [self.method, *["from-dsc"] * (self.start == "dsc")]
-        parts += [f"flips{self.flips}"] * (self.flips > 0) + [f"swaps{self.swaps}"] * (
-            self.swaps > 0
-        )
+        parts += [f"flips{self.flips}"] * (self.flips > 0)
+        parts += [f"swaps{self.swaps}"] * (self.swaps > 0)
         return "-".join(parts)
 
     @property
@@ -215,10 +214,8 @@ class Study:
         elif run.method == "base":
             student = Path("smollm2")
         answers = self.evaluate(run, test, student)
-        made = {
-            key: provenance()[key]
-            for key in ("commit", "date", "hardware", "torch", "transformers")
-        }
+        made = provenance()
+        made = {k: made[k] for k in ("commit", "date", "hardware", "torch", "transformers")}
         line = {"key": run.key, **run._asdict(), **facts, "made": made}
         line |= {"seconds": round(time.time() - began), "threads": self.threads}
         line |= self.measures(run, answers, {row["id"]: row for row in test})
@@ -245,21 +242,11 @@ class Study:
         source = student.with_name(f"{student.name}.jsonl")
         source.write_bytes(lines_of(rows))
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
-        flags += [*recipe, "--seed", run.seed, "--max-steps", STEPS]
-        flags += [
-            "--epochs",
-            1000,
-            "--batch-size",
-            PAIRS_A_STEP,
-            "--save-every",
-            1000,
-            "--pack-tokens",
-            2048,
-        ]
+        flags += [*recipe, "--seed", run.seed, "--batch-size", PAIRS_A_STEP, "--max-steps", STEPS]
+        flags += "--epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
-        self.once(
-            student / "model.safetensors", lambda: self.call(self.folder(run), "train.py", *flags)
-        )
+        made = student / "model.safetensors"
+        self.once(made, lambda: self.call(self.folder(run), "train.py", *flags))
         record = json.loads((student / "run.json").read_text())
         facts = {"steps": record["steps"], "pairs": record["pairs"]}
         flags = " ".join(map(str, ["python train.py --task", self.task, *flags]))
@@ -302,17 +289,7 @@ class Study:
             given = [rows[row["prompt_id"]] for row in spoken]
             for row, score in zip(spoken, other_words(given, spoken), strict=True):
                 row["other"] = score.value
-        names = [
-            "metric",
-            "score",
-            "words",
-            "repeats",
-            "base_logp",
-            "cut",
-            "vader",
-            "afinn",
-            "other",
-        ]
+        names = "metric score words repeats base_logp cut vader afinn other".split()
         values = {name: by_group([{name: None} | row for row in answers], name, kind if name == "metric" else "mean")
                   for name in names}  # fmt: skip
         values["reward"] = values.pop("score")
@@ -524,6 +501,13 @@ def report(study):
     parts += ["## How it was made"]
     parts += [f"{len(study.lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
     study.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    if study.task == "sentiment" and study.path.is_relative_to(ROOT):
+        mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
+        columns = ("method", "metric", "less dpo", "less dsc", "afinn", "words", "repeats", "cut")
+        table = table_of(mine, {key: SHOWN[key] for key in columns})
+        mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
+        before, _, after = readme.read_text().split(mark)
+        readme.write_text(f"{before}{mark}{table}\n{mark}{after}")
     print("\n\n".join(parts))
 
 
