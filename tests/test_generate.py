@@ -513,7 +513,7 @@ def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir)
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
     status, said, _ = ask(run, server, "--dry-run", "--price-out", "1")
-    assert status == 0 and "1,932 calls" in said and "cost 0.07" in said
+    assert status == 0 and "1,932 calls" in said and "cost 0.39" in said
     assert not HostileServer.asked and not (workdir / "runs").exists()
     assert "[user] What is so bad" in said
 
