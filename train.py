@@ -82,8 +82,8 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     (p = 1/2): rdpo pulls z back to 0, where its gradient is 0; rdpo-margin is dpo; rdpo-weight
     leaves it out. The paper's equation was not at hand; see the top of this file.
 
-    To all but sft, sft_weight adds that times the loss sft of the better answer, after RPO
-    (arXiv 2404.19733, eq. 1): of chosen, and under the rdpo losses p of chosen's and 1 - p of
+    To all but sft, sft_weight adds that times the loss sft of the better answer, as arXiv
+    2404.19733 does for dpo: of chosen, and under the rdpo losses p of chosen's and 1 - p of
     rejected's. Without it both answers' log-probs fall, the end of a turn with them.
 
     ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
