@@ -289,9 +289,10 @@ class Study:
             given = [rows[row["prompt_id"]] for row in spoken]
             for row, score in zip(spoken, other_words(given, spoken), strict=True):
                 row["other"] = score.value
-        names = "metric score words repeats base_logp cut vader afinn other".split()
-        values = {name: by_group([{name: None} | row for row in answers], name, kind if name == "metric" else "mean")
-                  for name in names}  # fmt: skip
+        names = "score words repeats base_logp cut vader afinn other".split()
+        values = {name: by_group([{name: None} | row for row in answers], name) for name in names}
+        asked = [row for row in answers if not row["control"]]  # not the harmless look-alikes
+        values["metric"] = by_group(asked, "metric", kind)
         values["reward"] = values.pop("score")
         groups = sorted({row["group"] for row in rows.values()})
         table = {
