@@ -39,7 +39,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import by_group  # noqa: E402
+from eval import by_group, interval  # noqa: E402
 from generate import lines_of, load_model, pick_device, provenance  # noqa: E402
 from kernels.packed import check_model  # noqa: E402
 from prompts import load_task, read_prompts, read_rows  # noqa: E402
@@ -171,7 +171,7 @@ class Study:
 
     def scored(self, run):
         """Pairs of a kind and seed: whole ones to train on, scored, and those of the test prompts."""
-        folder = Path(f"runs/study/{self.task}/{run.kind}-{run.seed}")
+        folder = self.folder(run)
 
         def make():
             folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,6 @@ class Study:
         line = {"key": run.key, **run._asdict(), **facts, "made": made}
         line |= {"seconds": round(time.time() - began), "threads": self.threads}
         line |= self.measures(run, answers, {row["id"]: row for row in test})
-        shutil.rmtree(folder / f"{student.name}.bak", ignore_errors=True)
         if run.method not in (*UNTRAINED, "dsc") or run.start == "dsc":
             shutil.rmtree(student, ignore_errors=True)  # half a gigabyte; the answers stay
         with self.guard:
@@ -240,7 +239,7 @@ class Study:
             first, start = Run(run.kind, "dsc", run.seed), self.folder(run) / "dsc"
             self.train(first, self.rows(first)[0], start)
         source = student.with_name(f"{student.name}.jsonl")
-        source.write_bytes(lines_of(rows))
+        write(source, rows)
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
         flags += [*recipe, "--seed", run.seed, "--batch-size", PAIRS_A_STEP, "--max-steps", STEPS]
         flags += "--epochs 1000 --save-every 1000 --pack-tokens 2048".split()
@@ -471,8 +470,7 @@ def cell(value, form):
     """A value, or a mean with its interval and, where there is one, p by Holm."""
     if not isinstance(value, tuple):
         return "-" if value is None else str(value)
-    mean, low, high = (format(x, form) for x in value[:3])
-    return f"{mean} [{low}, {high}]" + (f", p {value[4]:.2g}" if len(value) == 5 else "")
+    return interval(value[:3], form) + (f", p {value[4]:.2g}" if len(value) == 5 else "")
 
 
 def report(study):
@@ -480,7 +478,7 @@ def report(study):
     lines = list(study.lines.values())
     rows, points = summarise(lines), dials_of(lines)
     command = f"python results/study.py --task {study.task}"
-    facts = [line["made"] | {"date": line["made"]["date"][:10]} for line in study.lines.values()]
+    facts = [line["made"] | {"date": line["made"]["date"][:10]} for line in lines]
     made = sorted({json.dumps(fact, sort_keys=True) for fact in facts})
     summary = {
         "command": command,
@@ -498,9 +496,9 @@ def report(study):
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
         columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric")}
         parts += [table_of(points, columns)]
-    hours = sum(line["seconds"] * line["threads"] for line in study.lines.values()) / 3600
+    hours = sum(line["seconds"] * line["threads"] for line in lines) / 3600
     parts += ["## How it was made"]
-    parts += [f"{len(study.lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
+    parts += [f"{len(lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
     study.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     if study.task == "sentiment" and study.path.is_relative_to(ROOT):
         mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
