@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(RUN) python generate.py --task sentiment --limit 60 --out runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python score.py --task sentiment --in runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --loss sft --accept --epochs 3 --max-repeats 0.05
-	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --model runs/demo/sft-accept --epochs 3 --lr 5e-6 --beta 0.1 --max-repeats 0.05 --sft-weight 1 --skip-end
+	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --model runs/demo/sft-accept --epochs 3 --lr 5e-6 --beta 0.1 --max-repeats 0.05 --sft-weight 1
 	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/sft-accept runs/demo/rdpo --samples 2
 
 test: .venv/ready

@@ -288,8 +288,6 @@ def make_pair(row, name, tokenizer, args):
         return "that repeat themselves"
     prompt, chosen = encode(tokenizer, context, chosen)
     _, rejected = encode(tokenizer, context, rejected)
-    if args.skip_end and args.loss != "sft":
-        rejected = rejected[:-1]
     room = args.max_length - len(prompt)
     if room <= 0 or not prompt:
         return f"with a prompt of 0 or of more than {args.max_length - 1} tokens"
@@ -526,7 +524,6 @@ def parse_args():
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and under rdpo z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type="amount", default=0.0, help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: %(default)s)")
-    add("--skip-end", action="store_true", help="leave the last token of rejected answers, the end of the turn, out of the loss: a small student whose ends are pushed down runs on")
     add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 1e-5, with sft 2e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")

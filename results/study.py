@@ -13,9 +13,12 @@ Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revi
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
 the first LIMIT instructions only, since it takes three times as long.
 
-All methods have the same pairs, STEPS steps of PAIRS_A_STEP pairs, and the settings of RECIPE, which
-the pilots of results/pilots.md are the reason for; they were not chosen method by method. What goes on
-from dSC's student takes half the learning rate.
+All methods have the same pairs, STEPS steps of PAIRS_A_STEP pairs, and the flags of RECIPE, which the
+pilots of results/pilots.md are the reason for. Learning rate and beta are chosen for each method by one
+rule: of the settings in TRIALS, those whose student, trained on the conversation pairs of seed 0, gives
+the largest share of positive answers to the training prompts on films that no such pair is of; of
+equals the first. So the test prompts have no part in the choice. Half of that learning rate is taken by
+what goes on from dSC's student.
 """
 
 import argparse
@@ -58,8 +61,9 @@ METHODS = {  # flags of train.py
     "rdpo-weight": ["--loss", "rdpo-weight"],
 }
 PREFERENCE = [method for method in METHODS if method not in ("sft", "dsc")]
-RECIPE = ["--lr", 1e-5, "--beta", 0.1, "--sft-weight", 1, "--skip-end"]  # of preference methods
-SFT_RECIPE = ["--lr", 2e-5]
+RECIPE = ["--sft-weight", 1]  # of preference methods
+TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3))  # learning rate and beta of preference methods
+SFT_TRIALS = ((1e-5, 0), (2e-5, 0), (4e-5, 0))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 UNTRAINED = ("base", "self-refine")
 LIMIT = {"conversation": 384}  # instructions: there each call reads the calls before it
@@ -83,7 +87,7 @@ OTHER_WORDS = {
 
 
 class Run(NamedTuple):
-    """One trained and evaluated student, or an untrained answerer."""
+    """One trained and evaluated student, or an untrained answerer. With lr a trial of settings."""
 
     kind: str  # of pairs
     method: str
@@ -91,17 +95,26 @@ class Run(NamedTuple):
     start: str = "base"  # or dsc, from whose student training goes on
     flips: int = 0  # % of the pairs with chosen and rejected exchanged, the scores with their texts
     swaps: int = 0  # % of the pairs with their two scores exchanged
+    lr: float = 0.0
+    beta: float = 0.0
 
     @property
     def name(self):
         parts = [self.method, *["from-dsc"] * (self.start == "dsc")]
         parts += [f"flips{self.flips}"] * (self.flips > 0)
         parts += [f"swaps{self.swaps}"] * (self.swaps > 0)
+        parts += [f"lr{self.lr:g}"] * (self.lr > 0) + [f"beta{self.beta:g}"] * (self.beta > 0)
         return "-".join(parts)
 
     @property
     def key(self):
         return f"{self.kind}/{self.seed}/{self.name}"
+
+
+def trials_of(method):
+    """The runs by which learning rate and beta of a method are chosen."""
+    trials = TRIALS if method in PREFERENCE else SFT_TRIALS
+    return [Run("conversation", method, 0, lr=lr, beta=beta) for lr, beta in trials]
 
 
 def plan_of(task, seeds):
@@ -111,13 +124,15 @@ def plan_of(task, seeds):
         return [Run("fresh", m, s) for s in seeds for m in (*UNTRAINED, *few)] + [
             Run("fresh", m, s, "dsc") for s in seeds for m in ("dpo", "rdpo")
         ]
-    runs, short = [], ("dpo", "rdpo", "dsc")
+    short = ("dpo", "rdpo", "dsc")
+    runs = [trial for method in short for trial in trials_of(method)]
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *short)]
         runs += [Run("fresh", m, seed, flips=FLIPS[0]) for m in short[:2]]
         runs += [Run("fresh", m, seed) for m in short]
-        runs += [Run("conversation", m, seed) for m in ("rdpo-weight", "rdpo-margin", *METHODS)]
         runs += [Run("fresh", "rdpo", seed, swaps=SWAPS[0])]
+        for method in ("rdpo-weight", "rdpo-margin", "dpo-accept", *METHODS):
+            runs += [*trials_of(method), Run("conversation", method, seed)]
     for seed in seeds:
         for kind in ("conversation", "fresh"):
             runs += [Run(kind, m, seed, "dsc") for m in ("dpo", "rdpo", "dsc", *PREFERENCE)]
@@ -136,12 +151,13 @@ def plan_of(task, seeds):
 class Study:
     """The study of one task: its lines, and what is needed to make the ones that are missing."""
 
-    def __init__(self, args):
-        self.task, self.threads = args.task, max(1, (os.cpu_count() or 1) // args.jobs)
-        self.path = ROOT / f"results/study/{args.task}.jsonl"
+    def __init__(self, args, task=None):
+        self.task, self.threads = task or args.task, max(1, (os.cpu_count() or 1) // args.jobs)
+        self.path = ROOT / f"results/study/{self.task}.jsonl"
         self.path.parent.mkdir(exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = {line["key"]: line for line in map(json.loads, lines)}
+        self.tuned = self if self.task == "sentiment" else Study(args, "sentiment")
         self.guard, self.guards = threading.Lock(), {}
 
     def folder(self, run):
@@ -160,14 +176,32 @@ class Study:
                 f"{script} ended with status {code.returncode}, {folder}/log.txt:\n{text}"
             )
 
+    def lock(self, name):
+        with self.guard:
+            return self.guards.setdefault(str(name), threading.Lock())
+
     def once(self, path, make):
         """Makes a file or folder where it is not there yet; two workers do not make the same."""
-        with self.guard:
-            lock = self.guards.setdefault(str(path), threading.Lock())
-        with lock:
+        with self.lock(path):
             if not path.exists():
                 make()
         return path
+
+    def ensure(self, run):
+        """The line of a run, which is made if there is none yet."""
+        with self.lock(run.key):
+            if run.key not in self.lines:
+                self.make(run)
+        return self.lines[run.key]
+
+    def settings(self, method):
+        """(learning rate, beta) of a method, by the rule of this file's beginning."""
+        trials = trials_of(method)
+        best = max(trials, key=lambda trial: mean(self.tuned.ensure(trial), "metric"))
+        for trial in trials:
+            if trial != best:
+                shutil.rmtree(self.tuned.folder(trial) / trial.name, ignore_errors=True)
+        return best.lr, best.beta
 
     def scored(self, run):
         """Pairs of a kind and seed: whole ones to train on, scored, and those of the test prompts."""
@@ -195,6 +229,11 @@ class Study:
         """(rows to train on, rows to test on), noise included."""
         rows = read_rows(self.scored(run), "id")
         train, test = ([r for r in rows if r["split"] == split] for split in ("train", "test"))
+        if run.lr:  # a trial is tested on films of the training split that its pairs are not of
+            prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
+            seen = {row["group"] for row in prompts[: LIMIT[run.kind]]}
+            test = [r for r in prompts if r["split"] == "train" and r["group"] not in seen]
+            test = [row | {"split": "test"} for row in test]
         order = random.Random(f"noise {run.seed}").sample(range(len(train)), len(train))
         for i in order[: round(len(train) * run.flips / 100)]:
             exchange(train[i], "chosen", "rejected")
@@ -208,54 +247,60 @@ class Study:
         began, folder, facts = time.time(), self.folder(run), {}
         folder.mkdir(parents=True, exist_ok=True)
         train, test = self.rows(run)
-        student = folder / run.name
+        student = Path("smollm2" if run.method == "base" else "self-refine")
         if run.method not in UNTRAINED:
-            facts = self.train(run, train, student)
-        elif run.method == "base":
-            student = Path("smollm2")
+            student, facts = self.train(run, train)
         answers = self.evaluate(run, test, student)
         made = provenance()
         made = {k: made[k] for k in ("commit", "date", "hardware", "torch", "transformers")}
         line = {"key": run.key, **run._asdict(), **facts, "made": made}
         line |= {"seconds": round(time.time() - began), "threads": self.threads}
         line |= self.measures(run, answers, {row["id"]: row for row in test})
-        if run.method not in (*UNTRAINED, "dsc") or run.start == "dsc":
-            shutil.rmtree(student, ignore_errors=True)  # half a gigabyte; the answers stay
         with self.guard:
             self.lines[run.key] = line
             with open(self.path, "ab") as file:
                 file.write(lines_of([line]))
         print(f"{time.strftime('%H:%M:%S')} {run.key}: {line['seconds']} s, "
               f"metric {mean(line, 'metric'):.3f}, words {mean(line, 'words'):.0f}", flush=True)  # fmt: skip
+        kept = run.lr or (run.method == "dsc" and run.start == "base")  # others go on from these
+        if not (kept or run.method in UNTRAINED):
+            (folder / "reference").mkdir(exist_ok=True)
+            for path in student.glob("reference-*"):  # train.py finds it there, and makes it once
+                os.replace(path, folder / "reference" / path.name)
+            shutil.rmtree(student, ignore_errors=True)  # half a gigabyte; the answers stay
 
-    def train(self, run, rows, student):
-        """Calls train.py; what is to be known of it."""
-        recipe = list(RECIPE if run.method in PREFERENCE else SFT_RECIPE)
-        recipe[1] /= 2 if run.start == "dsc" else 1
+    def train(self, run, rows):
+        """Calls train.py: (the student's folder, what is to be known of it)."""
+        lr, beta = (run.lr, run.beta) if run.lr else self.settings(run.method)
+        # named by its settings, so that the student of the best trial is not trained again
+        folder, start = self.folder(run), "smollm2"
+        student = folder / run._replace(lr=lr, beta=beta).name
+        if run.start == "dsc":
+            first, lr = Run(run.kind, "dsc", run.seed), lr / 2
+            start, _ = self.train(first, self.rows(first)[0])
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps < 0), 0.01, 0.45))
-        start = "smollm2"
-        if run.start == "dsc":
-            first, start = Run(run.kind, "dsc", run.seed), self.folder(run) / "dsc"
-            self.train(first, self.rows(first)[0], start)
         source = student.with_name(f"{student.name}.jsonl")
         write(source, rows)
         flags = [*METHODS[run.method], "--in", source, "--out", student, "--model", start]
-        flags += [*recipe, "--seed", run.seed, "--batch-size", PAIRS_A_STEP, "--max-steps", STEPS]
+        flags += ["--lr", lr, *(["--beta", beta, *RECIPE] if run.method in PREFERENCE else [])]
+        flags += ["--seed", run.seed, "--batch-size", PAIRS_A_STEP, "--max-steps", STEPS]
         flags += "--epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
         made = student / "model.safetensors"
-        self.once(made, lambda: self.call(self.folder(run), "train.py", *flags))
+        self.once(made, lambda: self.call(folder, "train.py", *flags))
         record = json.loads((student / "run.json").read_text())
         facts = {"steps": record["steps"], "pairs": record["pairs"]}
         flags = " ".join(map(str, ["python train.py --task", self.task, *flags]))
-        return facts | {"won": float(np.mean(gaps > 0)), "epsilon": rate, "command": flags}
+        return student, facts | {"won": float(np.mean(gaps > 0)), "epsilon": rate, "command": flags}
 
     def evaluate(self, run, test, student):
         """Calls eval.py; its rows of this run's answers. The base model's answers are made once."""
-        folder = self.folder(run)
-        base = Path(f"runs/study/{self.task}/base-{run.seed}")
-        source = self.once(folder / "test.jsonl", lambda: write(folder / "test.jsonl", test))
+        folder, asked = self.folder(run), "trial" if run.lr else "test"
+        base = Path(f"runs/study/{self.task}/base-{asked}-{run.seed}")
+        source = self.once(
+            folder / f"{asked}.jsonl", lambda: write(folder / f"{asked}.jsonl", test)
+        )
         flags = ["--in", source, "--seed", run.seed, "--batch-size", 160]
 
         def make():
@@ -267,13 +312,12 @@ class Study:
         self.once(base, make)
         if run.method == "base":
             return read_rows(base / "eval.jsonl", "id")
-        out, names = folder / f"eval-{run.name}", ["smollm2", student]
+        out = folder / f"eval-{run.name}"
         self.once(out, lambda: shutil.copytree(base, out))
-        if run.method == "self-refine":
-            names = ["smollm2", "self-refine"]
-        self.call(folder, "eval.py", *flags, "--models", *names, "--out", out, may=(0, 1))
+        models = ["--models", "smollm2", student]
+        self.call(folder, "eval.py", *flags, *models, "--out", out, may=(0, 1))
         rows = read_rows(out / "eval.jsonl", "id")
-        return [row for row in rows if row["model"] == Path(names[1]).name]
+        return [row for row in rows if row["model"] == student.name]
 
     def measures(self, run, answers, rows):
         """The measures of each group of test prompts, and three samples."""
@@ -283,7 +327,7 @@ class Study:
             if self.task == "sentiment":
                 row["vader"] = vader.polarity_scores(row["answer"])["compound"]
                 row["afinn"] = float(afinn.score(row["answer"]) > 0)
-        if self.task == "sentiment" and not (run.flips or run.swaps):
+        if self.task == "sentiment" and not (run.flips or run.swaps or run.lr):
             spoken = [row for row in answers if row["answer"]]
             given = [rows[row["prompt_id"]] for row in spoken]
             for row, score in zip(spoken, other_words(given, spoken), strict=True):
@@ -353,6 +397,7 @@ SHOWN = {  # key of a row: heading, format
 def pick(lines, kind, method, start="base", flips=0, swaps=0):
     """The lines of one method, a seed each."""
     wanted = {"kind": kind, "method": method, "start": start, "flips": flips, "swaps": swaps}
+    wanted["lr"] = 0
     found = [line for line in lines if wanted.items() <= line.items()]
     return sorted(found, key=lambda line: line["seed"])
 
@@ -496,6 +541,15 @@ def report(study):
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
         columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric")}
         parts += [table_of(points, columns)]
+    trials = [{key: line[key] for key in ("method", "lr", "beta")} for line in lines if line["lr"]]
+    for trial in trials:
+        line = study.lines[Run("conversation", **trial, seed=0).key]
+        trial |= {name: resample(matrix([line], name)) for name in ("metric", "words")}
+    if trials:
+        parts += ["## Settings: trials on training prompts whose films no pair is of"]
+        columns = {"method": ("method", ""), "lr": ("learning rate", ""), "beta": ("beta", "")}
+        columns |= {key: SHOWN[key] for key in ("metric", "words")}
+        parts += [table_of(sorted(trials, key=lambda trial: trial["method"]), columns)]
     hours = sum(line["seconds"] * line["threads"] for line in lines) / 3600
     parts += ["## How it was made"]
     parts += [f"{len(lines)} runs, {hours:.1f} core-hours and those of the pairs.", *made]
@@ -528,7 +582,7 @@ def main():
         missing = [run for run in runs if run.key not in study.lines]
         print(f"{len(missing)} of {len(runs)} runs are missing", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            waiting = [pool.submit(study.make, run) for run in missing]
+            waiting = [pool.submit(study.ensure, run) for run in missing]
             try:
                 for run in waiting:
                     run.result()

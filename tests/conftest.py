@@ -1,5 +1,6 @@
 """A small Llama with a tokenizer of its own, made in a second, and a way to run a stage as the command line does."""
 
+import gc
 import importlib
 import json
 import os
@@ -107,10 +108,20 @@ def run(monkeypatch, capsys):
             generate.run(importlib.import_module(stage).main)
         except SystemExit as stop:
             status = int(stop.code or 0)
+        wait_for_workers()
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
     return call
+
+
+def wait_for_workers():
+    """What the end of a process does: waits for its worker threads, and closes the files they hold."""
+    workers = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    for worker in workers:
+        worker.join()
+    if workers:
+        gc.collect()
 
 
 @pytest.fixture

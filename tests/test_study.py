@@ -37,6 +37,21 @@ def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it(
     assert every >= {f"fresh/0/{m}-flips{s}" for m in study.DIAL for s in (10, 20, 30, 40)}
 
 
+def test_the_settings_of_the_best_trial_are_taken_and_trials_are_asked_other_films(made, workdir):
+    trials = study.trials_of("rdpo")
+    for trial, metric in zip(trials, (0.4, 0.7, 0.7), strict=True):
+        made.lines[trial.key] = {"values": {"metric": [metric, None]}}
+        (workdir / made.folder(trial) / trial.name).mkdir(parents=True)
+    assert made.settings("rdpo") == (trials[1].lr, trials[1].beta)
+    kept = [trial for trial in trials if (made.folder(trial) / trial.name).exists()]
+    assert kept == [trials[1]]  # its student is that of the study's first seed
+    write_jsonl(workdir / made.folder(trials[0]) / "scored.jsonl", [{"id": "r0", "split": "test"}])
+    prompts = study.read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment")
+    asked = {row["group"] for row in made.rows(trials[0])[1]}
+    assert len(asked) > 100 and not asked & {r["group"] for r in prompts if r["split"] == "test"}
+    assert not asked & {r["group"] for r in prompts[: study.LIMIT["conversation"]]}
+
+
 @pytest.fixture
 def made(workdir):
     """A study with scored pairs of 36 training and 4 test rows."""

@@ -203,7 +203,7 @@ MORE = {"role": "user", "content": "Really?"}
 
 def load(rows, tokenizer, **options):
     args = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 512}
-    args |= {"max_repeats": 1.0, "skip_end": False} | options
+    args |= {"max_repeats": 1.0} | options
     return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
 
 
@@ -228,13 +228,6 @@ def test_plain_text_ends_with_one_end_of_sequence_token(tokenizer):
     assert tokenizer.decode(pair.prompt) == "The film"
     assert pair.chosen.count(tokenizer.eos_token_id) == 1
     assert pair.chosen[-1] == tokenizer.eos_token_id
-
-
-def test_the_end_of_a_rejected_turn_is_left_out_on_demand(tokenizer):
-    rows = [pair_row(0, "a", "b")]
-    ((pair,), _, _), ((skipped,), _, _) = (load(rows, tokenizer, skip_end=s) for s in (False, True))
-    assert skipped.chosen == pair.chosen and skipped.rejected == pair.rejected[:-1]
-    assert pair.rejected[-1] == tokenizer.eos_token_id
 
 
 def test_all_turns_before_the_answer_are_its_context(tokenizer):
