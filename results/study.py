@@ -128,18 +128,20 @@ def plan_of(task, seeds):
     runs = [trial for method in short for trial in trials_of(method)]
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *short)]
-        runs += [Run("fresh", m, seed, flips=FLIPS[0]) for m in short[:2]]
-        runs += [Run("fresh", m, seed) for m in short]
-        runs += [Run("fresh", "rdpo", seed, swaps=SWAPS[0])]
-        for method in ("rdpo-weight", "rdpo-margin", "dpo-accept", *METHODS):
-            runs += [*trials_of(method), Run("conversation", method, seed)]
+        if seed == seeds[0]:
+            runs += [Run("fresh", m, seed, flips=FLIPS[0]) for m in short[:2]]
+            runs += [Run("fresh", m, seed) for m in short]
+            runs += [Run("fresh", "rdpo", seed, swaps=swaps) for swaps in SWAPS[:2]]
+            runs += [Run("fresh", m, seed, flips=FLIPS[1]) for m in short[:2]]
+    for seed, method in itertools.product(seeds, ("rdpo-weight", "rdpo-margin", *METHODS)):
+        runs += [*trials_of(method), Run("conversation", method, seed)]
     for seed in seeds:
-        for kind in ("conversation", "fresh"):
-            runs += [Run(kind, m, seed, "dsc") for m in ("dpo", "rdpo", "dsc", *PREFERENCE)]
         for flips, swaps in zip(FLIPS, SWAPS, strict=True):
             runs += [Run("fresh", m, seed, flips=flips) for m in DIAL]
             runs += [Run("fresh", "rdpo", seed, swaps=swaps)]
         runs += [Run("fresh", m, seed) for m in (*UNTRAINED, *METHODS)]
+        for kind in ("conversation", "fresh"):
+            runs += [Run(kind, m, seed, "dsc") for m in ("dpo", "rdpo", "dsc", *PREFERENCE)]
         for swaps, method in itertools.product(SWAPS, ("rdpo-margin", "rdpo-weight")):
             runs += [Run("fresh", method, seed, swaps=swaps)]
     return list(dict.fromkeys(runs))
