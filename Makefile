@@ -28,6 +28,7 @@ lint: .venv/ready
 
 study: .venv/ready
 	$(RUN) python results/study.py --task $(TASK) --seeds $(SEEDS)
+	$(RUN) python results/compare.py --task $(TASK)
 
 # TRL is needed here alone, so it has an environment of its own
 parity: .venv-dev/ready

@@ -1,5 +1,6 @@
-"""The study: its statistics, its noise, and that a run is made once."""
+"""The study: that a run is made once, of the right pairs; its noise, its statistics, its report."""
 
+import itertools
 import json
 import sys
 
@@ -8,111 +9,203 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 sys.path.insert(0, str(ROOT / "results"))
+import compare
 import study
+from study import Run
+
+from train import preference_loss
 
 
 def test_holm_adjusts_the_smallest_p_by_the_whole_family_and_never_falls():
-    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert study.holm([0.5, 0.9]) == [1.0, 1.0] and study.holm([]) == []
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert compare.holm([0.5, 0.9]) == [1.0, 1.0] and compare.holm([]) == []
 
 
 def test_the_interval_covers_groups_and_seeds_together():
     rng = np.random.default_rng(0)
     groups_alone = rng.normal(0, 1, (1, 200)).repeat(3, 0)
     seeds_too = groups_alone + np.array([[-0.5], [0.0], [0.5]])
-    narrow, wide = (np.ptp(study.resample(v)[1:3]) for v in (groups_alone, seeds_too))
+    narrow, wide = (np.ptp(compare.resample(v)[1:3]) for v in (groups_alone, seeds_too))
     assert narrow == pytest.approx(2 * 1.96 / 200**0.5, rel=0.1) and wide > 2 * narrow
-    assert study.resample(np.ones((2, 5)))[3] == 1e-4  # p is never said to be 0
-    assert study.resample(rng.normal(0, 1, (3, 50)))[3] > 0.05
+    assert compare.resample(np.ones((2, 5)))[3] == 1e-4  # p is never said to be 0
+    assert compare.resample(rng.normal(0, 1, (3, 50)))[3] > 0.05
 
 
 def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it():
     for task in ("sentiment", "safety"):
-        keys = [run.key for run in study.plan_of(task, [0, 1])]
-        assert len(set(keys)) == len(keys)
-        for run in study.plan_of(task, [0, 1]):
-            start = f"{run.kind}/{run.seed}/dsc"
-            assert run.start == "base" or keys.index(start) < keys.index(run.key)
-    every = {run.key for run in study.plan_of("sentiment", [0])}
-    assert every >= {f"fresh/0/{m}-flips{s}" for m in study.DIAL for s in (10, 20, 30, 40)}
+        plan = study.plan_of(task, [0, 1])
+        assert len({(run.kind, run.seed, run.name) for run in plan}) == len(plan)
+        for run in plan:
+            start = Run(run.kind, "dsc", run.seed)
+            assert run.start == "base" or plan.index(start) < plan.index(run)
+    plan = study.plan_of("sentiment", [0])
+    assert {run.flips for run in plan if run.method == "cdpo"} == {0, 10, 20, 30, 40}
+    assert {run.swaps for run in plan if run.method == "rdpo"} == {0, 10, 25, 40, 50}
+    tried = {run.method for run in plan if run.trial is not None}
+    assert tried == {method for method in study.METHODS if not method.endswith("alone")}
 
 
-def test_the_settings_of_the_best_trial_are_taken_and_trials_are_asked_other_films(made, workdir):
-    trials = study.trials_of("rdpo")
-    for trial, metric in zip(trials, (0.4, 0.7, 0.7), strict=True):
-        made.lines[trial.key] = {"values": {"metric": [metric, None]}}
-        (workdir / made.folder(trial) / trial.name).mkdir(parents=True)
-    assert made.settings("rdpo") == (trials[1].lr, trials[1].beta)
-    kept = [trial for trial in trials if (made.folder(trial) / trial.name).exists()]
-    assert kept == [trials[1]]  # its student is that of the study's first seed
-    write_jsonl(workdir / made.folder(trials[0]) / "scored.jsonl", [{"id": "r0", "split": "test"}])
-    prompts = study.read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment")
-    asked = {row["group"] for row in made.rows(trials[0])[1]}
-    assert len(asked) > 100 and not asked & {r["group"] for r in prompts if r["split"] == "test"}
-    assert not asked & {r["group"] for r in prompts[: study.LIMIT["conversation"]]}
+def test_rdpo_does_not_change_where_labels_are_exchanged_with_their_scores():
+    """So the dial of labels need not be run for it."""
+    torch = pytest.importorskip("torch")
+    logps, reference = torch.randn(6, 2), torch.randn(6, 2)
+    delta, tokens = torch.randn(6), torch.randint(5, 90, (6, 2))
+    more = {"beta": 0.1, "tau": 0.3, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 1.0}
+    for kind in ("rdpo", "dpo"):
+        one, _ = preference_loss(kind, logps, reference, delta, tokens, **more)
+        sides = (x.flip(1) for x in (logps, reference))
+        other, _ = preference_loss(kind, *sides, -delta, tokens.flip(1), **more)
+        assert torch.allclose(one, other) == (kind == "rdpo")
+
+
+PROMPTS = [{"id": f"r{k}", "group": f"g{k}", "split": "train", "prompt": []} for k in range(36)]
+PROMPTS += [{"id": f"t{k}", "group": f"h{k}", "split": "test", "prompt": []} for k in range(4)]
+PROMPTS += [{"id": f"s{k}", "group": f"i{k}", "split": "train", "prompt": []} for k in range(3)]
 
 
 @pytest.fixture
-def made(workdir):
-    """A study with scored pairs of 36 training and 4 test rows."""
-    rows = []
-    for k in range(40):
-        row = {"id": f"r{k}", "group": f"g{k}", "split": "train" if k < 36 else "test"}
-        row |= {"chosen": f"good {k}", "rejected": f"bad {k}"}
-        rows.append(row | {"score_chosen": 1.0, "score_rejected": -1.0})
-    write_jsonl(workdir / "runs/study/sentiment/fresh-0/scored.jsonl", rows)
-    arguments = type("", (), {"task": "sentiment", "jobs": 1})
-    return study.Study(arguments)
+def cell(workdir, monkeypatch):
+    """A cell whose stages only write what they would; `cell.calls` are their flags."""
+    monkeypatch.setattr(study, "ROOT", workdir)
+    monkeypatch.setattr(study, "read_prompts", lambda path, task: PROMPTS)
+    monkeypatch.setattr(study, "LIMIT", {"conversation": 40})
+    monkeypatch.setattr(study, "other_words", lambda answers, rows: [type("", (), {"value": 0.1})])
+    made, calls = study.Cell("sentiment", "conversation", 0), []
+    ends = {"answer": "stop", "critique": "length", "revision": "stop"}
+
+    def stage(script, *flags):
+        calls.append((script, *map(str, flags)))
+        value = dict(itertools.pairwise(flags))
+        if script == "generate.py":
+            pairs = [row | {"teacher": {"finish": ends}} for row in PROMPTS[:40]]
+            pairs = [r | {"chosen": f"good {r['id']}", "rejected": f"bad {r['id']}"} for r in pairs]
+            write_jsonl(value["--out"], pairs)
+        elif script == "score.py":
+            rows = study.read_rows(value["--in"], "id")
+            scores = {"score_chosen": 1.0, "score_rejected": -1.0}
+            write_jsonl(value["--out"], [row | scores for row in rows])
+        elif script == "train.py":
+            record = {name: "x" for name in (*study.MADE, "command")}
+            record |= {"lr": value["--lr"], "beta": value.get("--beta", 0.3), "steps": 24}
+            value["--out"].mkdir(exist_ok=True)
+            (value["--out"] / "run.json").write_text(json.dumps(record | {"pairs": 36}))
+            (value["--out"] / "model.safetensors").write_text("weights")
+        elif script == "eval.py":
+            row = {"model": flags[-1] if flags[-1] == "smollm2" else flags[-1].name, "words": 3}
+            row |= {"prompt_id": "t0", "group": "h0", "sample": 0, "control": False}
+            row |= {"answer": "fine", "metric": 1.0, "score": 0.1, "repeats": 0.0}
+            write_jsonl(
+                value["--out"] / "eval.jsonl", [row | {"id": "1", "base_logp": -1, "cut": 0}]
+            )
+        return 1.0
+
+    made.call, made.calls = stage, calls
+    return made
 
 
-def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_not(made):
-    clean, test = made.rows(study.Run("fresh", "dpo", 0))
-    assert len(clean) == 36 and len(test) == 4
-    flipped, _ = made.rows(study.Run("fresh", "dpo", 0, flips=25))
+def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
+    for i, trial in enumerate(r for r in study.plan_of("sentiment", [0]) if r.method == "dpo"):
+        if trial.trial is not None:
+            cell.lines.add({"id": f"{i}", **trial._asdict(), "values": {"metric": [i in (1, 2)]}})
+    cell.make(Run("conversation", "dpo", 0))
+    (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
+    assert train[train.index("--lr") + 1] == "2e-05"  # of equals the first
+    assert len(study.read_rows(cell.folder / "dpo.jsonl", "id")) == 36
+    assert not (cell.folder / "dpo" / "model.safetensors").exists()
+    line = cell.lines.rows["dpo"]
+    assert line["made"]["commit"] == "x" and line["won"] == 1.0 and line["seconds"] == 2
+    assert line["groups"] == ["h0", "h1", "h2", "h3"]
+    assert line["values"]["metric"] == [1.0, None, None, None]
+    cell.lines.file.close()
+    again = study.Cell("sentiment", "conversation", 0)  # a later process
+    assert "dpo" in again.lines.rows
+
+
+def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell, monkeypatch):
+    monkeypatch.setattr(study, "best_settings", lambda task, run: (1e-5, 0.1))
+    cell.make(Run("conversation", "rdpo", 0, "dsc"))
+    first, second = [flags for script, *flags in cell.calls if script == "train.py"]
+    assert "--accept" in first and second[second.index("--lr") + 1] == "5e-06"
+    assert second[second.index("--model") + 1] == first[first.index("--out") + 1]
+    assert (cell.folder / "dsc" / "model.safetensors").exists()
+
+
+def test_trials_are_asked_films_that_no_pair_of_a_conversation_is_of(cell):
+    asked = cell.rows[1]
+    assert [row["id"] for row in asked["trial"]] == ["s0", "s1", "s2"]
+    assert [row["id"] for row in asked["test"]] == ["t0", "t1", "t2", "t3"]
+    assert all("chosen" in row for row in asked["test"])  # what self-refine answers
+
+
+def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_not(cell):
+    clean = cell.training_pairs(Run("conversation", "dpo", 0))
+    assert len(clean) == 36 and all(row["score_chosen"] == 1.0 for row in clean)
+    flipped = cell.training_pairs(Run("conversation", "dpo", 0, flips=25))
     turned = [row for row in flipped if row["chosen"].startswith("bad")]
     assert len(turned) == 9 and all(row["score_chosen"] == -1.0 for row in turned)
-    swapped, _ = made.rows(study.Run("fresh", "rdpo", 0, swaps=50))
+    swapped = cell.training_pairs(Run("conversation", "rdpo", 0, swaps=50))
     wrong = [row for row in swapped if row["score_chosen"] == -1.0]
     assert len(wrong) == 18 and all(row["chosen"].startswith("good") for row in wrong)
     # the levels are nested, so that they differ by what is added alone
     assert {row["id"] for row in turned} < {row["id"] for row in wrong}
 
 
-def test_pairs_with_an_answer_that_was_cut_off_or_repeats_itself_are_not_whole():
+def test_pairs_with_an_answer_that_was_cut_off_or_repeats_itself_are_not_usable():
     finish = {"answer": "stop", "critique": "length", "revision": "stop"}
     row = {"chosen": "a fine film", "teacher": {"finish": finish}}
-    assert study.is_whole(row) and not study.is_whole(row | {"error": "no answer"})
-    assert not study.is_whole(row | {"chosen": "a fine film " * 4})
+    assert study.is_usable(row) and not study.is_usable(row | {"error": "no answer"})
+    assert not study.is_usable(row | {"chosen": "a fine film " * 4})
     for name in ("answer", "revision"):
-        assert not study.is_whole(row | {"teacher": {"finish": finish | {name: "length"}}})
+        assert not study.is_usable(row | {"teacher": {"finish": finish | {name: "length"}}})
 
 
-def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(made, workdir, capsys):
-    rng, made.lines = np.random.default_rng(0), {}
-    made.path = workdir / "sentiment.jsonl"
-    facts = {key: "x" for key in ("commit", "hardware", "torch", "transformers")}
-    runs = [study.Run("fresh", m, s) for m in ("base", "dsc", "dpo", "rdpo") for s in (0, 1)]
-    runs += [study.Run("fresh", m, 0, flips=40) for m in ("dpo", "rdpo")]
+def write_lines(folder, runs):
+    """Lines of runs on 40 films, of which base gets 30 % right, rdpo 90 %, others half."""
+    rng, facts = np.random.default_rng(0), dict.fromkeys((*study.MADE, "date"), "x")
     for run in runs:
         likely = {"base": 0.3, "rdpo": 0.9}.get(run.method, 0.5)
         values = {"metric": [float(x) for x in rng.random(40) < likely], "words": [60] * 40}
-        line = {**run._asdict(), "seconds": 1}
-        line |= {"threads": 1, "made": facts | {"date": "2026-01-01"}}
-        made.lines[run.key] = line | {"values": values | {"reward": [0.0] * 40}}
-    study.report(made)
-    summary = json.loads((workdir / "sentiment.summary.json").read_text())
+        line = {"id": run.name, **run._asdict(), "seconds": 1, "threads": "1", "made": facts}
+        line |= {"lr": 1e-5, "beta": 0.1, "pairs": 9, "won": 0.5, "lost": 0.3, "samples": {}}
+        line |= {"groups": [f"g{k}" for k in range(40)], "values": values}
+        with open(folder / f"{run.kind}-{run.seed}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, monkeypatch, capsys):
+    for module in (study, compare):
+        monkeypatch.setattr(module, "ROOT", workdir)
+    monkeypatch.setattr(compare, "read_prompts", lambda path, task: [])
+    folder = workdir / "results/study/sentiment"
+    folder.mkdir(parents=True)
+    write_lines(folder, [Run("fresh", "base", 0)])
+    with pytest.raises(study.BadInput):  # and nothing is written
+        compare.report("sentiment")
+    write_lines(folder, [Run("fresh", m, s) for m in ("dsc", "dpo", "rdpo") for s in (0, 1)])
+    write_lines(folder, [Run("fresh", "dpo", 0, flips=40), Run("conversation", "dpo", 0, trial=1)])
+    write_lines(folder, [Run("fresh", "rdpo", 0, swaps=50), Run("fresh", "base", 1)])
+    compare.report("sentiment")
+    summary = json.loads((folder.with_suffix(".summary.json")).read_text())
     rows = {row["method"]: row for row in summary["rows"]}
     assert set(rows) == {"base", "dsc", "dpo", "rdpo"} and rows["rdpo"]["seeds"] == [0, 1]
-    mean, low, high, p, adjusted = rows["rdpo"]["less dpo"]
+    mean, low, high, p, adjusted = rows["rdpo"]["minus dpo"]
     assert mean == pytest.approx(rows["rdpo"]["metric"][0] - rows["dpo"]["metric"][0])
-    assert 0 < low < mean < high and p <= adjusted < 0.05 < rows["dsc"]["less dpo"][4]
-    assert [p["share"] for p in summary["dials"] if p["method"] == "dpo"] == [0, 40, 0]
-    assert (workdir / "sentiment.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| rdpo | [0, 1] |" in (workdir / "sentiment.md").read_text()
+    assert 0 < low < mean < high and p <= adjusted < 0.05 < rows["dsc"]["minus dpo"][4]
+    assert "minus dsc" not in rows["dpo"]  # the same test as dsc minus dpo
+    dial = [(p["share"], p["by formula"]) for p in summary["dials"] if p["method"] == "rdpo"]
+    assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
+    assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "| rdpo | [0, 1] | 40 |" in folder.with_suffix(".md").read_text()
+
+
+def test_lines_of_other_test_prompts_are_not_compared():
+    lines = [{"groups": [g], "kind": "fresh", "seed": 0, "id": "dpo", "values": {}} for g in "ab"]
+    with pytest.raises(study.BadInput):
+        compare.matrix(lines, "metric")
 
 
 def test_the_committed_lines_can_be_read_and_say_how_they_were_made():
-    for path in (ROOT / "results/study").glob("*.jsonl"):
-        for line in map(json.loads, path.read_text().splitlines()):
-            assert {"commit", "date", "hardware", "torch", "transformers"} <= line["made"].keys()
+    for task in ("sentiment", "safety", "sycophancy"):
+        for line in study.lines_of_study(task):
+            assert set(study.MADE) <= line["made"].keys()
             assert all(len(v) == len(line["groups"]) for v in line["values"].values())
