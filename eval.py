@@ -8,9 +8,10 @@ with its scores; report.md, the table and answers side by side; report.png.
 
 Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
-what a gain may have cost: length, repetition, and the log-prob under the first model, by which text
-that is no English any more shows. Differences are taken from the first model, prompt by prompt, with
-a 95 % interval from a bootstrap over groups, since variants of one text are not independent.
+what a gain may have cost: length, repetition, and the log-prob under the first model, low where text
+is no English any more and high where it runs in circles. Differences are taken from the first model,
+prompt by prompt, with a 95 % interval from a bootstrap over groups, since variants of one text are
+not independent.
 """
 
 import hashlib
@@ -288,6 +289,8 @@ def add_logps(answered, rows, chat, pack_tokens):
     prompts = [rows[row["prompt_id"]]["prompt"] for row in answered]
     texts = [row["answer"] for row in answered]
     pairs = [encode(chat.tokenizer, *both) for both in zip(prompts, texts, strict=True)]
+    for row, (_, tokens) in zip(answered, pairs, strict=True):
+        del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end of turn
     logps = all_logps(chat.model, pairs, pack_tokens, check_model(chat.model)).tolist()
     for row, (_, tokens), logp in zip(answered, pairs, logps, strict=True):
         row["base_logp"] = logp / len(tokens)
