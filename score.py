@@ -175,14 +175,14 @@ def make_reward(args, task, journal):
 def add_scores(rows, reward, settings):
     """The rows with both answers' scores; those that failed before as they are."""
     pairs = [row for row in rows if not row.get("error")]
-    answers = [text_of(row[side]) for row in pairs for side in SIDES]
-    scores = iter(reward([row for row in pairs for _ in SIDES], answers) if pairs else [])
-    for row in pairs:
-        row["reward"] = dict(settings)
-        both = [next(scores), next(scores)]
-        if text_of(row["chosen"]) == text_of(row["rejected"]):
-            both[1] = both[0]  # a copied draft is a tie, whatever rounding or a judge's mood says
-        for side, score in zip(SIDES, both, strict=True):
+    # a copied draft is scored once: it is a tie, whatever rounding or a judge's mood would say
+    texts = [list(dict.fromkeys(text_of(row[side]) for side in SIDES)) for row in pairs]
+    asked = [(row, text) for row, both in zip(pairs, texts, strict=True) for text in both]
+    scores = iter(reward(*map(list, zip(*asked, strict=True))) if asked else [])
+    for row, both in zip(pairs, texts, strict=True):
+        row["reward"], by_text = dict(settings), {text: next(scores) for text in both}
+        for side in SIDES:
+            score = by_text[text_of(row[side])]
             row[f"score_{side}"] = score.finite
             row["reward"] |= {f"said_{side}": score.said} if score.said else {}
             row |= {"error": f"judge: {score.said}"} if score.failed else {}

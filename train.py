@@ -84,7 +84,8 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
 
     To all but sft, sft_weight adds that times the loss sft of the better answer, as arXiv
     2404.19733 does for dpo: of chosen, and under the rdpo losses p of chosen's and 1 - p of
-    rejected's. Without it both answers' log-probs fall, the end of a turn with them.
+    rejected's, of pairs that rdpo-weight leaves out too. Without it both log-probs fall, the end
+    of a turn with them.
 
     ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
     squared loss a matter of length.

@@ -119,7 +119,7 @@ def wait_for_workers():
     """What the end of a process does: waits for its worker threads, and closes the files they hold."""
     workers = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
     for worker in workers:
-        worker.join()
+        worker.join(60)
     if workers:
         gc.collect()
 

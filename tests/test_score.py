@@ -220,8 +220,8 @@ def test_the_audit_counts_wins_ties_and_length():
     assert "length +0.9" in text
 
 
-def test_a_copied_draft_is_a_tie_whatever_the_reward_says():
-    scores = iter(score.Score(value) for value in (0.5, 0.3, 0.2, 0.1))
+def test_a_copied_draft_is_scored_once_and_a_tie():
+    scores = iter(score.Score(value) for value in (0.5, 0.2, 0.1))
     rows = [pair_row(0, "same", "same"), pair_row(1, "a", "b")]
     done = score.add_scores(rows, lambda rows, answers: [next(scores) for _ in answers], {})
     assert [row["score_chosen"] for row in done] == [0.5, 0.2]
