@@ -29,8 +29,6 @@ from study import (
 
 from eval import interval
 
-# ---- the report ----------------------------------------------------------------------------------
-
 RIVALS = ("dpo", "dsc")
 SHOWN = {  # key of a row: heading, format
     "method": ("method", ""),
@@ -110,15 +108,12 @@ def differences(one, other):
 def compare(found):
     """{(method, rival): (mean, low, high, p, p by Holm)} of the differences from RIVALS; the family
     is one table. found: {method: lines}."""
-    both = itertools.product(found, (rival for rival in RIVALS if rival in found))
-    tests = {pair: differences(found[pair[0]], found[pair[1]]) for pair in both}
-    tests = {
-        pair: resample(values)
-        for pair, values in tests.items()
-        if values is not None
-        and pair[0] != pair[1]
-        and pair != RIVALS  # which is asked the other way
-    }
+    tests = {}
+    for pair in itertools.product(found, (rival for rival in RIVALS if rival in found)):
+        values = differences(*(found[method] for method in pair))
+        # dpo from dsc is the test dsc from dpo
+        if values is not None and pair[0] != pair[1] and pair != RIVALS:
+            tests[pair] = resample(values)
     adjusted = holm([test[3] for test in tests.values()])
     return {pair: (*tests[pair], p) for pair, p in zip(tests, adjusted, strict=True)}
 
@@ -154,24 +149,17 @@ def dials_of(lines):
     values of its clean pairs."""
     points = []
     for dial, levels in (("flips", FLIPS | {"rdpo": ()}), ("swaps", SWAPS | {"dpo": ()})):
-        shares = (0, *sorted(max(levels.values())))
-        for method, share in itertools.product(levels, shares):
+        for method, share in itertools.product(levels, (0, *sorted(levels["dpo-accept"]))):
             moved = share if levels[method] else 0
             mine = pick(lines, "fresh", method, **{dial: moved})
-            dpo = pick(lines, "fresh", "dpo", **{dial: share if dial == "flips" else 0})
+            dpo = pick(lines, "fresh", "dpo", flips=share if dial == "flips" else 0)
             if mine:
-                point = {
-                    "dial": dial,
-                    "method": method,
-                    "share": share,
-                    "by formula": moved < share,
-                }
-                point |= {"seeds": [line["seed"] for line in mine]}
+                point = {"dial": dial, "method": method, "share": share}
+                point |= {"by formula": moved < share, "seeds": [line["seed"] for line in mine]}
                 point |= {"metric": resample(matrix(mine, "metric"))}
-                gained = differences(mine, dpo) if method != "dpo" else None
-                points.append(
-                    point | ({"minus dpo": resample(gained)[:3]} if gained is not None else {})
-                )
+                if method != "dpo" and (gained := differences(mine, dpo)) is not None:
+                    point["minus dpo"] = resample(gained)[:3]
+                points.append(point)
     return points
 
 
@@ -189,15 +177,10 @@ def draw(points, path):
             mine = [p for p in points if (p["dial"], p["method"]) == (dial, method)]
             if len(mine) > 1:
                 at = np.array([point["share"] for point in mine]) + 0.3 * number  # side by side
-                means, low, high = (
-                    np.array([100 * p["metric"][k] for p in mine]) for k in range(3)
-                )
-                style = "--" if mine[-1]["by formula"] else "o-"
+                means, low, high = 100 * np.array([point["metric"][:3] for point in mine]).T
+                style = {"fmt": "--" if mine[-1]["by formula"] else "o-", "color": f"C{number}"}
                 ends = [means - low, high - means]
-                color = f"C{number}"
-                axis.errorbar(
-                    at, means, ends, fmt=style, color=color, ms=3, capsize=2, label=method
-                )
+                axis.errorbar(at, means, ends, **style, ms=3, capsize=2, label=method)
         axis.set_xlabel(f"{title}, % of the pairs (dashed: the same by the formula)")
         axis.grid(alpha=0.3)
         if axis.has_data():
@@ -229,12 +212,10 @@ def samples_of(lines):
     """Answers to the first three test prompts, side by side, in Markdown."""
     shown = [pick(lines, "conversation", method)[:1] for method in ("base", "dpo", "rdpo", "dsc")]
     shown = [line for found in shown for line in found]
-    prompts = {
-        row["id"]: row for row in read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment")
-    }
-    parts = []
+    rows, parts = read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment"), []
+    prompts = {row["id"]: row["prompt"][-1]["content"] for row in rows}
     for name in shown[0]["samples"] if shown else ():
-        parts.append(f"**{prompts[name]['prompt'][-1]['content']}**")
+        parts.append(f"**{prompts[name]}**")
         parts += [f"> **{x['method']}**: {' '.join(x['samples'][name].split())}" for x in shown]
     return parts
 
@@ -271,10 +252,7 @@ def report(task):
         columns = {key: (key, "") for key in ("method", "lr", "beta")}
         columns |= {key: SHOWN[key] for key in ("metric", "words")}
         parts += ["## Settings that were tried", table_of(tried, columns)]
-    parts += [
-        "## The pairs",
-        "Trained on, without copies of the draft; won and lost by the reward.",
-    ]
+    parts += ["## The pairs", "Trained on, without copies of drafts; won, lost: by the reward."]
     pairs = [x for kind in LIMIT for x in pick(lines, kind, "dpo")]
     pairs = [x | {"won": f"{x['won']:.0%}", "lost": f"{x['lost']:.0%}"} for x in pairs]
     parts += [table_of(pairs, {key: (key, "") for key in ("kind", "seed", "pairs", "won", "lost")})]
