@@ -51,11 +51,11 @@ SHOWN = {  # key of a row: heading, format
 LEGEND = """metric: {meaning} ({better} is better). minus: paired difference, by seed and group; p by \
 Holm over all differences from dpo and dsc of its table, of 10,000 draws. In brackets: 95 % intervals \
 by a bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they \
-matter much, three being few, and of one seed silent on others. other words: the contrast by words that no training saw; \
-reward: the one that training saw. repeats: share of 4-grams that an answer has had before. log-prob: \
-nats a token under the base model, high in loops too. groups: test prompts that do not hang together; \
-self-refine on conversation pairs has those of the first {limit} instructions alone, and its \
-differences are over these."""
+matter much, three being few, and of one seed silent on others. other words: the contrast by words \
+that no training saw; reward: the one that training saw. repeats: share of 4-grams that an answer has \
+had before. log-prob: nats a token under the base model, high in loops too. groups: test prompts that \
+do not hang together; self-refine on conversation pairs has those of the first {limit} instructions \
+alone, and its differences are over these."""
 
 
 def pick(lines, kind, method, start="base", flips=0, swaps=0):
