@@ -69,7 +69,7 @@ METHODS = {  # flags of train.py
 }
 IMITATION, UNTRAINED, SHORT = ("sft", "dsc"), ("base", "self-refine"), ("dpo", "rdpo", "dsc")
 RECIPE = ["--sft-weight", 1]  # of preference methods
-TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3))  # learning rate and beta of preference methods
+TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1))  # learning rate, beta: of preference
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions: in one each call reads those before it
@@ -122,7 +122,7 @@ def plan_of(task, seeds):
         return [run._replace(seed=seed) for seed in seeds for run in few]
 
     def trials(method):
-        return [Run("conversation", method, 0, trial=i) for i in range(len(TRIALS))]
+        return [Run("conversation", method, 0, trial=i) for i in range(len(settings_of(method)))]
 
     runs = [trial for method in SHORT for trial in trials(method)]
     for seed in seeds:
