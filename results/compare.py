@@ -20,24 +20,25 @@ from study import (
     ROOT,
     SWAPS,
     UNTRAINED,
-    BadInput,
+    Run,
+    best_settings,
     lines_of_study,
-    load_task,
-    read_prompts,
-    run_stage,
 )
 
 from eval import interval
+from generate import run as run_stage
+from prompts import BadInput, load_task, read_prompts
 
-RIVALS = ("dpo", "dsc")
+RIVALS = {"base": ("dpo", "dsc"), "dsc": ("dpo", "dsc, the start")}  # of methods trained from there
 SHOWN = {  # key of a row: heading, format
     "method": ("method", ""),
     "seeds": ("seeds", ""),
-    "films": ("groups", ""),
+    "groups": ("groups", ""),
     "metric": ("metric", ".0%"),
     "minus base": ("minus base", "+.0%"),
     "minus dpo": ("minus dpo", "+.0%"),
     "minus dsc": ("minus dsc", "+.0%"),
+    "minus dsc, the start": ("minus the start", "+.0%"),
     "control": ("control", ".0%"),
     "afinn": ("AFINN positive", ".0%"),
     "other": ("other words", ".3f"),
@@ -46,16 +47,16 @@ SHOWN = {  # key of a row: heading, format
     "repeats": ("repeats", ".1%"),
     "base_logp": ("log-prob", ".2f"),
     "cut": ("cut off", ".0%"),
-    "settings": ("learning rate, beta", ""),
+    "settings": ("learning rate, beta, epsilon", ""),
 }
-LEGEND = """metric: {meaning} ({better} is better). minus: paired difference, by seed and group; p by \
-Holm over all differences from dpo and dsc of its table, of 10,000 draws. In brackets: 95 % intervals \
-by a bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they \
-matter much, three being few, and of one seed silent on others. other words: the contrast by words \
-that no training saw; reward: the one that training saw. repeats: share of 4-grams that an answer has \
-had before. log-prob: nats a token under the base model, high in loops too. groups: test prompts that \
-do not hang together; self-refine on conversation pairs has those of the first {limit} instructions \
-alone, and its differences are over these."""
+LEGEND = """metric: {meaning} ({better} is better); learning rate and beta were chosen by it, on other \
+prompts. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
+differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
+of seeds and groups together: too wide where seeds matter little, too narrow where they matter much, \
+three being few, and of one seed silent on others. groups: test prompts that do not hang together. \
+other words: the contrast by words that no training saw; reward: the one that training saw. repeats: \
+share of 4-grams that an answer has had before. log-prob: nats a token under the base model, high in \
+loops too."""
 
 
 def pick(lines, kind, method, start="base", flips=0, swaps=0):
@@ -105,14 +106,14 @@ def differences(one, other):
     return np.subtract(*np.split(matrix(lines, "metric"), 2)) if seeds else None
 
 
-def compare(found):
-    """{(method, rival): (mean, low, high, p, p by Holm)} of the differences from RIVALS; the family
-    is one table. found: {method: lines}."""
+def compare(found, rivals):
+    """{(method, rival): (mean, low, high, p, p by Holm)} of the differences from the two rivals; the
+    family is one table. found: {method: lines}."""
     tests = {}
-    for pair in itertools.product(found, (rival for rival in RIVALS if rival in found)):
+    for pair in itertools.product(found, (rival for rival in rivals if rival in found)):
         values = differences(*(found[method] for method in pair))
-        # dpo from dsc is the test dsc from dpo
-        if values is not None and pair[0] != pair[1] and pair != RIVALS:
+        # of the two rivals the second less the first is the test of the first less the second
+        if values is not None and pair[0] != pair[1] and pair != rivals:
             tests[pair] = resample(values)
     adjusted = holm([test[3] for test in tests.values()])
     return {pair: (*tests[pair], p) for pair, p in zip(tests, adjusted, strict=True)}
@@ -126,22 +127,28 @@ def summarise(lines):
         if not any(trained.values()):
             continue
         found = {method: pick(lines, kind, method) for method in UNTRAINED}
+        found["base"] = found["base"] or pick(lines, "conversation", "base")  # of any pairs
         found |= {"dsc, the start": pick(lines, kind, "dsc")} if start == "dsc" else {}
         found = {method: mine for method, mine in (found | trained).items() if mine}
-        tests = compare(found)
+        tests = compare(found, RIVALS[start])
         for method, mine in found.items():
             row = {"kind": kind, "start": start, "method": method}
             row |= {"seeds": [line["seed"] for line in mine]}
             row |= {m: resample(matrix(mine, m)) for m in SHOWN if m in mine[0]["values"]}
-            row["films"] = int((~np.isnan(matrix(mine, "metric"))).any(0).sum())
-            row |= {f"minus {r}": tests[method, r] for r in RIVALS if (method, r) in tests}
+            row["groups"] = int((~np.isnan(matrix(mine, "metric"))).any(0).sum())
+            row |= {f"minus {r}": tests[method, r] for r in RIVALS[start] if (method, r) in tests}
             gained = differences(mine, found.get("base", [])) if method != "base" else None
             row |= {"minus base": resample(gained)[:3]} if gained is not None else {}
-            if "lr" in mine[0]:
-                beta = "" if method in IMITATION else f", {mine[0]['beta']:g}"
-                row["settings"] = f"{mine[0]['lr']:g}{beta}"
+            row |= {"settings": used(mine[0])} if "lr" in mine[0] else {}
             rows.append(row)
     return rows
+
+
+def used(line):
+    """The settings of a line, as text: learning rate, and beta and epsilon of losses with them."""
+    beta = [] if line["method"] in IMITATION else [line["beta"]]
+    beta += [line["epsilon"]] if line["method"] in ("cdpo", "robust") else []
+    return ", ".join(f"{value:g}" for value in (line["lr"], *beta))
 
 
 def dials_of(lines):
@@ -163,29 +170,34 @@ def dials_of(lines):
     return points
 
 
-def draw(points, path):
-    """The plot of the two dials."""
+def draw(points, base, path):
+    """The plot of the two dials. base: share of positive answers of the base model, or None."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
-    titles = {"flips": "labels exchanged", "swaps": "scores exchanged"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    titles = {"flips": "labels exchanged, %", "swaps": "scores exchanged, %"}
     for axis, (dial, title) in zip(axes, titles.items(), strict=True):
-        for number, method in enumerate(METHODS):
-            mine = [p for p in points if (p["dial"], p["method"]) == (dial, method)]
-            if len(mine) > 1:
-                at = np.array([point["share"] for point in mine]) + 0.3 * number  # side by side
-                means, low, high = 100 * np.array([point["metric"][:3] for point in mine]).T
-                style = {"fmt": "--" if mine[-1]["by formula"] else "o-", "color": f"C{number}"}
-                ends = [means - low, high - means]
-                axis.errorbar(at, means, ends, **style, ms=3, capsize=2, label=method)
-        axis.set_xlabel(f"{title}, % of the pairs (dashed: the same by the formula)")
+        shown = {m: [p for p in points if (p["dial"], p["method"]) == (dial, m)] for m in METHODS}
+        shown = {method: mine for method, mine in shown.items() if len(mine) > 1}
+        for number, (method, mine) in enumerate(shown.items()):
+            at = np.array([point["share"] for point in mine]) + 0.5 * (number - len(shown) // 2)
+            means, low, high = 100 * np.array([point["metric"][:3] for point in mine]).T
+            style = {"fmt": "o--" if mine[-1]["by formula"] else "o-", "ms": 3, "capsize": 2}
+            color = f"C{list(METHODS).index(method)}"
+            axis.errorbar(
+                at, means, [means - low, high - means], **style, color=color, label=method
+            )
+        if base is not None:
+            axis.axhline(100 * base, color="C7", linewidth=0.8, linestyle=":", label="base")
+        axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     axes[0].set_ylabel("positive answers, %")
+    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula"
+    figure.supxlabel(note, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -220,6 +232,27 @@ def samples_of(lines):
     return parts
 
 
+def tried_of(task, lines):
+    """Rows of the trials, which learning rate and beta were chosen by."""
+    rows, trials = [], [line for line in lines if line["trial"] is not None]
+    for line in sorted(trials, key=lambda line: (line["method"], line["trial"])):
+        best = best_settings(task, Run("conversation", line["method"], 0))
+        chosen = best and best[0] == line["lr"] and best[1] in (None, line["beta"])
+        row = {"method": line["method"], "settings": used(line), "chosen": "yes" if chosen else ""}
+        rows.append(row | {m: resample(matrix([line], m))[:3] for m in ("metric", "words")})
+    return rows
+
+
+def pairs_of(lines):
+    """Rows of what the preference losses were trained on; copies of the draft are left out there."""
+    rows = []
+    for line in (line for kind in LIMIT for line in pick(lines, kind, "dpo")):
+        row = {key: line[key] for key in ("kind", "seed", "pairs")}
+        row["won"] = f"{line['won'] / (line['won'] + line['lost']):.0%}"
+        rows.append(row | {"copies": f"{1 - line['won'] - line['lost']:.0%}"})
+    return rows
+
+
 def report(task):
     """TASK.md, TASK.png and TASK.summary.json, and the table of the README."""
     lines, path = lines_of_study(task), ROOT / f"results/study/{task}"
@@ -232,30 +265,37 @@ def report(task):
     facts = {"command": command, "made": list(map(json.loads, made)), "rows": rows, "dials": points}
     path.with_suffix(".summary.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    spread = {"metric": ".3f"} | {f"minus {name}": "+.3f" for name in ("base", *RIVALS)}
-    spread = spread if metric["kind"] == "spread" else {}
+    minus = [name for name in SHOWN if name.startswith("minus")]
+    spread = {"metric": ".3f"} | dict.fromkeys(minus, "+.3f") if metric["kind"] == "spread" else {}
     shown = {key: (head, spread.get(key, form)) for key, (head, form) in SHOWN.items()}
-    parts = [f"# The study of the task {task}", f"Made by `{command}`."]
-    parts += [LEGEND.format(**metric, limit=LIMIT["conversation"])]
+    parts = [f"# The study of the task {task}", f"Made by `{command}`.", LEGEND.format(**metric)]
+    if task == "sentiment":
+        parts += [f"self-refine on conversation pairs has the test prompts of the first "
+                  f"{LIMIT['conversation']} instructions alone, and its differences are over these."]  # fmt: skip
     for (kind, start), mine in itertools.groupby(rows, lambda row: (row["kind"], row["start"])):
         parts += [f"## Pairs: {kind}; training from: {start}", table_of(list(mine), shown)]
     if any(point["share"] for point in points):
-        draw(points, path.with_suffix(".png"))
+        base = next((row["metric"][0] for row in rows if row["method"] == "base"), None)
+        draw(points, base, path.with_suffix(".png"))
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
         columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
         parts += ["## Dials (pairs: fresh)", f"![metric under noise]({task}.png)"]
-        parts += [table_of([point for point in points if not point["by formula"]], columns)]
-    if trials := [line for line in lines if line["trial"] is not None]:
-        tried = [{k: line[k] for k in ("method", "lr", "beta")} for line in trials]
-        for row, line in zip(tried, trials, strict=True):
-            row |= {name: resample(matrix([line], name))[:3] for name in ("metric", "words")}
-        columns = {key: (key, "") for key in ("method", "lr", "beta")}
-        columns |= {key: SHOWN[key] for key in ("metric", "words")}
-        parts += ["## Settings that were tried", table_of(tried, columns)]
-    parts += ["## The pairs", "Trained on, without copies of drafts; won, lost: by the reward."]
-    pairs = [x for kind in LIMIT for x in pick(lines, kind, "dpo")]
-    pairs = [x | {"won": f"{x['won']:.0%}", "lost": f"{x['lost']:.0%}"} for x in pairs]
-    parts += [table_of(pairs, {key: (key, "") for key in ("kind", "seed", "pairs", "won", "lost")})]
+        columns["by formula"] = ("as at 0 %, by its formula", "")
+        parts += [table_of(points, columns)]
+    if tried := tried_of(task, lines):
+        columns = {key: SHOWN[key] for key in ("method", "settings", "metric", "words")}
+        parts += [
+            "## Settings that were tried",
+            table_of(tried, columns | {"chosen": ("chosen", "")}),
+        ]
+    if pairs := pairs_of(lines):
+        columns = {
+            "kind": ("kind", ""),
+            "seed": ("seed", ""),
+            "pairs": ("pairs without copies", ""),
+        }
+        columns |= {"won": ("of these won by the reward", ""), "copies": ("copies beside", "")}
+        parts += ["## The pairs of preference losses", table_of(pairs, columns)]
     if task == "sentiment":
         parts += ["## Three prompts", *samples_of(lines)]
         apart = differences(*(pick(lines, "conversation", method) for method in ("rdpo", "dpo")))
@@ -263,10 +303,9 @@ def report(task):
             answers = (2.8 * np.nanstd(apart) / 0.1) ** 2
             parts += [f"## How many prompts\n\nrdpo and dpo differ with a standard deviation of "
                       f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
-                      "(power 80 %, level 5 %) where seeds do not matter."]  # fmt: skip
-    seconds = sum(line["seconds"] for line in lines if line["threads"] == "1")
-    parts += ["## How it was made", f"{len(lines)} runs; those with one thread took "
-              f"{seconds / 3600:.1f} core-hours in train.py and eval.py.", *made]  # fmt: skip
+                      "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
+                      "groups asks for more."]  # fmt: skip
+    parts += ["## How it was made", f"{len(lines)} runs.", *made]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     return rows

@@ -5,23 +5,26 @@
 
 Every run is generate.py, score.py, train.py and eval.py, called with flags that the folder's log.txt
 shows. results/study/TASK/KIND-SEED.jsonl gets a line a run (settings, versions, the measures of every
-group of test prompts), and a run that has a line is not made again; to make one anew, delete its line
-and its folder. Answers and models stay in runs/study/. Two of these at once, of other --seeds or
---kinds and with OMP_NUM_THREADS=1 each, are a third faster on two cores than one after the other.
+group of test prompts), and a run that has a line is not made again. Answers and models stay in
+runs/study/TASK/KIND-SEED/; to make a run anew, delete its line, its folder there and its answers in
+test/eval.jsonl. Two of these at once, of other --seeds or --kinds and with OMP_NUM_THREADS=1 each, are
+a third faster on two cores than one after the other.
 
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
 the first LIMIT instructions only, since it takes three times as long. Pairs with an answer that was
-cut off, or a revision that repeats itself, are left out for all methods.
+cut off, or a revision that repeats itself, are left out for all methods; sft imitates all others, dsc
+and dpo-accept have those that won, and preference losses those that are no copy of the draft.
 
-All methods have the same pairs (dsc and dpo-accept those of them that won), STEPS steps of
-PAIRS_A_STEP, and the SFT term of RECIPE (results/pilots.md says why), but for those named -alone.
-Learning rate and beta are chosen for each method by one rule: of the settings in TRIALS, those whose
-student, trained on the conversation pairs of seed 0, gives the largest share of positive answers to
-the training prompts on films that no such pair is of; of equals the first. So the test prompts have
-no part in the choice; 114 prompts tell 13 points, so it is a coarse one. Methods named -alone take
-the settings of the method with the term. From dSC's student on, the learning rate is half as large.
-Other tasks than sentiment have few runs, with the first settings: there the teacher is too weak.
+All methods have STEPS steps of PAIRS_A_STEP pairs (fewer at an epoch's end), and preference losses the
+SFT term of RECIPE (results/pilots.md says why), but for those named -alone. cdpo and robust are told
+the share of pairs that lost by the reward. Learning rate and beta are chosen for each method by one
+rule: of the settings in TRIALS, those whose student, trained on the conversation pairs of seed 0,
+gives the largest share of positive answers to the training prompts on films that no such pair is of;
+of equals the first. So the test prompts have no part in the choice; it is a coarse one, since 114
+prompts tell 17 points. Methods named -alone take the settings of the method with the term. From dSC's
+student on, the learning rate is half as large. Other tasks than sentiment have few runs, with the
+first settings: there the teacher is too weak.
 
 Two dials. Labels: chosen and rejected of some pairs exchanged, the scores with their texts; rdpo is
 the same then by its formula (p becomes 1 - p and z becomes -z), and is not run. Scores: the two scores
@@ -72,7 +75,7 @@ RECIPE = ["--sft-weight", 1]  # of preference methods
 TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1))  # learning rate, beta: of preference
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
-LIMIT = {"conversation": 384, "fresh": 644}  # instructions: in one each call reads those before it
+LIMIT = {"conversation": 384, "fresh": 644}  # instructions
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
 SWAPS = dict.fromkeys(("rdpo", "dsc", "dpo-accept"), (50, 25, 10, 40))
@@ -136,12 +139,14 @@ def plan_of(task, seeds):
         runs += [Run("conversation", method, seed)]
     for seed in seeds:
         runs += [Run("conversation", m, seed, "dsc") for m in (*SHORT, *METHODS)]
-        runs += [Run("fresh", m, seed) for m in (*UNTRAINED, *METHODS)]
+        runs += [Run("fresh", m, seed) for m in ("self-refine", *METHODS)]
         runs += [Run("fresh", m, seed, "dsc") for m in SHORT]
         runs += [Run("fresh", m, seed, flips=f) for m, levels in FLIPS.items() for f in levels]
         runs += [Run("fresh", m, seed, swaps=s) for m, levels in SWAPS.items() for s in levels]
-    runs = [run for run in runs if (run.start, run.method) != ("dsc", "sft")]
-    return list(dict.fromkeys(runs))
+    alone = {
+        Run("conversation", m, s, "dsc") for m in ("sft", "dpo-alone", "rdpo-alone") for s in seeds
+    }
+    return [run for run in dict.fromkeys(runs) if run not in alone]
 
 
 # ---- one run: the four stages --------------------------------------------------------------------
@@ -222,7 +227,8 @@ class Cell:
         rows, start = self.training_pairs(run), "smollm2"
         lr, beta = best_settings(self.task, run)
         if run.start == "dsc":
-            lr, (start, *_) = lr / 2, self.train(Run(self.kind, "dsc", self.seed))
+            lr /= 2
+            start, _, _ = self.train(Run(self.kind, "dsc", self.seed))
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps[gaps != 0] < 0), 0.01, 0.45))  # of flipped labels
         student, source = self.folder / run.name, self.folder / f"{run.name}.jsonl"
@@ -234,7 +240,7 @@ class Cell:
         flags += f"--max-steps {STEPS} --epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         seconds = self.call("train.py", *flags)
         record = json.loads((student / "run.json").read_text())
-        facts = {name: record[name] for name in ("lr", "beta", "steps", "pairs")}
+        facts = {name: record[name] for name in ("lr", "beta", "epsilon", "pairs")}
         facts |= {"won": float(np.mean(gaps > 0)), "lost": float(np.mean(gaps < 0))}
         facts["made"] = {name: record[name] for name in (*MADE, "command")}
         return student, facts, seconds
@@ -267,15 +273,18 @@ def write(path, rows):
 
 
 def best_settings(task, run):
-    """(learning rate, beta) of a run, by the rule of this file's beginning."""
+    """(learning rate, beta) of a run, by the rule of this file's beginning; None where a trial is
+    missing."""
     method = run.method.removesuffix("-alone")
     settings = settings_of(method)
     if run.trial is not None or task != "sentiment":
         return settings[run.trial or 0]
-    tried = {line["trial"]: line for line in lines_of_study(task) if line["method"] == method}
-    if missing := set(range(len(settings))) - tried.keys():
-        raise BadInput(f"{method}: trials {missing} are missing; --kinds conversation --seeds 0")
-    return settings[max(range(len(settings)), key=lambda i: mean(tried[i], "metric"))]
+    tried = {}
+    for line in lines_of_study(task):
+        if line["method"] == method and line["trial"] is not None:
+            beta = None if method in IMITATION else line["beta"]  # which sft does not use
+            tried[line["lr"], beta] = mean(line, "metric")
+    return max(settings, key=tried.get) if tried.keys() >= set(settings) else None
 
 
 def measures(task, run, answers, rows):
@@ -319,9 +328,9 @@ def mean(line, name):
 
 
 def lines_of_study(task):
-    """All lines of a task."""
+    """All lines of a task; one that is still being written is left out."""
     files = sorted((ROOT / f"results/study/{task}").glob("*.jsonl"))
-    return [line for file in files if file.stat().st_size for line in read_rows(file, "id")]
+    return [json.loads(x) for file in files for x in file.read_bytes().split(b"\n")[:-1]]
 
 
 def main():
@@ -332,12 +341,21 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=list(LIMIT), default=list(LIMIT))
     args = parser.parse_args()
     os.chdir(ROOT)
-    cells = {key: Cell(args.task, *key) for key in itertools.product(args.kinds, args.seeds)}
-    runs = [run for run in plan_of(args.task, args.seeds) if (run.kind, run.seed) in cells]
+    runs = [run for run in plan_of(args.task, args.seeds) if run.kind in args.kinds]
+    runs = [run for run in runs if run.seed in args.seeds]
+    cells = {(run.kind, run.seed): None for run in runs}
+    cells = {key: Cell(args.task, *key) for key in cells}
     runs = [run for run in runs if run.name not in cells[run.kind, run.seed].lines.rows]
     print(f"{len(runs)} runs are missing", flush=True)
     for run in runs:
-        cells[run.kind, run.seed].make(run)
+        methods = {
+            *([run.method] if run.method in METHODS else []),
+            *["dsc"] * (run.start == "dsc"),
+        }
+        if all(best_settings(args.task, run._replace(method=method)) for method in methods):
+            cells[run.kind, run.seed].make(run)
+        else:  # trials are of the kind conversation and seed 0
+            print(f"{run.kind} {run.seed} {run.name}: left out, its trials are missing", flush=True)
 
 
 if __name__ == "__main__":

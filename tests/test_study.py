@@ -86,7 +86,7 @@ def cell(workdir, monkeypatch):
             write_jsonl(value["--out"], [row | scores for row in rows])
         elif script == "train.py":
             record = {name: "x" for name in (*study.MADE, "command")}
-            record |= {"lr": value["--lr"], "beta": value.get("--beta", 0.3), "steps": 24}
+            record |= {"lr": value["--lr"], "beta": value.get("--beta", 0.3), "epsilon": 0.1}
             value["--out"].mkdir(exist_ok=True)
             (value["--out"] / "run.json").write_text(json.dumps(record | {"pairs": 36}))
             (value["--out"] / "model.safetensors").write_text("weights")
@@ -104,9 +104,10 @@ def cell(workdir, monkeypatch):
 
 
 def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
-    for i, trial in enumerate(r for r in study.plan_of("sentiment", [0]) if r.method == "dpo"):
-        if trial.trial is not None:
-            cell.lines.add({"id": f"{i}", **trial._asdict(), "values": {"metric": [i in (1, 2)]}})
+    assert study.best_settings("sentiment", Run("conversation", "dpo", 0)) is None
+    for i, (lr, beta) in enumerate(study.settings_of("dpo")):
+        line = Run("conversation", "dpo", 0, trial=i)._asdict() | {"lr": lr, "beta": beta}
+        cell.lines.add(line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
     cell.make(Run("conversation", "dpo", 0))
     (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
     assert train[train.index("--lr") + 1] == "2e-05"  # of equals the first
