@@ -128,26 +128,24 @@ def plan_of(task, seeds):
     def trials(method):
         return [Run("conversation", method, 0, trial=i) for i in range(len(settings_of(method)))]
 
+    alone = ("dpo-alone", "rdpo-alone")  # on conversation pairs, from the base model
+    full = [method for method in ("rdpo-weight", "rdpo-margin", *METHODS) if method not in alone]
     runs = [trial for method in SHORT for trial in trials(method)]
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *SHORT)]
         runs += [Run("fresh", m, seed) for m in SHORT]
         runs += [Run("fresh", "dpo", seed, flips=f) for f in FLIPS["dpo"][:2]]
         runs += [Run("fresh", m, seed, swaps=SWAPS[m][0]) for m in ("rdpo", "dsc")]
-        runs += [Run("conversation", m, seed) for m in ("dpo-alone", "rdpo-alone")]
-    for seed, method in itertools.product(seeds, ("rdpo-weight", "rdpo-margin", *METHODS)):
-        runs += [] if method.endswith("alone") else trials(method)
-        runs += [Run("conversation", method, seed)]
+        runs += [Run("conversation", m, seed) for m in alone]
+    for seed, method in itertools.product(seeds, full):
+        runs += [*trials(method), Run("conversation", method, seed)]
     for seed in seeds:
-        runs += [Run("conversation", m, seed, "dsc") for m in (*SHORT, *METHODS)]
-        runs += [Run("fresh", m, seed) for m in ("self-refine", *METHODS)]
+        runs += [Run("conversation", m, seed, "dsc") for m in (*SHORT, *full) if m != "sft"]
+        runs += [Run("fresh", m, seed) for m in ("self-refine", *full)]
         runs += [Run("fresh", m, seed, "dsc") for m in SHORT]
         runs += [Run("fresh", m, seed, flips=f) for m, levels in FLIPS.items() for f in levels]
         runs += [Run("fresh", m, seed, swaps=s) for m, levels in SWAPS.items() for s in levels]
-    alone = {
-        Run("conversation", m, s, "dsc") for m in ("sft", "dpo-alone", "rdpo-alone") for s in seeds
-    }
-    return [run for run in dict.fromkeys(runs) if run not in alone]
+    return list(dict.fromkeys(runs))
 
 
 # ---- one run: the four stages --------------------------------------------------------------------
