@@ -521,11 +521,11 @@ def parse_args():
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
     add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
-    add("--beta", type="positive", default=0.3, help="strength of the pull to the reference, as in DPO; 0.1 is usual for large models (default: %(default)s)")
+    add("--beta", type="positive", default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and under rdpo z rises to gap / TAU (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
-    add("--sft-weight", type="amount", default=0.0, help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: %(default)s)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 1e-5, with sft 2e-5)")
+    add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
+    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 4e-5, with sft 2e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -539,7 +539,9 @@ def parse_args():
     add("--save-every", type="count", default=10, help="steps between checkpoints (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.lr = args.lr or (2e-5 if args.loss == "sft" else 1e-5)
+    args.lr = args.lr or (2e-5 if args.loss == "sft" else 4e-5)
+    if args.sft_weight is None:
+        args.sft_weight = float(args.loss in SCORED_LOSSES)
     if args.epsilon >= 0.5:
         raise BadInput(f"--epsilon {args.epsilon}: must be below 0.5")
     if args.dtype == "float16":
