@@ -296,7 +296,7 @@ class Server:
         ]
         digests = [digest_of(body) for body in bodies]
         calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
-        pool, replies = ThreadPoolExecutor(self.args.concurrency), {}
+        pool, replies = ThreadPoolExecutor(self.args.concurrency, "calls"), {}
         try:
             answers = zip(calls, pool.map(self.call, calls, calls.values()), strict=True)
             for digest, reply in tqdm(answers, "calls", len(calls), leave=False, disable=None):

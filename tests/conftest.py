@@ -116,8 +116,8 @@ def run(monkeypatch, capsys):
 
 
 def wait_for_workers():
-    """What the end of a process does: waits for its worker threads, and closes the files they hold."""
-    workers = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+    """What the end of a process does: waits for a server's calls, and closes the files they hold."""
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("calls")]
     for worker in workers:
         worker.join(60)
     if workers:
