@@ -274,7 +274,7 @@ def report(task):
                   f"{LIMIT['conversation']} instructions alone, and its differences are over these."]  # fmt: skip
     for (kind, start), mine in itertools.groupby(rows, lambda row: (row["kind"], row["start"])):
         parts += [f"## Pairs: {kind}; training from: {start}", table_of(list(mine), shown)]
-    if any(point["share"] for point in points):
+    if any(point["share"] and not point["by formula"] for point in points):
         base = next((row["metric"][0] for row in rows if row["method"] == "base"), None)
         draw(points, base, path.with_suffix(".png"))
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
