@@ -2,7 +2,7 @@
 
     python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
     torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-6
-    python train.py --task sycophancy --loss dpo              # the same pairs, scores ignored
+    python train.py --task sycophancy --loss dpo --sft-weight 1   # the same, but scores are ignored
     python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
     python train.py --model runs/sycophancy/sft-accept --lr 5e-6                  # and rDPO from there
 
@@ -13,6 +13,7 @@ of TRL's format or UltraFeedback's.
     z = beta [(log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))]
     p = sigmoid((score_chosen - score_rejected) / tau)
     loss = -p log sigmoid(z) - (1 - p) log sigmoid(-z)          # --loss rdpo
+           + sft_weight (SFT loss of the better answer)         # 0 leaves the loss alone
 
 Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand. Its abstract asks
 for a loss that generalises DPO, takes the scores of an external reward model in, and is robust to
