@@ -120,7 +120,7 @@ def settings_of(method):
 
 def plan_of(task, seeds):
     """All runs in the order in which they are made: what tells most comes first."""
-    if task != "sentiment":  # the two steps of make demo alone
+    if task != "sentiment":  # dSC, and what goes on from its student
         few = [Run("fresh", method, 0) for method in (*UNTRAINED, "dsc")]
         few += [Run("fresh", method, 0, "dsc") for method in SHORT]
         return [run._replace(seed=seed) for seed in seeds for run in few]

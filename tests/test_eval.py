@@ -165,7 +165,7 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert all(row["base_logp"] < 0 for row in rows if row["answer"])
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
     report = (folder / "report.md").read_text()
-    assert "| tiny |" in report and "| rdpo |" in report and "control" in report
+    assert "| tiny |" in report and "| rdpo |" in report and "| control |" in report
     assert report.count("**rdpo**") > 1 and "contrast reward of" in report
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "runs/safety/report.md" in done.stdout

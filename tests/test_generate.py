@@ -486,7 +486,7 @@ def test_a_second_overwrite_of_an_empty_output_keeps_the_rows_of_the_first(run, 
     assert ask(run, server, "--limit", "2")[0] == 0
     before = (workdir / PAIRS).read_bytes()
     HostileServer.script = [401]
-    assert ask(run, server, "--limit", "2", "--overwrite", "--concurrency", "1")[0] == 2
+    assert ask(run, server, "--limit", "2", "--overwrite")[0] == 2
     assert ask(run, server, "--limit", "2", "--overwrite")[0] == 0
     assert (workdir / f"{PAIRS}.bak").read_bytes() == before
 
