@@ -31,10 +31,21 @@ sys.path.insert(0, str(ROOT))
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
 OFF = ("sharing", "caching", "completion-only head", "kernel", "packed attention")
 WITH = {"activations": "activation checkpointing", "one pair": "pair by pair"}
+WITH |= {"Liger": "Liger's layers", "double packs": "micro-batches of 4,096 tokens"}
+WITH |= {"FlexAttention": "FlexAttention, micro-batches of 8,192 tokens"}
 WITH["one pair, activations"] = "pair by pair, activation checkpointing"
 # without TRL at its slowest, all pairs at once
 MAIN = [("trl", "activations"), ("trl", "one pair"), ("trl", "one pair, activations")]
 MAIN += [("ours", ""), ("ours", "one pair"), ("ours", "one pair, activations")]
+# on a GPU, where TRL is at its fastest with all pairs at once
+ON_GPU = [
+    ("trl", ""),
+    ("trl", "Liger"),
+    ("trl", "one pair"),
+    ("ours", ""),
+    ("ours", "double packs"),
+]
+ON_GPU += [("ours", "one pair"), ("ours", "FlexAttention")]
 LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
 
 
@@ -128,12 +139,20 @@ def run_ours(job):
         packed.collate = lambda sequences: usual["collate"]([(Own(p), c) for p, c in sequences])
     if job["off"] == "packed attention":
         train.check_model = lambda model, attention: packed.check_model(model)
+    if job["off"] == "FlexAttention":
+        train.check_model = lambda model, _: packed.check_model(model, "flex_attention")
     argv = ["train.py", "--model", job["model"], "--in", job["data"], "--out", job["out"]]
     argv += ["--overwrite", "--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR)]
     argv += ["--beta", str(BETA), "--epsilon", str(EPSILON), "--warmup", str(WARMUP)]
     argv += ["--epochs", "1", "--batch-size", str(job["batch"]), "--max-length", "2048"]
     argv += ["--seed", str(SEED), "--save-every", "1000000"]
-    argv += ["--pack-tokens", "1" if "one pair" in job["off"] else "2048"]
+    tokens = {
+        "one pair": 1,
+        "one pair, activations": 1,
+        "double packs": 4096,
+        "FlexAttention": 8192,
+    }
+    argv += ["--pack-tokens", str(tokens.get(job["off"], 2048))]
     sys.argv = argv + ["--checkpoint-activations"] * ("activations" in job["off"])
     run(train.main)
     log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
@@ -183,6 +202,8 @@ def run_trl(job):
         def training_step(self, *args, **kwargs):
             began = time.perf_counter()
             result = super().training_step(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
             exact = {
                 key: values[-1] for key, values in self._metrics["train"].items() if values
@@ -210,6 +231,7 @@ def run_trl(job):
             logging_steps=1,
             precompute_ref_log_probs=True,
             gradient_checkpointing="activations" in job["off"],
+            use_liger_kernel=job["off"] == "Liger",
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
@@ -320,6 +342,7 @@ def parity(args):
 
 
 def bench(args):
+    import torch
     from transformers import AutoTokenizer
 
     from generate import model_folder
@@ -340,18 +363,23 @@ def bench(args):
             "batch": args.batch,
         }
         job |= {"set": kind, "prompt_tokens": prompt}
-        who = MAIN + [("ours", off) for off in OFF if not args.whole]
+        whole = ON_GPU if torch.cuda.is_available() else MAIN
+        who = whole + [("ours", off) for off in OFF if not args.whole]
         runs = {one: [] for one in who}
         for turn in range(args.rounds):  # in turns, so that a busy minute hits all
-            for one in who if turn == 0 else MAIN:
-                got = start({**job, "who": one[0], "off": one[1]}, args.work)
+            for one in who if turn == 0 else whole:
+                try:
+                    got = start({**job, "who": one[0], "off": one[1]}, args.work)
+                except SystemExit as error:  # a trainer's failure is a result of its own
+                    print(f"{kind} {one}: failed: {error}", flush=True)
+                    continue
                 runs[one].append(got)
                 pace = 2 * answer * args.batch / statistics.median(got["seconds"][1:])
                 print(
                     f"{kind} {one}: {pace:.0f} tok/s, {got['peak_bytes'] / 2**30:.2f} GiB",
                     flush=True,
                 )
-        for one in who:
+        for one in (one for one in who if runs[one]):
             seconds = [
                 s for run in runs[one] for s in run["seconds"][1:]
             ]  # the first step warms up
@@ -395,7 +423,11 @@ def bench(args):
     made += f"torch {facts['torch']}, transformers {facts['transformers']}, trl {facts['trl']}. Median of "
     made += (
         f"{args.rounds} x {args.steps - 1} steps of {args.batch} pairs, of {args.steps - 1} with a feature off; memory is "
-        "the process's largest resident set."
+        + (
+            "the most that was allocated on the GPU."
+            if torch.cuda.is_available()
+            else "the process's largest resident set."
+        )
     )
     (args.out / "report.md").write_text(f"{text}\n\n{made}\n")
     draw(args.out / "bench.png", measured)

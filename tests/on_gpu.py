@@ -3,7 +3,8 @@
     python tests/on_gpu.py --out results/gpu          # about ten minutes on one H100
 
 1. the tests, with those that are skipped without CUDA
-2. the kernel beside its bare products and its peers (kernels.bench), at three sizes of real models
+2. the kernel beside its bare products and its peers (kernels.bench), at three sizes of real models,
+   and under other settings (tune_kernel.py)
 3. train.py beside TRL's DPOTrainer (against_trl.py bench), on a model of 1.2 billion random
    weights (16 layers, hidden size 2,048, vocabulary 128,256)
 
@@ -39,7 +40,11 @@ def random_model(folder, small):
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": 0}
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, **ids, max_position_embeddings=8192, tie_word_embeddings=True)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    with torch.device("cpu" if small else "cuda"):  # which is faster at random numbers
+        model = LlamaForCausalLM(config)
+    model.bfloat16().save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -50,6 +55,7 @@ def main():
     add = parser.add_argument
     add("--out", type=Path, default=Path("results/gpu"), help="folder of the results")
     add("--limit", type=int, default=280, help="seconds a part may take (default: %(default)s)")
+    add("--parts", nargs="+", help="of the five, see result.json (default: all)")
     add("--small", action="store_true", help="small sizes, for a try on a CPU")
     args = parser.parse_args()
     if not (args.small or torch.cuda.is_available()):
@@ -60,9 +66,9 @@ def main():
     shapes = ["tiny"] if args.small else ["llama3", "qwen2.5", "smollm2"]
     tests = [f"tests/test_{name}.py" for name in ("logps", "packed", "train")]
     bench = ["tests/against_trl.py", "bench", "--model", model, "--work", work / "against_trl"]
-    bench += ["--whole", "--steps", 4, "--rounds", 1, "--out", out / "bench-train"]
+    bench += ["--whole", "--steps", 5, "--rounds", 1, "--batch", 2 if args.small else 8]
     parts = {
-        "tests": ["-m", "pytest", "-n", "0", *tests[: 1 if args.small else 3]],
+        "tests": ["-m", "pytest", "-n", 0 if args.small else 8, *tests[: 1 if args.small else 3]],
         "kernel": [
             "-m",
             "kernels.bench",
@@ -73,8 +79,12 @@ def main():
             "--out",
             out / "kernel",
         ],
-        "training": [*bench, "--batch", 2 if args.small else 8],
     }
+    if not args.small:
+        parts["settings"] = ["tests/tune_kernel.py", "--out", out / "settings.json"]
+    for kind in ("prompt-heavy", "answer-heavy"):
+        parts[kind] = [*bench, "--sets", kind, "--out", out / f"train-{kind}"]
+    parts = {name: command for name, command in parts.items() if name in (args.parts or parts)}
     results = provenance() | {"parts": {}}
     for name, command in parts.items():
         began = time.perf_counter()
