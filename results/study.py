@@ -338,10 +338,11 @@ def main():
     parser.add_argument("--task", default="sentiment")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=list(LIMIT), default=list(LIMIT))
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs, such as dpo-flips40")
     args = parser.parse_args()
     os.chdir(ROOT)
     runs = [run for run in plan_of(args.task, args.seeds) if run.kind in args.kinds]
-    runs = [run for run in runs if run.seed in args.seeds]
+    runs = [run for run in runs if run.seed in args.seeds and run.name in (args.only or [run.name])]
     cells = {(run.kind, run.seed): None for run in runs}
     cells = {key: Cell(args.task, *key) for key in cells}
     runs = [run for run in runs if run.name not in cells[run.kind, run.seed].lines.rows]
