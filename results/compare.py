@@ -236,7 +236,7 @@ def tried_of(task, lines):
     """Rows of the trials, which learning rate and beta were chosen by."""
     rows, trials = [], [line for line in lines if line["trial"] is not None]
     for line in sorted(trials, key=lambda line: (line["method"], line["trial"])):
-        best = best_settings(task, Run("conversation", line["method"], 0))
+        best = best_settings(Run("conversation", line["method"], 0))
         chosen = best and best[0] == line["lr"] and best[1] in (None, line["beta"])
         row = {"method": line["method"], "settings": used(line), "chosen": "yes" if chosen else ""}
         rows.append(row | {m: resample(matrix([line], m))[:3] for m in ("metric", "words")})

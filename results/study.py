@@ -23,8 +23,8 @@ rule: of the settings in TRIALS, those whose student, trained on the conversatio
 gives the largest share of positive answers to the training prompts on films that no such pair is of;
 of equals the first. So the test prompts have no part in the choice; it is a coarse one, since 114
 prompts tell 17 points. Methods named -alone take the settings of the method with the term. From dSC's
-student on, the learning rate is half as large. Other tasks than sentiment have few runs, with the
-first settings: there the teacher is too weak.
+student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
+sentiment's settings: there the teacher is too weak.
 
 Two dials. Labels: chosen and rejected of some pairs exchanged, the scores with their texts; rdpo is
 the same then by its formula (p becomes 1 - p and z becomes -z), and is not run. Scores: the two scores
@@ -120,9 +120,8 @@ def settings_of(method):
 
 def plan_of(task, seeds):
     """All runs in the order in which they are made: what tells most comes first."""
-    if task != "sentiment":  # dSC, and what goes on from its student
-        few = [Run("fresh", method, 0) for method in (*UNTRAINED, "dsc")]
-        few += [Run("fresh", method, 0, "dsc") for method in SHORT]
+    if task != "sentiment":
+        few = [Run("fresh", method, 0) for method in (*UNTRAINED, *SHORT)]
         return [run._replace(seed=seed) for seed in seeds for run in few]
 
     def trials(method):
@@ -224,7 +223,7 @@ class Cell:
     def train(self, run):
         """Calls train.py: (the student's folder, what is to be known of it, seconds)."""
         rows, start = self.training_pairs(run), "smollm2"
-        lr, beta = best_settings(self.task, run)
+        lr, beta = best_settings(run)
         if run.start == "dsc":
             lr /= 2
             start, _, _ = self.train(Run(self.kind, "dsc", self.seed))
@@ -271,15 +270,15 @@ def write(path, rows):
     os.replace(path.with_suffix(".part"), path)
 
 
-def best_settings(task, run):
+def best_settings(run):
     """(learning rate, beta) of a run, by the rule of this file's beginning; None where a trial is
     missing."""
     method = run.method.removesuffix("-alone")
     settings = settings_of(method)
-    if run.trial is not None or task != "sentiment":
-        return settings[run.trial or 0]
+    if run.trial is not None:
+        return settings[run.trial]
     tried = {}
-    for line in lines_of_study(task):
+    for line in lines_of_study("sentiment"):
         if line["method"] == method and line["trial"] is not None:
             beta = None if method in IMITATION else line["beta"]  # which sft does not use
             tried[line["lr"], beta] = mean(line, "metric")
@@ -352,7 +351,7 @@ def main():
             *([run.method] if run.method in METHODS else []),
             *["dsc"] * (run.start == "dsc"),
         }
-        if all(best_settings(args.task, run._replace(method=method)) for method in methods):
+        if all(best_settings(run._replace(method=method)) for method in methods):
             cells[run.kind, run.seed].make(run)
         else:  # trials are of the kind conversation and seed 0
             print(f"{run.kind} {run.seed} {run.name}: left out, its trials are missing", flush=True)

@@ -104,7 +104,7 @@ def cell(workdir, monkeypatch):
 
 
 def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
-    assert study.best_settings("sentiment", Run("conversation", "dpo", 0)) is None
+    assert study.best_settings(Run("conversation", "dpo", 0)) is None
     for i, (lr, beta) in enumerate(study.settings_of("dpo")):
         line = Run("conversation", "dpo", 0, trial=i)._asdict() | {"lr": lr, "beta": beta}
         cell.lines.add(line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
@@ -123,7 +123,7 @@ def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workd
 
 
 def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell, monkeypatch):
-    monkeypatch.setattr(study, "best_settings", lambda task, run: (1e-5, 0.1))
+    monkeypatch.setattr(study, "best_settings", lambda run: (1e-5, 0.1))
     cell.make(Run("conversation", "rdpo", 0, "dsc"))
     first, second = [flags for script, *flags in cell.calls if script == "train.py"]
     assert "--accept" in first and second[second.index("--lr") + 1] == "5e-06"
