@@ -337,7 +337,7 @@ def main():
     parser.add_argument("--task", default="sentiment")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=list(LIMIT), default=list(LIMIT))
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs, such as dpo-flips40")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs")
     args = parser.parse_args()
     os.chdir(ROOT)
     runs = [run for run in plan_of(args.task, args.seeds) if run.kind in args.kinds]
