@@ -62,11 +62,11 @@ import torch
 _run_as_is = torch._disable_dynamo  # torch.compiler.disable without its 1.4 s of imports
 tl = None  # triton.language, set by _kernels()
 BLOCK_V, NUM_WARPS = 4096, 8  # 16 logits a thread: two 16-byte loads in bf16, four in fp32
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 352 << 20}  # in the cache; products stay large
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 704 << 20}  # in the cache; products stay large
 RETAIN_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}  # bf16: 5,461 and 43,690 tokens at V = 49,152
 ALIGN = 128  # chunks have a multiple of this many columns, so that rows start on 16 bytes
 
-# ---- two Triton kernels: one program a row; int64 rows, since row * stride passes 2^31 -----------
+# ---- Triton kernels: one program a row; int64 rows, since row * stride passes 2^31 ---------------
 
 
 def _fold_kernel(
@@ -150,22 +150,30 @@ def _dz_kernel(
         tl.store(dz_ptr + start + columns, dz.to(dz_ptr.dtype.element_ty), mask=start + columns < V)
 
 
+def _scale_kernel(x_ptr, unit_ptr, out_ptr, size, BLOCK_V: tl.constexpr):
+    """Writes x times the number at unit_ptr, rounded once; one program for BLOCK_V numbers."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = tl.load(x_ptr + places, mask=places < size, other=0.0).to(tl.float32)
+    x *= tl.load(unit_ptr)
+    tl.store(out_ptr + places, x.to(out_ptr.dtype.element_ty), mask=places < size)
+
+
 @functools.cache
 def _kernels():
-    """The two kernels, compiled at their first launch."""
+    """The kernels, compiled at their first launch."""
     global tl
     import triton
     import triton.language as tl
 
-    return SimpleNamespace(fold=triton.jit(_fold_kernel), dz=triton.jit(_dz_kernel))
+    kernels = {"fold": _fold_kernel, "dz": _dz_kernel, "scale": _scale_kernel}
+    return SimpleNamespace(**{name: triton.jit(kernel) for name, kernel in kernels.items()})
 
 
-def _launch(kernel, x, *arguments, **flags):
+def _launch(kernel, programs, x, *arguments, **flags):
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
-        kernel[(len(x),)](
-            x, x.stride(0), *arguments, **flags, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        kernel[(programs,)](
+            x, *arguments, **flags, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )
 
 
 def _on_triton(x):
@@ -184,8 +192,9 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
         peak = lse.new_empty(len(z), blocks) if keep else lse[:, None]  # not touched without KEEP
         e = e if keep else z
         _launch(
-            _kernels().fold, z, labels, lse, target, e, e.stride(0), peak, peak.stride(0),
-            z.shape[1], first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEEP=keep,
+            _kernels().fold, len(z), z, z.stride(0), labels, lse, target, e, e.stride(0), peak,
+            peak.stride(0), z.shape[1], first_column, logit_scale, softcap,
+            HAS_SOFTCAP=softcap != 0, KEEP=keep,
         )  # fmt: skip
         return peak
     _scale_and_cap_(z, logit_scale, softcap)
@@ -207,8 +216,9 @@ def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, so
     if _on_triton(x):
         kept, peak = peak is not None, lse[:, None] if peak is None else peak
         _launch(
-            _kernels().dz, x, peak, peak.stride(0), labels, lse, dz_label, coef, out, out.stride(0),
-            x.shape[1], first_column, logit_scale, softcap, HAS_SOFTCAP=softcap != 0, KEPT=kept,
+            _kernels().dz, len(x), x, x.stride(0), peak, peak.stride(0), labels, lse, dz_label, coef,
+            out, out.stride(0), x.shape[1], first_column, logit_scale, softcap,
+            HAS_SOFTCAP=softcap != 0, KEPT=kept,
         )  # fmt: skip
         return
     if peak is None:
@@ -226,6 +236,15 @@ def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, so
     if bool((coef == 0).any()):
         p[coef == 0] = 0  # 0 times NaN is NaN: a row that nobody asked for must not spoil the sum
     out.copy_(p)  # rounded when it is finished; nothing to do where out is p
+
+
+def _scale(x, unit, out):
+    """out = unit x, rounded once. On a GPU PyTorch's kernel for two types has a third of the
+    bandwidth; the interpreter cuts bf16 numbers off instead of rounding them."""
+    if not x.is_cuda:
+        return torch.mul(x, unit, out=out)
+    _launch(_kernels().scale, -(-x.numel() // BLOCK_V), x, unit, out, x.numel())
+    return out
 
 
 def _scale_and_cap_(z, logit_scale, softcap):
@@ -394,12 +413,12 @@ def _gradients(ctx, grad_logps):
     right, c, unit = torch.where(coef[:, None] != 0, h, 0), scaled, 1.0
     if half:
         ch = scaled[:, None] * right
-        unit = ch.abs().amax().clamp(min=1e-30) if len(h) else 1.0  # a tensor: no wait for CUDA
-        right, c = (ch / unit).half(), (coef != 0).to(lse.dtype)
+        unit = ch.abs().amax().clamp(min=1e-30) if len(h) else lse.new_ones(())  # no wait for CUDA
+        right, c, one = (ch / unit).half(), (coef != 0).to(lse.dtype), lse.new_ones(())
     narrow = weight.dtype == torch.bfloat16 and multiplies_bf16()
     direct = not half and (narrow or weight.dtype == h.dtype)  # the product has the type of dW
     dhidden = lse.new_zeros(h.shape) if wanted[0] else None  # a sum over chunks
-    dweight = torch.empty_like(weight) if wanted[1] else None  # each chunk is written once
+    dweight = weight.new_empty(weight.shape) if wanted[1] else None  # each chunk is written once
     dbias = torch.empty_like(bias) if wanted[2] else None
     for chunk, tile in _chunks(h, weight, columns):
         w, peak = _wide(weight[chunk]), None
@@ -415,13 +434,15 @@ def _gradients(ctx, grad_logps):
         if wanted[2]:
             dbias[chunk] = scaled @ dz.to(scaled.dtype) if half else dz.sum(0)
         if wanted[0] and half and dz.is_cuda:  # += inside the product, not by another pass over dH
-            torch.addmm(dhidden, dz, w.half(), out_dtype=torch.float32, out=dhidden)
+            if w.dtype != dz.dtype:
+                w = _scale(w.contiguous(), one, w.new_empty(w.shape, dtype=dz.dtype))
+            torch.addmm(dhidden, dz, w, out_dtype=torch.float32, out=dhidden)
         elif wanted[0]:
             dhidden.addmm_(dz.to(dhidden.dtype), w.to(dhidden.dtype))
         if wanted[1] and direct:
             torch.mm(dz.to(weight.dtype).t(), right.to(weight.dtype), out=dweight[chunk])
         elif wanted[1]:
-            torch.mul(_mm(dz.t(), right), unit, out=dweight[chunk])  # rounded once
+            _scale(_mm(dz.t(), right), unit, dweight[chunk])
         del dz, w  # before the next ones are made
     if wanted[0]:
         total, dhidden = dhidden, torch.zeros_like(hidden)

@@ -32,20 +32,12 @@ LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
 OFF = ("sharing", "caching", "completion-only head", "kernel", "packed attention")
 WITH = {"activations": "activation checkpointing", "one pair": "pair by pair"}
 WITH |= {"Liger": "Liger's layers", "double packs": "micro-batches of 4,096 tokens"}
-WITH |= {"FlexAttention": "FlexAttention, micro-batches of 8,192 tokens"}
 WITH["one pair, activations"] = "pair by pair, activation checkpointing"
 # without TRL at its slowest, all pairs at once
 MAIN = [("trl", "activations"), ("trl", "one pair"), ("trl", "one pair, activations")]
 MAIN += [("ours", ""), ("ours", "one pair"), ("ours", "one pair, activations")]
 # on a GPU, where TRL is at its fastest with all pairs at once
-ON_GPU = [
-    ("trl", ""),
-    ("trl", "Liger"),
-    ("trl", "one pair"),
-    ("ours", ""),
-    ("ours", "double packs"),
-]
-ON_GPU += [("ours", "one pair"), ("ours", "FlexAttention")]
+ON_GPU = [("trl", ""), ("ours", ""), ("ours", "double packs"), ("trl", "Liger")]
 LR, BETA, EPSILON, WARMUP, SEED = 2e-5, 0.1, 0.1, 0.1, 0
 
 
@@ -139,19 +131,12 @@ def run_ours(job):
         packed.collate = lambda sequences: usual["collate"]([(Own(p), c) for p, c in sequences])
     if job["off"] == "packed attention":
         train.check_model = lambda model, attention: packed.check_model(model)
-    if job["off"] == "FlexAttention":
-        train.check_model = lambda model, _: packed.check_model(model, "flex_attention")
     argv = ["train.py", "--model", job["model"], "--in", job["data"], "--out", job["out"]]
     argv += ["--overwrite", "--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR)]
     argv += ["--beta", str(BETA), "--epsilon", str(EPSILON), "--warmup", str(WARMUP)]
     argv += ["--epochs", "1", "--batch-size", str(job["batch"]), "--max-length", "2048"]
     argv += ["--seed", str(SEED), "--save-every", "1000000"]
-    tokens = {
-        "one pair": 1,
-        "one pair, activations": 1,
-        "double packs": 4096,
-        "FlexAttention": 8192,
-    }
+    tokens = {"one pair": 1, "one pair, activations": 1, "double packs": 4096}
     argv += ["--pack-tokens", str(tokens.get(job["off"], 2048))]
     sys.argv = argv + ["--checkpoint-activations"] * ("activations" in job["off"])
     run(train.main)

@@ -779,7 +779,7 @@ kernels, tool = L._kernels(), Path(triton.__file__).parent / "backends/nvidia/bi
 types = dict(logits_row_stride="i32", labels_ptr="*i64", lse_ptr="*fp32", target_ptr="*fp32", e_ptr="*fp16",
              e_row_stride="i32", x_row_stride="i32", peak_ptr="*fp32", peak_row_stride="i32", dz_label_ptr="*fp32",
              coef_ptr="*fp32", dz_row_stride="i32", V="i32", first_column="i32", logit_scale="fp32", softcap="fp32",
-             HAS_SOFTCAP="constexpr", KEEP="constexpr", KEPT="constexpr", BLOCK_V="constexpr")
+             unit_ptr="*fp32", out_ptr="*fp16", size="i32", HAS_SOFTCAP="constexpr", KEEP="constexpr", KEPT="constexpr", BLOCK_V="constexpr")
 # Everything that is ever launched. fold: (logits, softcap, keep); dz: (x, dz, softcap, kept). gather_logps: any type,
 # the gradient in the same, no softcap, nothing kept. linear_logps: fp32 logits; dZ and e both fp32, or both fp16.
 folds = [("*bf16", "*fp16", 0, 0), ("*fp16", "*fp16", 0, 0)]
@@ -788,10 +788,11 @@ dzs = [("*bf16", "*bf16", 0, 0), ("*fp16", "*fp16", 0, 0)]
 dzs += [(dz if kept else "*fp32", dz, cap, kept) for dz in ("*fp16", "*fp32") for cap in (0, 1) for kept in (0, 1)]
 shipped = [(kernels.fold, dict(logits_ptr=x, e_ptr=e), dict(HAS_SOFTCAP=cap, KEEP=keep)) for x, e, cap, keep in folds]
 shipped += [(kernels.dz, dict(x_ptr=x, dz_ptr=dz), dict(HAS_SOFTCAP=cap, KEPT=kept)) for x, dz, cap, kept in dzs]
+shipped += [(kernels.scale, dict(x_ptr=x, out_ptr=out), {}) for x, out in (("*bf16", "*fp16"), ("*fp32", "*bf16"), ("*fp32", "*fp16"))]
 for fn, pointers, flags in shipped:
     signature = {n: (types | pointers)[n] for n in fn.arg_names}
     # what the launcher finds out by itself: these are multiples of 16 (peak's row stride is not)
-    even = [i for i, n in enumerate(fn.arg_names) if n != "peak_row_stride" and n.endswith(("_ptr", "stride")) or n == "V"]
+    even = [i for i, n in enumerate(fn.arg_names) if n != "peak_row_stride" and n.endswith(("_ptr", "stride")) or n in ("V", "size")]
     source = ASTSource(fn, signature, {n: bool(f) for n, f in flags.items()} | dict(BLOCK_V=L.BLOCK_V),
                        {(i,): [["tt.divisibility", 16]] for i in even})
     for sm in map(int, sys.argv[1:]):
@@ -817,7 +818,7 @@ def test_every_kernel_compiles_for_sm_80_90_and_100_without_spills_and_with_16_b
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert len(rows) == 3 * (8 + 10)
+    assert len(rows) == 3 * (8 + 10 + 3)
     for row in rows:
         types, (registers, stack, local, loads, stores) = (
             row[3 : row.index("|")],
@@ -826,8 +827,20 @@ def test_every_kernel_compiles_for_sm_80_90_and_100_without_spills_and_with_16_b
         assert registers <= 128, row
         assert stack == local == 0, row
         assert loads == (4 if types[0] == "*fp32" else 2), row  # 16 logits a thread
-        stored = row[2] == "_dz_kernel" or row[row.index("|") - 1] == "1"  # dZ; e, with KEEP
+        stored = (
+            row[2] in ("_dz_kernel", "_scale_kernel") or row[row.index("|") - 1] == "1"
+        )  # dZ; e, with KEEP
         assert stores == stored * (4 if types[1] == "*fp32" else 2), row
+
+
+@runs_triton
+@pytest.mark.parametrize("size", [1, 4096, 9001])
+def test_triton_scales_and_rounds_once(size):
+    x, unit = torch.randn(size, device=DEVICE), torch.tensor(3e-3, device=DEVICE)
+    for out_type in (torch.float16, torch.float32, *[torch.bfloat16] * (DEVICE == "cuda")):
+        out = torch.full((size + 1,), 7.0, device=DEVICE, dtype=out_type)
+        L._launch(L._kernels().scale, -(-size // L.BLOCK_V), x, unit, out, size)
+        assert torch.equal(out[:size], (x * unit).to(out_type)) and out[size] == 7
 
 
 def test_every_row_offset_is_int64():
@@ -835,9 +848,8 @@ def test_every_row_offset_is_int64():
     it that no pointer is moved by a row that has not been widened."""
     source = Path(L.__file__).read_text()
     kernels = source[source.index("def _fold_kernel") : source.index("def _kernels")]
-    assert (
-        kernels.count("tl.program_id") == kernels.count("row = tl.program_id(0).to(tl.int64)") == 2
-    )
+    widened = kernels.count("tl.program_id(0).to(tl.int64)")
+    assert kernels.count("tl.program_id") == widened == 3
     row, stride = torch.tensor(8192, dtype=torch.int32), torch.tensor(262144, dtype=torch.int32)
     assert (row * stride).item() != 2**31  # int32 wraps
     assert (row.to(torch.int64) * stride).item() == 2**31
