@@ -533,7 +533,7 @@ def parse_args():
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type="count", help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type="count", default=1024, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type="count", help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: 1024, on a GPU 4096)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type="count", default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
     add("--eval-every", type="count", default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
@@ -569,6 +569,7 @@ def main():
     args = parse_args()
     device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
+    args.pack_tokens = args.pack_tokens or (4096 if device.type == "cuda" else 1024)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK)

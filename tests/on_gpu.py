@@ -68,7 +68,15 @@ def main():
     bench = ["tests/against_trl.py", "bench", "--model", model, "--work", work / "against_trl"]
     bench += ["--whole", "--steps", 5, "--rounds", 1, "--batch", 2 if args.small else 8]
     parts = {
-        "tests": ["-m", "pytest", "-n", 0 if args.small else 8, *tests[: 1 if args.small else 3]],
+        # -v after addopts' -q, so that a test is named as it ends: a time limit costs no names
+        "tests": [
+            "-m",
+            "pytest",
+            "-vv",
+            "-n",
+            2 if args.small else 14,
+            *tests[: 1 if args.small else 3],
+        ],
         "kernel": [
             "-m",
             "kernels.bench",
