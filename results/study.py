@@ -72,8 +72,8 @@ METHODS = {  # flags of train.py
 }
 IMITATION, UNTRAINED, SHORT = ("sft", "dsc"), ("base", "self-refine"), ("dpo", "rdpo", "dsc")
 RECIPE = ["--sft-weight", 1]  # of preference methods
-# learning rate and beta that are tried; rates up to where that of rdpo was an inner one
-TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1))
+# learning rate and beta that are tried; rates up to where those of dpo and rdpo are inner ones
+TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1), (1.6e-4, 0.1))
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions
