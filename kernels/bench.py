@@ -186,7 +186,12 @@ def copy(p):
 def gather(p):
     """The row kernels alone: forward reads the logits, backward reads them and writes their gradient."""
     logits = (p.hidden.detach() @ p.weight.detach().t()).requires_grad_()
-    return with_autograd(p, lambda: gather_logps(logits, p.labels))
+
+    def logps():
+        logits.grad = None  # else backward would add to the gradient of the round before
+        return gather_logps(logits, p.labels)
+
+    return with_autograd(p, logps)
 
 
 def full_logits(p):

@@ -66,7 +66,7 @@ CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 704 << 20}  # in the cache; products sta
 RETAIN_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}  # bf16: 5,461 and 43,690 tokens at V = 49,152
 ALIGN = 128  # chunks have a multiple of this many columns, so that rows start on 16 bytes
 
-# ---- Triton kernels: one program a row; int64 rows, since row * stride passes 2^31 ---------------
+# ---- Triton kernels: fold and dz, one program a row (int64: row * stride passes 2^31), and a cast -
 
 
 def _fold_kernel(

@@ -21,8 +21,9 @@ SFT term of RECIPE (results/pilots.md says why), but for those named -alone. cdp
 the share of pairs that lost by the reward. Learning rate and beta are chosen for each method by one
 rule: of the settings in TRIALS, those whose student, trained on the conversation pairs of seed 0,
 gives the largest share of positive answers to the training prompts on films that no such pair is of;
-of equals the first. So the test prompts have no part in the choice; it is a coarse one, since 114
-prompts tell 17 points. Methods named -alone take the settings of the method with the term. From dSC's
+of equals the first. Rates are doubled as long as the last one is the best. So the test prompts have no
+part in the choice; it is a coarse one, since 114 prompts tell 17 points. Methods named -alone take the
+settings of the method with the term. From dSC's
 student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
 sentiment's settings: there the teacher is too weak.
 
@@ -72,8 +73,9 @@ METHODS = {  # flags of train.py
 }
 IMITATION, UNTRAINED, SHORT = ("sft", "dsc"), ("base", "self-refine"), ("dpo", "rdpo", "dsc")
 RECIPE = ["--sft-weight", 1]  # of preference methods
-# learning rate and beta that are tried; rates up to where those of dpo and rdpo are inner ones
-TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1), (1.6e-4, 0.1))
+# learning rate and beta that are tried, the first five always
+TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1))
+TRIALS += ((1.6e-4, 0.1), (3.2e-4, 0.1), (6.4e-4, 0.1))
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions
@@ -225,7 +227,6 @@ class Cell:
         rows, start = self.training_pairs(run), "smollm2"
         lr, beta = best_settings(run)
         if run.start == "dsc":
-            lr /= 2
             start, _, _ = self.train(Run(self.kind, "dsc", self.seed))
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps[gaps != 0] < 0), 0.01, 0.45))  # of flipped labels
@@ -270,19 +271,39 @@ def write(path, rows):
     os.replace(path.with_suffix(".part"), path)
 
 
+def shares_of_trials(method):
+    """{number of the settings: share of positive answers} of the trials that were made."""
+    trials = [line for line in lines_of_study("sentiment") if line["trial"] is not None]
+    shares = {line["trial"]: mean(line, "metric") for line in trials if line["method"] == method}
+    return dict(sorted(shares.items()))
+
+
+def next_trial(method):
+    """The number of the settings to be tried next, None after the last."""
+    shares = shares_of_trials(method)
+    for i in range(len(settings_of(method))):
+        if i not in shares:
+            return i if i < 5 or max(shares, key=shares.get) == i - 1 else None
+    return None
+
+
 def best_settings(run):
     """(learning rate, beta) of a run, by the rule of this file's beginning; None where a trial is
     missing."""
     method = run.method.removesuffix("-alone")
-    settings = settings_of(method)
-    if run.trial is not None:
-        return settings[run.trial]
-    tried = {}
-    for line in lines_of_study("sentiment"):
-        if line["method"] == method and line["trial"] is not None:
-            beta = None if method in IMITATION else line["beta"]  # which sft does not use
-            tried[line["lr"], beta] = mean(line, "metric")
-    return max(settings, key=tried.get) if tried.keys() >= set(settings) else None
+    number = run.trial
+    if number is None:
+        if method not in METHODS or next_trial(method) is not None:
+            return None
+        shares = shares_of_trials(method)
+        number = max(shares, key=shares.get)
+    lr, beta = settings_of(method)[number]
+    return lr / 2 if run.start == "dsc" else lr, beta
+
+
+def used(line):
+    """(learning rate, beta) of a line."""
+    return line["lr"], None if line["method"] in IMITATION else line["beta"]
 
 
 def measures(task, run, answers, rows):
@@ -341,19 +362,29 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     runs = [run for run in plan_of(args.task, args.seeds) if run.kind in args.kinds]
-    runs = [run for run in runs if run.seed in args.seeds and run.name in (args.only or [run.name])]
+    runs = [run for run in runs if run.seed in args.seeds]
+    if unknown := set(args.only or []) - {run.name for run in runs}:
+        raise BadInput(f"--only: there is no run {', '.join(sorted(unknown))}")
+    runs = [run for run in runs if run.name in (args.only or [run.name])]
     cells = {(run.kind, run.seed): None for run in runs}
     cells = {key: Cell(args.task, *key) for key in cells}
-    runs = [run for run in runs if run.name not in cells[run.kind, run.seed].lines.rows]
-    print(f"{len(runs)} runs are missing", flush=True)
+    missing = []
     for run in runs:
-        methods = {
-            *([run.method] if run.method in METHODS else []),
-            *["dsc"] * (run.start == "dsc"),
-        }
-        if all(best_settings(run._replace(method=method)) for method in methods):
+        cell = cells[run.kind, run.seed]
+        line = cell.lines.rows.get(run.name)
+        if line and run.method in METHODS and best_settings(run) not in (None, used(line)):
+            reason = f"{run.name} has other settings than the trials say now"
+            raise BadInput(f"{cell.lines.path}: {reason}; make it anew, see --help")
+        missing += [] if line else [run]
+    print(f"{len(missing)} runs are missing", flush=True)
+    for run in missing:
+        trained = [Run(run.kind, "dsc", run.seed)] * (run.start == "dsc")
+        trained += [run] * (run.method in METHODS)
+        if run.trial is not None and run.trial != next_trial(run.method):
+            continue  # not wanted, or not yet
+        if all(map(best_settings, trained)):
             cells[run.kind, run.seed].make(run)
-        else:  # trials are of the kind conversation and seed 0
+        else:  # trials are sentiment's, of the kind conversation and seed 0
             print(f"{run.kind} {run.seed} {run.name}: left out, its trials are missing", flush=True)
 
 

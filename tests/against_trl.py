@@ -101,6 +101,14 @@ def run_ours(job):
             return usual["step"](student, optimizer, batch, *more)
 
         train.training_step = step_with_reference
+    if torch.cuda.is_available():  # the optimizer's kernels belong to the step's time
+
+        def finished_step(*arguments):
+            result = usual["step"](*arguments)
+            torch.cuda.synchronize()
+            return result
+
+        train.training_step = finished_step
     if job["off"] == "kernel":  # log_softmax and gather on the logits of the answers, with autograd
 
         def plain_logps(hidden, weight, labels, cu_seqlens, bias=None, **options):
@@ -152,7 +160,7 @@ def run_trl(job):
     TRL would also train on the line break that the template puts behind an answer."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     from generate import model_folder
@@ -185,16 +193,23 @@ def run_trl(job):
             return self.lr_scheduler
 
         def training_step(self, *args, **kwargs):
-            began = time.perf_counter()
             result = super().training_step(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
             exact = {
                 key: values[-1] for key, values in self._metrics["train"].items() if values
             }  # its log is rounded
             steps_seen.append({"loss": result.item(), **exact})
             return result
+
+    class Clock(TrainerCallback):
+        """Seconds of whole steps, with clipping and the optimizer."""
+
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.began)
 
     bf16 = job["dtype"] == "bfloat16"
     trainer = InOrder(
@@ -225,6 +240,7 @@ def run_trl(job):
         ),
         train_dataset=Dataset.from_list(plain),
         processing_class=tokenizer,
+        callbacks=[Clock()],
     )
     trainer.train()
     names = {
@@ -233,7 +249,6 @@ def run_trl(job):
         "chosen": "logps/chosen",
         "rejected": "logps/rejected",
     }
-    seconds = [sum(part) for part in zip(*[iter(seconds)] * (job["batch"] // at_once), strict=True)]
     if at_once < job["batch"]:
         return [], seconds  # the curves would be those of single pairs
     norms = [float(row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
@@ -333,7 +348,7 @@ def bench(args):
     from generate import model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(args.model))
-    measured, table = [], []
+    measured, table, failed = [], [], []
     for kind in args.sets:
         rows = make_rows(kind, args.steps * args.batch)
         prompt, answer = tokens_of(rows, tokenizer)
@@ -356,7 +371,8 @@ def bench(args):
                 try:
                     got = start({**job, "who": one[0], "off": one[1]}, args.work)
                 except SystemExit as error:  # a trainer's failure is a result of its own
-                    print(f"{kind} {one}: failed: {error}", flush=True)
+                    print(f"{kind} {one}: {error}", flush=True)
+                    failed.append(str(error))
                     continue
                 runs[one].append(got)
                 pace = 2 * answer * args.batch / statistics.median(got["seconds"][1:])
@@ -378,10 +394,10 @@ def bench(args):
             line["tokens_per_second"] = 2 * answer * args.batch / statistics.median(seconds)
             line["peak_bytes"] = max(run["peak_bytes"] for run in runs[one])
             measured.append(line | {"seconds": seconds})
-        best = max(
-            (m for m in measured if m["set"] == kind and m["who"] == "trl"),
-            key=lambda m: m["tokens_per_second"],
-        )
+        theirs = [m for m in measured if m["set"] == kind and m["who"] == "trl"]
+        if not theirs:
+            sys.exit(f"{kind}: no run of TRL ended well, so there is nothing to compare with")
+        best = max(theirs, key=lambda m: m["tokens_per_second"])
         for line in (m for m in measured if m["set"] == kind):
             name = {"trl": "TRL DPOTrainer", "ours": "train.py"}[line["who"]]
             name += line["off"] and (
@@ -403,7 +419,7 @@ def bench(args):
     ]
     head += ["peak memory, GiB", "ratio"]
     text = "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *table])
-    facts = write_report(args, "bench", {"measured": measured})
+    facts = write_report(args, "bench", {"measured": measured, "failed": failed})
     made = f"Made by `{facts['command']}` at commit {facts['commit']}, {facts['date']}, on {facts['hardware']}, "
     made += f"torch {facts['torch']}, transformers {facts['transformers']}, trl {facts['trl']}. Median of "
     made += (
@@ -417,6 +433,7 @@ def bench(args):
     (args.out / "report.md").write_text(f"{text}\n\n{made}\n")
     draw(args.out / "bench.png", measured)
     print(text)
+    sys.exit(bool(failed))
 
 
 def draw(path, measured):

@@ -1,6 +1,6 @@
 """What only a GPU can show, in one command that needs no network:
 
-    python tests/on_gpu.py --out results/gpu          # about ten minutes on one H100
+    python tests/on_gpu.py --out results/gpu          # 10 to 15 minutes on one H200
 
 1. the tests, with those that are skipped without CUDA
 2. the kernel beside its bare products and its peers (kernels.bench), at three sizes of real models,
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+PARTS = ("tests", "kernel", "settings", "prompt-heavy", "answer-heavy")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from generate import model_folder, provenance  # noqa: E402
@@ -55,7 +56,7 @@ def main():
     add = parser.add_argument
     add("--out", type=Path, default=Path("results/gpu"), help="folder of the results")
     add("--limit", type=int, default=280, help="seconds a part may take (default: %(default)s)")
-    add("--parts", nargs="+", help="of the five, see result.json (default: all)")
+    add("--parts", nargs="+", choices=PARTS, help="of the five, see result.json (default: all)")
     add("--small", action="store_true", help="small sizes, for a try on a CPU")
     args = parser.parse_args()
     if not (args.small or torch.cuda.is_available()):

@@ -13,6 +13,7 @@ import compare
 import study
 from study import Run
 
+from prompts import BadInput
 from train import preference_loss
 
 
@@ -122,8 +123,32 @@ def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workd
     assert "dpo" in again.lines.rows
 
 
+def test_rates_are_doubled_as_long_as_the_last_is_the_best(monkeypatch):
+    shares = {}
+    monkeypatch.setattr(study, "shares_of_trials", lambda method: shares)
+    for i, share in enumerate([0.4, 0.5, 0.4, 0.6, 0.7, 0.8]):
+        assert study.next_trial("dpo") == i and not study.best_settings(Run("fresh", "dpo", 0))
+        shares[i] = share
+    assert study.next_trial("dpo") == 6
+    shares[6] = 0.8  # no better
+    assert study.best_settings(Run("fresh", "dpo", 0)) == (1.6e-4, 0.1)
+    assert study.best_settings(Run("fresh", "dpo", 0, "dsc")) == (8e-5, 0.1)
+
+
+def test_a_run_with_other_settings_than_the_trials_say_is_refused(cell, monkeypatch):
+    cell.lines.add(Run("conversation", "dpo", 0)._asdict() | {"id": "dpo", "lr": 8e-5, "beta": 0.1})
+    cell.lines.file.close()
+    monkeypatch.setattr(study, "shares_of_trials", lambda method: dict.fromkeys(range(8), 0.5))
+    monkeypatch.setattr(sys, "argv", "study.py --seeds 0 --kinds conversation --only dpo".split())
+    with pytest.raises(BadInput, match="dpo has other settings than the trials say now"):
+        study.main()
+    monkeypatch.setattr(sys, "argv", "study.py --seeds 0 --only dpo-flips41".split())
+    with pytest.raises(BadInput, match="no run dpo-flips41"):
+        study.main()
+
+
 def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell, monkeypatch):
-    monkeypatch.setattr(study, "best_settings", lambda run: (1e-5, 0.1))
+    monkeypatch.setattr(study, "shares_of_trials", lambda method: dict.fromkeys(range(8), 0.5))
     cell.make(Run("conversation", "rdpo", 0, "dsc"))
     first, second = [flags for script, *flags in cell.calls if script == "train.py"]
     assert "--accept" in first and second[second.index("--lr") + 1] == "5e-06"
