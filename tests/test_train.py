@@ -432,7 +432,7 @@ def test_two_processes_save_a_half_student_in_its_number_format(pairs_file, work
     make_model(len(tokenizer)).bfloat16().save_pretrained(workdir / "half")
     tokenizer.save_pretrained(workdir / "half")
     argv = ["--model", workdir / "half", "--out", workdir / "out", *FAST, "--max-steps", "1"]
-    torchrun(*argv, *CPU)
+    torchrun(*argv, *ON_CPU)
     weights = load_file(workdir / "out" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(workdir / "out").dtype == torch.bfloat16
@@ -471,14 +471,14 @@ def torchrun(*argv, nodes=1):
 
 
 # two processes need two GPUs, or none
-CPU = ["--device", "cpu"] if torch.cuda.device_count() == 1 else []
+ON_CPU = ["--device", "cpu"] if torch.cuda.device_count() == 1 else []
 KINDS = (".exp_avg", ".exp_avg_sq", "weight")
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, nodes):
     """Batches of three, so that a process has one pair or two, and of the last batch one or none."""
-    more = ["--batch-size", "3", "--checkpoint-activations", "--save-every", "4", *CPU]
+    more = ["--batch-size", "3", "--checkpoint-activations", "--save-every", "4", *ON_CPU]
     alone = train_steps(trained(run, tiny, workdir / "alone", *more)[0])
     torchrun("--model", tiny, "--out", workdir / "two", *FAST, *more, nodes=nodes)
     together = train_steps(read_rows(workdir / "two" / "log.jsonl"))
@@ -492,7 +492,7 @@ def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, no
 def test_no_process_holds_the_whole_optimizer_state_and_one_finishes_what_two_began(
     run, tiny, pairs_file, workdir, monkeypatch
 ):
-    more = ["--save-every", "2", "--eval-every", "3", *CPU]
+    more = ["--save-every", "2", "--eval-every", "3", *ON_CPU]
     trained(run, tiny, workdir / "alone", *more)
     # two processes, ended by a fault when they would save the model: the checkpoint stays
     obstacle = workdir / "two" / "model.safetensors"
@@ -521,7 +521,7 @@ def test_a_model_that_packed_sequences_do_not_suit_trains_in_two_processes_too(
     """Such a model runs sequence by sequence, and FSDP needs equally many on all processes."""
     model = save_windowed(workdir / "window", tokenizer, 16)
     assert not student_of(model).packs
-    more = ["--batch-size", "3", "--pack-tokens", "1000", "--max-steps", "2", *CPU]
+    more = ["--batch-size", "3", "--pack-tokens", "1000", "--max-steps", "2", *ON_CPU]
     alone = train_steps(trained(run, model, workdir / "alone", *more)[0])
     torchrun("--model", model, "--out", workdir / "two", *FAST, *more)
     together = train_steps(read_rows(workdir / "two" / "log.jsonl"))
