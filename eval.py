@@ -324,7 +324,7 @@ def main():
         )
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {rows[0]['task']}")
-    args.models = args.models or models_in(folder, refined)
+    args.models = args.models or models_in(path.parent, refined)
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")

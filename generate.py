@@ -43,7 +43,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- the method: answer, criticise, revise -------------------------------------------------------
 
-CALLS = {"answer": "answer", "critique": "critique", "revision": "revise"}  # what each one makes
+CALLS = {"answer": "answer", "critique": "critique", "revision": "revise"}  # text: key of the form
 
 
 def refine(rows, form, ask, seed_by="id"):
@@ -51,6 +51,7 @@ def refine(rows, form, ask, seed_by="id"):
 
     form: {"answer": messages, "critique": messages, "revise": messages} of the task file.
     ask: (conversations, keys) -> list of Reply; the key gives a conversation its random numbers.
+    seed_by: the field whose rows share them, see load_task.
     """
     pairs, texts = [{**row, "teacher": {}} for row in rows], [{} for _ in rows]
     for name, call in CALLS.items():
@@ -287,7 +288,7 @@ class Server:
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
         self.journal, self.lock = Rows(journal, args.overwrite), threading.Lock()
-        self.cost = self.paid()[2]  # and the most that calls under way may cost
+        self.cost = self.paid()[2]  # plus the most that calls under way may cost
 
     def ask(self, conversations, keys):
         bodies = [
@@ -517,7 +518,7 @@ def make_parser(doc, reads=None, server=True):
     tasks = [file.parent.name for file in inputs if (FOLDER / f"{file.parent.name}.toml").exists()]
     add = parser.add_argument
     # fmt: off
-    add("--task", type=lambda text: Path(text).stem, default=["sentiment", *tasks][-1], help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
+    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), default=["sentiment", *tasks][-1], help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
     add("--limit", type="count", help="use the first LIMIT rows only (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")

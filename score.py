@@ -147,6 +147,8 @@ def make_reward(args, task, journal):
     """
     kind, name = args.reward, args.reward_model
     settings = {"kind": kind, "model": name_of(name), "label": args.label}
+    if args.api_base and kind != "judge":
+        raise BadInput("--api-base: only --reward judge asks a server")
     if kind != "classifier" and kind not in task:
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
     settings["prompt_text"] = digest_of(task.get(kind))

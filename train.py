@@ -83,10 +83,10 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     (p = 1/2): rdpo pulls z back to 0, where its gradient is 0; rdpo-margin is dpo; rdpo-weight
     leaves it out. The paper's equation was not at hand; see the top of this file.
 
-    To all but sft, sft_weight adds that times the loss sft of the better answer, as arXiv
-    2404.19733 does for dpo: of chosen, and under the rdpo losses p of chosen's and 1 - p of
-    rejected's, of pairs that rdpo-weight leaves out too. Without it both log-probs fall, the end
-    of a turn with them.
+    All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
+    dpo. That is chosen's; under the rdpo losses it is p times chosen's and 1 - p times rejected's,
+    also of the pairs that rdpo-weight leaves out. Without it both log-probs fall, the end of a turn
+    with them.
 
     ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
     squared loss a matter of length.
@@ -373,7 +373,8 @@ def load_student(args, device, dtype):
         for module in (*layers, student):  # outside of forward() all weights are sharded
             fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     elif here.type == "cpu" and model.config.tie_word_embeddings:
-        model.get_input_embeddings().sparse = True  # adds its gradient to the head's in place
+        # its gradient is added to the head's in place, without another matrix of that size
+        model.get_input_embeddings().sparse = True
     for _ in range(LOCAL_RANK, LOCAL_WORLD):
         wait()
     return student, tokenizer
@@ -412,7 +413,8 @@ def open_run(out, record, overwrite):
     another run, or something else, or another process works in it."""
     path = out / "run.json"
     out.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and any(out.iterdir()):
+    begun = {"log.jsonl", "run.json.part"}  # all that a kill at the very beginning leaves
+    if not path.exists() and {file.name for file in out.iterdir()} - begun:
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
     held = lock(out / "log.jsonl")
     if overwrite and path.exists():
@@ -543,8 +545,9 @@ def parse_args():
     args.lr = args.lr or (2e-5 if args.loss == "sft" else 4e-5)
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
-    if args.epsilon >= 0.5:
-        raise BadInput(f"--epsilon {args.epsilon}: must be below 0.5")
+    for name, end in {"epsilon": 0.5, "warmup": 1}.items():
+        if getattr(args, name) >= end:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be below {end}")
     if args.dtype == "float16":
         raise BadInput("--dtype float16: its gradients overflow; take bfloat16 or float32")
     return args

@@ -13,7 +13,6 @@ import itertools
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,7 +24,7 @@ class Packed(NamedTuple):
     """What collate returns; T tokens in all, N completion tokens, S completions; all int64."""
 
     input_ids: torch.Tensor  # (1, T)
-    position_ids: torch.Tensor  # (1, T) all completions follow the prompt
+    position_ids: torch.Tensor  # (1, T) every completion goes on from its prompt
     document_ids: torch.Tensor  # (T,) a prompt with its completions is a document
     segment_ids: torch.Tensor  # (T,) 0: prompt, 1, 2, ...: completions
     rows: torch.Tensor  # (N,) place of the hidden state that predicts each label
@@ -64,29 +63,22 @@ def collate(sequences):
     return Packed(*(torch.tensor(values, dtype=torch.int64) for values in lists))
 
 
-def mask_mod(document_ids, segment_ids):
-    """The attention mask as a function of (batch, head, query, key), as FlexAttention has it."""
-
-    def attends(batch, head, query, key):
-        prompt_or_own = (segment_ids[key] == 0) | (segment_ids[key] == segment_ids[query])
-        return (key <= query) & (document_ids[key] == document_ids[query]) & prompt_or_own
-
-    return attends
+def dense_mask(document_ids, segment_ids):
+    """Which key (column) each query (row) attends to: (T, T) bool."""
+    places = torch.arange(len(segment_ids), device=segment_ids.device)
+    prompt_or_own = (segment_ids == 0) | (segment_ids == segment_ids[:, None])
+    same_document = document_ids == document_ids[:, None]
+    return (places <= places[:, None]) & same_document & prompt_or_own
 
 
 def attention_arguments(kind, document_ids, segment_ids):
     """Arguments that give a model of attention `kind` the mask of a packed sequence."""
-    if kind == "packed":
-        ids, sizes = torch.unique_consecutive(segment_ids, return_counts=True)
-        ends = sizes.cumsum(0)
-        segments = torch.stack([ids, ends - sizes, ends], 1)  # (segments, 3): id, first token, end
-        return {"attention_mask": None, "segments": segments.tolist()}
-    attends, size = mask_mod(document_ids, segment_ids), len(segment_ids)
-    places = torch.arange(size, device=segment_ids.device)
-    if kind == "flex_attention":  # skips the blocks that its mask hides; no default yet
-        return {"attention_mask": create_block_mask(attends, None, None, size, size, places.device)}
-    # (1, 1, T, T); torch's create_mask takes 40 ms for the same
-    return {"attention_mask": attends(None, None, places[:, None], places)[None, None]}
+    if kind != "packed":
+        return {"attention_mask": dense_mask(document_ids, segment_ids)[None, None]}
+    ids, sizes = torch.unique_consecutive(segment_ids, return_counts=True)
+    ends = sizes.cumsum(0)
+    segments = torch.stack([ids, ends - sizes, ends], 1)  # (segments, 3): id, first token, end
+    return {"attention_mask": None, "segments": segments.tolist()}
 
 
 def completion_logps(model, sequences, packs=True):
@@ -141,7 +133,7 @@ def all_logps(model, sequences, budget, packs=True):
 @torch.no_grad()
 def check_model(model, attention=None):
     """Whether packed sequences give the log-probs of a model's own logits. If so, the model is set
-    to `attention`, where that does too. Not so for recurrent layers, sliding windows. Raises
+    to `attention`, where that does too. False for recurrent layers, sliding windows. Raises
     ValueError where single sequences differ as well: an output layer that is not supported here.
     """
     sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]

@@ -89,7 +89,7 @@ def read_rows(path, *fields):
     with open(path, "rb") as file:  # bytes, since an answer's own U+2028 does not end a line
         for number, line in enumerate(file, 1):
             try:
-                rows.append(dict(json.loads(line)))
+                rows.append(dict(**json.loads(line)))
                 missing = [field for field in fields if field not in rows[-1]]
                 if missing and not rows[-1].get("error"):
                     raise ValueError(f"the field '{missing[0]}' is missing")
@@ -108,7 +108,7 @@ def read_prompts(path, task):
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt"), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
-        group = str(columns.get("group", key))
+        group = str(key if columns.get("group") is None else columns["group"])
         held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
         split = columns.get("split") or ("test" if held_out else "train")
         row = {"id": key, "task": task, "group": group, "split": split}

@@ -23,6 +23,7 @@ from study import (
     Run,
     best_settings,
     lines_of_study,
+    pairs_file,
 )
 
 from eval import interval
@@ -49,6 +50,13 @@ SHOWN = {  # key of a row: heading, format
     "cut": ("cut off", ".0%"),
     "settings": ("learning rate, beta, epsilon", ""),
 }
+JUDGED = {  # of a file of pairs: heading
+    "agree": "VADER says the same",
+    "afinn agree": "AFINN and VADER say the same",
+    "drafts positive": "positive drafts",
+    "revisions positive": "positive revisions",
+    "preferred positive": "positive ones that the reward prefers",
+}
 LEGEND = """metric: {meaning} ({better} is better); learning rate and beta were chosen by it, on other \
 prompts. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
 differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
@@ -59,11 +67,12 @@ share of 4-grams that an answer has had before. log-prob: nats a token under the
 loops too."""
 
 
-def pick(lines, kind, method, start="base", flips=0, swaps=0):
+def pick(lines, kind, method, start="base", flips=0, swaps=0, reward="contrast"):
     """The lines of one method, a seed each."""
     wanted = {"kind": kind, "method": method, "start": start, "flips": flips, "swaps": swaps}
-    wanted["trial"] = None
-    found = [line for line in lines if wanted.items() <= line.items()]
+    wanted |= {"trial": None, "reward": reward}
+    # lines of before there was a second reward do not name it
+    found = [line for line in lines if wanted.items() <= ({"reward": "contrast"} | line).items()]
     return sorted(found, key=lambda line: line["seed"])
 
 
@@ -129,6 +138,8 @@ def summarise(lines):
         found = {method: pick(lines, kind, method) for method in UNTRAINED}
         found["base"] = found["base"] or pick(lines, "conversation", "base")  # of any pairs
         found |= {"dsc, the start": pick(lines, kind, "dsc")} if start == "dsc" else {}
+        for method in ("dsc", "rdpo"):
+            trained[f"{method}, AFINN as reward"] = pick(lines, kind, method, start, reward="afinn")
         found = {method: mine for method, mine in (found | trained).items() if mine}
         tests = compare(found, RIVALS[start])
         for method, mine in found.items():
@@ -249,7 +260,11 @@ def pairs_of(lines):
     for line in (line for kind in LIMIT for line in pick(lines, kind, "dpo")):
         row = {key: line[key] for key in ("kind", "seed", "pairs")}
         row["won"] = f"{line['won'] / (line['won'] + line['lost']):.0%}"
-        rows.append(row | {"copies": f"{1 - line['won'] - line['lost']:.0%}"})
+        row["copies"] = f"{1 - line['won'] - line['lost']:.0%}"
+        if (path := pairs_file("sentiment", line["kind"], line["seed"])).exists():
+            facts = json.loads(path.read_text())
+            row |= {key: f"{facts[key]:.0%}" for key in JUDGED}
+        rows.append(row)
     return rows
 
 
@@ -295,6 +310,7 @@ def report(task):
             "pairs": ("pairs without copies", ""),
         }
         columns |= {"won": ("of these won by the reward", ""), "copies": ("copies beside", "")}
+        columns |= {key: (head, "") for key, head in JUDGED.items()}
         parts += ["## The pairs of preference losses", table_of(pairs, columns)]
     if task == "sentiment":
         parts += ["## Three prompts", *samples_of(lines)]

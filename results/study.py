@@ -27,6 +27,10 @@ settings of the method with the term. From dSC's
 student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
 sentiment's settings: there the teacher is too weak.
 
+A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's far more often
+than the contrast does, takes the place of an external reward that is good. What a student then gains
+by the metric is in part the lexicons' likeness; the contrast is what it did not see.
+
 Two dials. Labels: chosen and rejected of some pairs exchanged, the scores with their texts; rdpo is
 the same then by its formula (p becomes 1 - p and z becomes -z), and is not run. Scores: the two scores
 of some pairs exchanged; dpo does not see them.
@@ -50,14 +54,15 @@ from afinn import Afinn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import by_group  # noqa: E402
+from eval import by_group, measure  # noqa: E402
 from generate import Rows, lines_of, load_model, pick_device, provenance  # noqa: E402
 from generate import run as run_stage  # noqa: E402
 from kernels.packed import check_model  # noqa: E402
 from prompts import BadInput, load_task, read_prompts, read_rows  # noqa: E402
-from score import contrast_reward, repetition, text_of  # noqa: E402
+from score import SIDES, contrast_reward, repetition, text_of  # noqa: E402
 
 STEPS, PAIRS_A_STEP = 24, 8
+LEXICON = Afinn()
 METHODS = {  # flags of train.py
     "sft": ["--loss", "sft"],
     "dsc": ["--loss", "sft", "--accept"],
@@ -104,6 +109,7 @@ class Run(NamedTuple):
     start: str = "base"  # or dsc, from whose student training goes on
     flips: int = 0  # % of the pairs with chosen and rejected exchanged, the scores with their texts
     swaps: int = 0  # % of the pairs with their two scores exchanged
+    reward: str = "contrast"  # or afinn: the lexicon's score, a word
     trial: int | None = None  # number of the settings that are tried, on films of their own
 
     @property
@@ -111,6 +117,7 @@ class Run(NamedTuple):
         parts = [self.method, *["from-dsc"] * (self.start == "dsc")]
         parts += [f"flips{self.flips}"] * (self.flips > 0)
         parts += [f"swaps{self.swaps}"] * (self.swaps > 0)
+        parts += [self.reward] * (self.reward != "contrast")
         parts += [f"trial{self.trial}"] * (self.trial is not None)
         return "-".join(parts)
 
@@ -137,6 +144,7 @@ def plan_of(task, seeds):
         runs += [Run("fresh", m, seed) for m in SHORT]
         runs += [Run("fresh", "dpo", seed, flips=f) for f in FLIPS["dpo"][:2]]
         runs += [Run("fresh", m, seed, swaps=SWAPS[m][0]) for m in ("rdpo", "dsc")]
+        runs += [Run("conversation", m, seed, reward="afinn") for m in ("rdpo", "dsc")]
         runs += [Run("conversation", m, seed) for m in alone]
     for seed, method in itertools.product(seeds, full):
         runs += [*trials(method), Run("conversation", method, seed)]
@@ -184,6 +192,11 @@ class Cell:
         source, scored = (self.folder / f"{name}.jsonl" for name in ("usable", "scored"))
         write(source, usable)
         self.call("score.py", "--in", source, "--out", scored, "--batch-size", 64)
+        if self.task == "sentiment":
+            facts = {"made": provenance()} | facts_of_pairs(read_rows(scored, "id"))
+            pairs_file(self.task, self.kind, self.seed).write_text(
+                json.dumps(facts, indent=1) + "\n"
+            )
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
         seen = {row["group"] for row in prompts[: LIMIT["conversation"]]}
@@ -194,8 +207,11 @@ class Cell:
         return read_rows(scored, "id"), asked
 
     def training_pairs(self, run):
-        """The scored pairs, with the run's noise."""
+        """The scored pairs, with the run's reward and noise."""
         rows = [dict(row) for row in self.rows[0]]
+        for row, side in itertools.product(rows if run.reward == "afinn" else (), SIDES):
+            text = text_of(row[side])
+            row[f"score_{side}"] = LEXICON.score(text) / len(text.split())
         order = random.Random(f"noise {run.seed}").sample(range(len(rows)), len(rows))
         for i in order[: round(len(rows) * run.flips / 100)]:
             exchange(rows[i], "chosen", "rejected")
@@ -262,6 +278,30 @@ def is_usable(row):
     return repetition(text_of(row["chosen"])) <= MAX_REPEATS
 
 
+def pairs_file(task, kind, seed):
+    return ROOT / f"results/study/{task}/{kind}-{seed}.pairs.json"
+
+
+def facts_of_pairs(rows):
+    """What the reward and the lexicon say of scored pairs, without copies of the draft. agree: of
+    the pairs whose compound scores differ by more than 0.1, in how many the reward says the same."""
+    texts = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in rows]
+    kept = [i for i, (revision, draft) in enumerate(texts) if revision != draft]
+    gaps = np.array([rows[i]["score_chosen"] - rows[i]["score_rejected"] for i in kept])
+    spread = {"kind": "spread"}  # for which measure() gives the compound score
+    compound = np.array([[measure(spread, {}, text) for text in texts[i]] for i in kept])
+    apart = np.abs(compound[:, 0] - compound[:, 1]) > 0.1
+    agree = (compound[:, 0] > compound[:, 1]) == (gaps > 0)
+    preferred = compound[np.arange(len(kept)), (gaps <= 0).astype(int)]
+    lexicon = np.array([[LEXICON.score(text) for text in texts[i]] for i in kept])
+    afinn = np.sign(lexicon[:, 0] - lexicon[:, 1]) == np.sign(compound[:, 0] - compound[:, 1])
+    shares = {"agree": agree[apart], "afinn agree": afinn[apart], "won": gaps > 0}
+    for name, scores in zip(("revisions", "drafts"), compound.T, strict=True):
+        shares[f"{name} positive"] = scores >= 0.05
+    shares["preferred positive"] = preferred >= 0.05
+    return {"pairs": len(kept)} | {name: round(float(np.mean(v)), 3) for name, v in shares.items()}
+
+
 def exchange(row, one, other):
     row[one], row[other] = row[other], row[one]
 
@@ -309,9 +349,9 @@ def used(line):
 def measures(task, run, answers, rows):
     """The measures of each group of test prompts, and three answers. rows: {id: row} of those."""
     kind, answers = load_task(task)["metric"]["kind"], [dict(row) for row in answers]
-    lexicon, clean = Afinn(), not (run.flips or run.swaps or run.trial is not None)
+    clean = not (run.flips or run.swaps or run.trial is not None)
     for row in answers if task == "sentiment" else ():
-        row["afinn"] = float(lexicon.score(row["answer"]) > 0)
+        row["afinn"] = float(LEXICON.score(row["answer"]) > 0)
     if task == "sentiment" and clean:
         spoken = [row for row in answers if row["answer"]]
         for row, score in zip(spoken, other_words(spoken, rows), strict=True):
@@ -377,6 +417,9 @@ def main():
             raise BadInput(f"{cell.lines.path}: {reason}; make it anew, see --help")
         missing += [] if line else [run]
     print(f"{len(missing)} runs are missing", flush=True)
+    for (kind, seed), cell in cells.items():
+        if args.task == "sentiment" and not pairs_file(args.task, kind, seed).exists():
+            cell.rows  # noqa: B018 (makes the pairs, and this file)
     for run in missing:
         trained = [Run(run.kind, "dsc", run.seed)] * (run.start == "dsc")
         trained += [run] * (run.method in METHODS)

@@ -1,7 +1,6 @@
 """kernels/packed.py: log-probs against sums by hand, packed sequences against separate ones."""
 
 import doctest
-import shutil
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import transformers
 from conftest import make_model
 
 from kernels import packed
-from kernels.packed import all_logps, attention_arguments, check_model, completion_logps, mask_mod
+from kernels.packed import all_logps, attention_arguments, check_model, completion_logps, dense_mask
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
@@ -193,8 +192,7 @@ def test_packed_attention_is_dense_attention_for_any_heads(
     exact = [operand.double().requires_grad_() for operand in operands]
     operands = [operand.requires_grad_() for operand in operands]
     output, _ = packed.packed_attention(None, *operands, **renamed(ids))
-    place = torch.arange(16)
-    mask = mask_mod(*ids)(0, 0, place[:, None], place)
+    mask = dense_mask(*ids)
     key, value = (operand.repeat_interleave(heads // groups, 1) for operand in exact[1:])
     dense = torch.nn.functional.scaled_dot_product_attention(exact[0], key, value, mask)
     dense = dense.transpose(1, 2)
@@ -211,15 +209,3 @@ def renamed(ids):
     """attention_arguments as packed_attention takes them, which transformers renames."""
     arguments = attention_arguments("packed", *ids)
     return {"mask": arguments["attention_mask"], "segments": arguments["segments"]}
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles C++ on a CPU")
-def test_flex_attention_gives_the_log_probs_of_sdpa():
-    """Forward only: FlexAttention has no backward pass on a CPU."""
-    logps = []
-    for kind in ("sdpa", "flex_attention"):
-        model = make_model(600)
-        model.set_attn_implementation(kind)
-        with torch.no_grad():
-            logps.append(completion_logps(model, SEQUENCES))
-    assert torch.allclose(*logps, atol=1e-4)

@@ -60,6 +60,9 @@ def test_a_row_needs_a_prompt_and_gets_what_else_a_stage_needs(tmp_path):
     rows = [{"prompt": "Hello?", "control": True}, {"prompt": USER, "id": 7, "group": "g"}]
     one, two = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), "safety")
     assert one["id"] == one["group"] == "safety-00001" and one["control"] is True
+    nulls = [{"prompt": "Hello?", "group": None}] * 2
+    read = read_prompts(write_jsonl(tmp_path / "b.jsonl", nulls), "safety")
+    assert [row["group"] for row in read] == [row["id"] for row in read]
     assert one["prompt"] == [{"role": "user", "content": "Hello?"}] and two["prompt"] == USER
     assert two["id"] == "7" and two["group"] == "g" and two["task"] == "safety"
     assert {one["split"], two["split"]} <= {"train", "test"}
