@@ -330,6 +330,7 @@ def report(task):
 def write_readme(rows):
     """The README's table: pairs of one conversation, training from the base model."""
     mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
+    mine = [row for row in mine if not row["method"].endswith("alone")]
     columns = ("method", "metric", "minus dpo", "minus dsc", "afinn", "words", "repeats", "cut")
     table = table_of(mine, {key: SHOWN[key] for key in columns})
     mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
