@@ -177,6 +177,9 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     write_jsonl(folder / "eval.jsonl", [row | {"metric": 7.0} for row in rows])
     assert stage("eval", "--max-tokens", "8").returncode == 0
     assert (folder / "eval.jsonl").read_bytes() == before
+    # a report somewhere else is on the same students
+    assert stage("eval", "--max-tokens", "8", "--out", "elsewhere").returncode == 0
+    assert "| rdpo |" in (workdir / "elsewhere" / "report.md").read_text()
     # answers of other weights are not mixed with these
     assert stage("train", *options, "--max-steps", "3", "--overwrite").returncode == 0
     refused = stage("eval", "--max-tokens", "8")

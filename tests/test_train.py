@@ -645,6 +645,15 @@ def test_a_finished_run_is_left_alone_and_changed_settings_are_refused(
     assert (workdir / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_that_was_killed_before_its_settings_were_written_begins_anew(
+    run, tiny, pairs_file, workdir
+):
+    (workdir / "out").mkdir()
+    (workdir / "out" / "log.jsonl").touch()
+    (workdir / "out" / "run.json.part").write_text('{"torn')
+    assert trained(run, tiny, workdir / "out", "--max-steps", "1")[0]
+
+
 def test_a_student_that_changed_since_the_run_began_is_refused(run, pairs_file, workdir, tokenizer):
     base = make_model(len(tokenizer))
     for scale in (1.0, 1.05):
