@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "robust": "robust"}  # ours: TRL's
 OFF = ("sharing", "caching", "completion-only head", "kernel", "packed attention")
 WITH = {"activations": "activation checkpointing", "one pair": "pair by pair"}
-WITH |= {"Liger": "Liger's layers", "double packs": "micro-batches of 4,096 tokens"}
+WITH |= {"Liger": "Liger's layers", "double packs": "micro-batches twice as large"}
 WITH["one pair, activations"] = "pair by pair, activation checkpointing"
 # without TRL at its slowest, all pairs at once
 MAIN = [("trl", "activations"), ("trl", "one pair"), ("trl", "one pair, activations")]
@@ -144,8 +144,9 @@ def run_ours(job):
     argv += ["--beta", str(BETA), "--epsilon", str(EPSILON), "--warmup", str(WARMUP)]
     argv += ["--epochs", "1", "--batch-size", str(job["batch"]), "--max-length", "2048"]
     argv += ["--seed", str(SEED), "--save-every", "1000000"]
-    tokens = {"one pair": 1, "one pair, activations": 1, "double packs": 4096}
-    argv += ["--pack-tokens", str(tokens.get(job["off"], 2048))]
+    usual = 4096 if torch.cuda.is_available() else 2048
+    tokens = {"one pair": 1, "one pair, activations": 1, "double packs": 2 * usual}
+    argv += ["--pack-tokens", str(tokens.get(job["off"], usual))]
     sys.argv = argv + ["--checkpoint-activations"] * ("activations" in job["off"])
     run(train.main)
     log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
