@@ -67,7 +67,8 @@ def main():
     shapes = ["tiny"] if args.small else ["llama3", "qwen2.5", "smollm2"]
     tests = [f"tests/test_{name}.py" for name in ("logps", "packed", "train")]
     bench = ["tests/against_trl.py", "bench", "--model", model, "--work", work / "against_trl"]
-    bench += ["--whole", "--steps", 5, "--rounds", 1, "--batch", 2 if args.small else 8]
+    bench += ["--whole", "--rounds", 1]
+    bench += ["--steps", 3, "--batch", 2] if args.small else ["--steps", 12, "--batch", 8]
     parts = {
         # -v after addopts' -q, so that a test is named as it ends: a time limit costs no names
         "tests": [
