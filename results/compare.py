@@ -260,7 +260,7 @@ def pairs_of(lines):
     for line in (line for kind in LIMIT for line in pick(lines, kind, "dpo")):
         row = {key: line[key] for key in ("kind", "seed", "pairs")}
         row["won"] = f"{line['won'] / (line['won'] + line['lost']):.0%}"
-        row["copies"] = f"{1 - line['won'] - line['lost']:.0%}"
+        row["copies"] = f"{abs(1 - line['won'] - line['lost']):.0%}"
         if (path := pairs_file("sentiment", line["kind"], line["seed"])).exists():
             facts = json.loads(path.read_text())
             row |= {key: f"{facts[key]:.0%}" for key in JUDGED}
