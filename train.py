@@ -413,8 +413,8 @@ def open_run(out, record, overwrite):
     another run, or something else, or another process works in it."""
     path = out / "run.json"
     out.mkdir(parents=True, exist_ok=True)
-    begun = {"log.jsonl", "run.json.part"}  # all that a kill at the very beginning leaves
-    if not path.exists() and {file.name for file in out.iterdir()} - begun:
+    early = {"log.jsonl", "run.json.part"}  # all that a kill at the very beginning leaves
+    if not path.exists() and {file.name for file in out.iterdir()} - early:
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
     held = lock(out / "log.jsonl")
     if overwrite and path.exists():

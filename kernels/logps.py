@@ -412,9 +412,9 @@ def _gradients(ctx, grad_logps):
     label, half = _dz_of_labels(lse, target, coef, softcap), h.dtype.itemsize == 2
     right, c, unit = torch.where(coef[:, None] != 0, h, 0), scaled, 1.0
     if half:
-        ch = scaled[:, None] * right
-        unit = ch.abs().amax().clamp(min=1e-30) if len(h) else lse.new_ones(())  # no wait for CUDA
-        right, c, one = (ch / unit).half(), (coef != 0).to(lse.dtype), lse.new_ones(())
+        ch, one = scaled[:, None] * right, lse.new_ones(())
+        unit = ch.abs().amax().clamp(min=1e-30) if len(h) else one  # a tensor: no wait for CUDA
+        right, c = (ch / unit).half(), (coef != 0).to(lse.dtype)
     narrow = weight.dtype == torch.bfloat16 and multiplies_bf16()
     direct = not half and (narrow or weight.dtype == h.dtype)  # the product has the type of dW
     dhidden = lse.new_zeros(h.shape) if wanted[0] else None  # a sum over chunks

@@ -243,7 +243,7 @@ def samples_of(lines):
     return parts
 
 
-def tried_of(task, lines):
+def tried_of(lines):
     """Rows of the trials, which learning rate and beta were chosen by."""
     rows, trials = [], [line for line in lines if line["trial"] is not None]
     for line in sorted(trials, key=lambda line: (line["method"], line["trial"])):
@@ -297,7 +297,7 @@ def report(task):
         parts += ["## Dials (pairs: fresh)", f"![metric under noise]({task}.png)"]
         columns["by formula"] = ("as at 0 %, by its formula", "")
         parts += [table_of(points, columns)]
-    if tried := tried_of(task, lines):
+    if tried := tried_of(lines):
         columns = {key: SHOWN[key] for key in ("method", "settings", "metric", "words")}
         parts += [
             "## Settings that were tried",

@@ -192,11 +192,10 @@ class Cell:
         source, scored = (self.folder / f"{name}.jsonl" for name in ("usable", "scored"))
         write(source, usable)
         self.call("score.py", "--in", source, "--out", scored, "--batch-size", 64)
-        if self.task == "sentiment":
+        file = pairs_file(self.task, self.kind, self.seed)
+        if self.task == "sentiment" and not file.exists():
             facts = {"made": provenance()} | facts_of_pairs(read_rows(scored, "id"))
-            pairs_file(self.task, self.kind, self.seed).write_text(
-                json.dumps(facts, indent=1) + "\n"
-            )
+            file.write_text(json.dumps(facts, indent=1) + "\n")
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
         seen = {row["group"] for row in prompts[: LIMIT["conversation"]]}
@@ -341,7 +340,7 @@ def best_settings(run):
     return lr / 2 if run.start == "dsc" else lr, beta
 
 
-def used(line):
+def settings_in(line):
     """(learning rate, beta) of a line."""
     return line["lr"], None if line["method"] in IMITATION else line["beta"]
 
@@ -412,14 +411,11 @@ def main():
     for run in runs:
         cell = cells[run.kind, run.seed]
         line = cell.lines.rows.get(run.name)
-        if line and run.method in METHODS and best_settings(run) not in (None, used(line)):
+        if line and run.method in METHODS and best_settings(run) not in (None, settings_in(line)):
             reason = f"{run.name} has other settings than the trials say now"
             raise BadInput(f"{cell.lines.path}: {reason}; make it anew, see --help")
         missing += [] if line else [run]
     print(f"{len(missing)} runs are missing", flush=True)
-    for (kind, seed), cell in cells.items():
-        if args.task == "sentiment" and not pairs_file(args.task, kind, seed).exists():
-            cell.rows  # noqa: B018 (makes the pairs, and this file)
     for run in missing:
         trained = [Run(run.kind, "dsc", run.seed)] * (run.start == "dsc")
         trained += [run] * (run.method in METHODS)

@@ -1,6 +1,6 @@
 """Where linear_logps spends its time on a GPU, and under which settings it spends least.
 
-    python tests/tune_kernel.py --out results/gpu/tune.json
+    python tests/tune_kernel.py --out results/gpu/settings.json
 
 For each shape: the device time of every kernel of one forward and backward pass by torch.profiler,
 then all passes under other block sizes, warps and chunks, in turns, medians. The bare products
