@@ -14,6 +14,7 @@ import numpy as np
 from study import (
     FLIPS,
     IMITATION,
+    KINDS,
     LIMIT,
     MADE,
     METHODS,
@@ -24,6 +25,7 @@ from study import (
     best_settings,
     lines_of_study,
     pairs_file,
+    shares_of_trials,
 )
 
 from eval import interval
@@ -131,7 +133,7 @@ def compare(found, rivals):
 def summarise(lines):
     """Rows of the tables: dictionaries of numbers."""
     rows = []
-    for kind, start in itertools.product(("conversation", "fresh"), ("base", "dsc")):
+    for kind, start in itertools.product(KINDS, ("base", "dsc")):
         trained = {method: pick(lines, kind, method, start) for method in METHODS}
         if not any(trained.values()):
             continue
@@ -247,7 +249,7 @@ def tried_of(lines):
     """Rows of the trials, which learning rate and beta were chosen by."""
     rows, trials = [], [line for line in lines if line["trial"] is not None]
     for line in sorted(trials, key=lambda line: (line["method"], line["trial"])):
-        best = best_settings(Run("conversation", line["method"], 0))
+        best = best_settings(Run("conversation", line["method"], 0), shares_of_trials(lines))
         chosen = best and best[0] == line["lr"] and best[1] in (None, line["beta"])
         row = {"method": line["method"], "settings": used(line), "chosen": "yes" if chosen else ""}
         rows.append(row | {m: resample(matrix([line], m))[:3] for m in ("metric", "words")})
@@ -257,7 +259,7 @@ def tried_of(lines):
 def pairs_of(lines):
     """Rows of what the preference losses were trained on; copies of the draft are left out there."""
     rows = []
-    for line in (line for kind in LIMIT for line in pick(lines, kind, "dpo")):
+    for line in (line for kind in KINDS for line in pick(lines, kind, "dpo")):
         row = {key: line[key] for key in ("kind", "seed", "pairs")}
         row["won"] = f"{line['won'] / (line['won'] + line['lost']):.0%}"
         row["copies"] = f"{abs(1 - line['won'] - line['lost']):.0%}"

@@ -6,13 +6,14 @@
 Every run is generate.py, score.py, train.py and eval.py, called with flags that the folder's log.txt
 shows. results/study/TASK/KIND-SEED.jsonl gets a line a run (settings, versions, the measures of every
 group of test prompts), and a run that has a line is not made again. Answers and models stay in
-runs/study/TASK/KIND-SEED/; to make a run anew, delete its line, its folder there and its answers in
-test/eval.jsonl. Two of these at once, of other --seeds or --kinds and with OMP_NUM_THREADS=1 each, are
-a third faster on two cores than one after the other.
+runs/study/TASK/KIND-SEED/; to make a run anew, delete its line, and its folders there. Start as many
+of these at once as there is room for, with OMP_NUM_THREADS=1 each: a process takes the first run that
+no other makes. Two are a third faster on two cores than one; a GPU has room for a dozen.
 
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
-the first LIMIT instructions only, since it takes three times as long. Pairs with an answer that was
+the first LIMIT instructions only, since it takes three times as long. pooled: the conversation pairs
+of three seeds (of seed 0: of seeds 0, 1, 2, and so on), and three times the steps. Pairs with an answer that was
 cut off, or a revision that repeats itself, are left out for all methods; sft imitates all others, dsc
 and dpo-accept have those that won, and preference losses those that are no copy of the draft.
 
@@ -37,6 +38,8 @@ of some pairs exchanged; dpo does not see them.
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -49,6 +52,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from afinn import Afinn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +65,7 @@ from kernels.packed import check_model  # noqa: E402
 from prompts import BadInput, load_task, read_prompts, read_rows  # noqa: E402
 from score import SIDES, contrast_reward, repetition, text_of  # noqa: E402
 
-STEPS, PAIRS_A_STEP = 24, 8
+STEPS, PAIRS_A_STEP, POOLED = 24, 8, 3
 LEXICON = Afinn()
 METHODS = {  # flags of train.py
     "sft": ["--loss", "sft"],
@@ -81,9 +85,12 @@ RECIPE = ["--sft-weight", 1]  # of preference methods
 # learning rate and beta that are tried, the first five always
 TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1))
 TRIALS += ((1.6e-4, 0.1), (3.2e-4, 0.1), (6.4e-4, 0.1))
+ALWAYS = 5
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions
+KINDS = ("conversation", "pooled", "fresh")
+ROWS = 512 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
 SWAPS = dict.fromkeys(("rdpo", "dsc", "dpo-accept"), (50, 25, 10, 40))
@@ -152,6 +159,7 @@ def plan_of(task, seeds):
         runs += [Run("conversation", m, seed, "dsc") for m in (*SHORT, *full) if m != "sft"]
         runs += [Run("fresh", m, seed) for m in ("self-refine", *full)]
         runs += [Run("fresh", m, seed, "dsc") for m in SHORT]
+        runs += [Run("pooled", m, seed) for m in SHORT]
         runs += [Run("fresh", m, seed, flips=f) for m, levels in FLIPS.items() for f in levels]
         runs += [Run("fresh", m, seed, swaps=s) for m, levels in SWAPS.items() for s in levels]
     return list(dict.fromkeys(runs))
@@ -167,7 +175,12 @@ class Cell:
         self.task, self.kind, self.seed = task, kind, seed
         self.folder = Path(f"runs/study/{task}/{kind}-{seed}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lines = Rows(ROOT / f"results/study/{task}/{kind}-{seed}.jsonl")
+        self.path = ROOT / f"results/study/{task}/{kind}-{seed}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def made(self):
+        """{name of a run: its line}."""
+        return {line["id"]: line for line in read_lines(self.path)}
 
     def call(self, script, *flags):
         """Runs a stage, whose output goes to the folder's log; the seconds that it took. Stages
@@ -182,11 +195,25 @@ class Cell:
             raise BadInput(f"{script}: status {code}, {self.folder}/log.txt ends with:\n{text}")
         return time.time() - began
 
-    @functools.cached_property
-    def rows(self):
-        """Scored training pairs, and in {"test": rows, "trial": rows} what students are asked."""
+    def prepare(self):
+        """Makes pairs and prompts, and the base model's answers, unless another process does; whether
+        they are there."""
+        ready = self.folder / "test/report.md"
+        if not ready.exists():
+            with claim(self.folder / "pairs.claim") as mine:
+                if mine:
+                    parts = range(POOLED * self.seed, POOLED * (self.seed + 1))
+                    parts = [Cell(self.task, "conversation", seed) for seed in parts]
+                    if self.kind == "pooled" and not all([part.prepare() for part in parts]):
+                        return False
+                    self.pool(parts) if self.kind == "pooled" else self.make_pairs()
+                    self.call("eval.py", *self.asking("test"), "--models", "smollm2")
+        return ready.exists()
+
+    def make_pairs(self):
+        """Scored training pairs, and what students are asked, in trials and at last."""
         form = ["--form", self.kind, "--seed", self.seed, "--limit", LIMIT[self.kind]]
-        self.call("generate.py", *form, "--batch-size", 128, "--out", self.folder / "pairs.jsonl")
+        self.call("generate.py", *form, "--batch-size", ROWS, "--out", self.folder / "pairs.jsonl")
         made = {row["id"]: row for row in read_rows(self.folder / "pairs.jsonl", "id")}
         usable = [row for row in made.values() if row["split"] == "train" and is_usable(row)]
         source, scored = (self.folder / f"{name}.jsonl" for name in ("usable", "scored"))
@@ -199,15 +226,32 @@ class Cell:
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
         seen = {row["group"] for row in prompts[: LIMIT["conversation"]]}
-        asked = {"trial": [r | {"split": "test"} for r in rest if r["group"] not in seen]}
-        asked["test"] = [made.get(row["id"], row) for row in test]  # with what self-refine answers
-        for name in asked:
-            write(self.folder / f"{name}.jsonl", asked[name])
-        return read_rows(scored, "id"), asked
+        trial = [r | {"split": "test"} for r in rest if r["group"] not in seen]
+        write(self.folder / "trial.jsonl", trial)
+        # with what self-refine answers
+        write(self.folder / "test.jsonl", [made.get(row["id"], row) for row in test])
+
+    def pool(self, parts):
+        """The pairs of several seeds as one; the prompts of the first."""
+        rows = [row | {"id": f"{row['id']} {p.seed}"} for p in parts for row in p.rows["scored"]]
+        write(self.folder / "scored.jsonl", rows)
+        for name in ("trial", "test"):
+            write(self.folder / f"{name}.jsonl", parts[0].rows[name])
+
+    @functools.cached_property
+    def rows(self):
+        """{"scored": training pairs, "trial" and "test": rows that students are asked}."""
+        names = ("scored", "trial", "test")
+        return {name: read_rows(self.folder / f"{name}.jsonl", "id") for name in names}
+
+    def asking(self, name, out=None):
+        """Flags of eval.py for the prompts "test" or "trial"."""
+        flags = ["--in", self.folder / f"{name}.jsonl", "--out", out or self.folder / name]
+        return [*flags, "--seed", self.seed, "--batch-size", ROWS]
 
     def training_pairs(self, run):
         """The scored pairs, with the run's reward and noise."""
-        rows = [dict(row) for row in self.rows[0]]
+        rows = [dict(row) for row in self.rows["scored"]]
         for row, side in itertools.product(rows if run.reward == "afinn" else (), SIDES):
             text = text_of(row[side])
             row[f"score_{side}"] = LEXICON.score(text) / len(text.split())
@@ -219,30 +263,34 @@ class Cell:
             exchange(rows[i], "score_chosen", "score_rejected")
         return rows
 
-    def make(self, run):
-        """Trains and evaluates, adds the line."""
-        asked = self.rows[1]["test" if run.trial is None else "trial"]
+    def make(self, run, shares):
+        """Trains with the settings that the trials say, evaluates, adds the line."""
+        asked = self.rows["test" if run.trial is None else "trial"]
         student = Path("smollm2" if run.method == "base" else "self-refine")
         line, seconds = {"id": run.name, **run._asdict(), "made": provenance()}, 0.0
         if run.method not in UNTRAINED:
-            student, facts, seconds = self.train(run)
+            student, facts, seconds = self.train(run, shares)
             line |= facts
         answers, more = self.answer(run, student)
         line |= {"seconds": round(seconds + more), "threads": os.environ.get("OMP_NUM_THREADS")}
         line |= measures(self.task, run, answers, {row["id"]: row for row in asked})
-        self.lines.add(line)
+        with claim(self.folder / "line.claim", wait=True):
+            lines = Rows(self.path)
+            lines.add(line)
+            lines.file.close()
         print(f"{time.strftime('%H:%M:%S')} {self.kind} {self.seed} {run.name}: "
               f"{line['seconds']} s, metric {mean(line, 'metric'):.3f}, "
               f"words {mean(line, 'words'):.0f}", flush=True)  # fmt: skip
         if run != Run(self.kind, "dsc", self.seed):  # from which others go on
             (student / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte
 
-    def train(self, run):
+    def train(self, run, shares):
         """Calls train.py: (the student's folder, what is to be known of it, seconds)."""
         rows, start = self.training_pairs(run), "smollm2"
-        lr, beta = best_settings(run)
-        if run.start == "dsc":
-            start, _, _ = self.train(Run(self.kind, "dsc", self.seed))
+        lr, beta = best_settings(run, shares)
+        if run.start == "dsc":  # which is only looked for, if it is there
+            with claim(self.folder / "start.claim", wait=True):
+                start, _, _ = self.train(Run(self.kind, "dsc", self.seed), shares)
         gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
         rate = float(np.clip(np.mean(gaps[gaps != 0] < 0), 0.01, 0.45))  # of flipped labels
         student, source = self.folder / run.name, self.folder / f"{run.name}.jsonl"
@@ -251,7 +299,8 @@ class Cell:
         flags += [] if run.method in IMITATION else ["--beta", beta, *RECIPE]
         flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
         flags += [*METHODS[run.method], "--seed", self.seed, "--batch-size", PAIRS_A_STEP]
-        flags += f"--max-steps {STEPS} --epochs 1000 --save-every 1000 --pack-tokens 2048".split()
+        steps = STEPS * POOLED if run.kind == "pooled" else STEPS
+        flags += f"--max-steps {steps} --epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         seconds = self.call("train.py", *flags)
         record = json.loads((student / "run.json").read_text())
         facts = {name: record[name] for name in ("lr", "beta", "epsilon", "pairs")}
@@ -260,13 +309,31 @@ class Cell:
         return student, facts, seconds
 
     def answer(self, run, student):
-        """Calls eval.py: (its rows of this run's answers, seconds). The baseline answers once."""
-        name = "test" if run.trial is None else "trial"
-        flags = ["--in", self.folder / f"{name}.jsonl", "--out", self.folder / name]
-        flags += ["--seed", self.seed, "--batch-size", 160, "--models", "smollm2"]
-        seconds = self.call("eval.py", *flags, *[student] * (run.method != "base"))
-        rows = read_rows(self.folder / name / "eval.jsonl", "id")
+        """Calls eval.py: (its rows of this run's answers, seconds). The base model has answered."""
+        base = read_rows(self.folder / "test/eval.jsonl", "id") if run.trial is None else []
+        base = [row for row in base if row["model"] == "smollm2"]
+        if run.method == "base":
+            return base, 0.0
+        out = self.folder / "answers" / run.name
+        out.mkdir(parents=True, exist_ok=True)
+        if base and not (out / "eval.jsonl").exists():
+            write(out / "eval.jsonl", base)
+        flags = self.asking("test" if run.trial is None else "trial", out)
+        seconds = self.call("eval.py", *flags, "--models", *["smollm2"] * bool(base), student)
+        rows = read_rows(out / "eval.jsonl", "id")
         return [row for row in rows if row["model"] == student.name], seconds
+
+
+@contextlib.contextmanager
+def claim(path, wait=False):
+    """Whether the file is this process's until the block ends, or the process does."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 def is_usable(row):
@@ -310,32 +377,34 @@ def write(path, rows):
     os.replace(path.with_suffix(".part"), path)
 
 
-def shares_of_trials(method):
-    """{number of the settings: share of positive answers} of the trials that were made."""
-    trials = [line for line in lines_of_study("sentiment") if line["trial"] is not None]
-    shares = {line["trial"]: mean(line, "metric") for line in trials if line["method"] == method}
-    return dict(sorted(shares.items()))
+def shares_of_trials(lines):
+    """{method: {number of the settings: share of positive answers}} of the trials in the lines."""
+    shares = {method: {} for method in METHODS}
+    trials = [line for line in lines if line["trial"] is not None]
+    for line in sorted(trials, key=lambda line: line["trial"]):
+        shares[line["method"]][line["trial"]] = mean(line, "metric")
+    return shares
 
 
-def next_trial(method):
+def next_trial(method, shares):
     """The number of the settings to be tried next, None after the last."""
-    shares = shares_of_trials(method)
+    shares = shares[method]
     for i in range(len(settings_of(method))):
         if i not in shares:
-            return i if i < 5 or max(shares, key=shares.get) == i - 1 else None
+            return i if i < ALWAYS or max(shares, key=shares.get) == i - 1 else None
     return None
 
 
-def best_settings(run):
+def best_settings(run, shares):
     """(learning rate, beta) of a run, by the rule of this file's beginning; None where a trial is
-    missing."""
-    method = run.method.removesuffix("-alone")
-    number = run.trial
+    missing, or the run a trial that is not wanted."""
+    method, number = run.method.removesuffix("-alone"), run.trial
     if number is None:
-        if method not in METHODS or next_trial(method) is not None:
+        if next_trial(method, shares) is not None:
             return None
-        shares = shares_of_trials(method)
-        number = max(shares, key=shares.get)
+        number = max(shares[method], key=shares[method].get)
+    elif number >= ALWAYS and number != next_trial(method, shares):
+        return None
     lr, beta = settings_of(method)[number]
     return lr / 2 if run.start == "dsc" else lr, beta
 
@@ -386,9 +455,33 @@ def mean(line, name):
 
 
 def lines_of_study(task):
-    """All lines of a task; one that is still being written is left out."""
+    """All lines of a task."""
     files = sorted((ROOT / f"results/study/{task}").glob("*.jsonl"))
-    return [json.loads(x) for file in files for x in file.read_bytes().split(b"\n")[:-1]]
+    return [line for file in files for line in read_lines(file)]
+
+
+def read_lines(path):
+    """The lines of a file, or none; one that is still being written is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def make_next(runs, cells):
+    """Makes the first of the runs that is missing, that is wanted and that no other process makes;
+    whether there was one."""
+    shares = shares_of_trials(lines_of_study("sentiment"))
+    made = {key: cell.made() for key, cell in cells.items()}
+    for run in runs:
+        key, start = (run.kind, run.seed), Run(run.kind, "dsc", run.seed)
+        ready = run.method in UNTRAINED or best_settings(run, shares)
+        ready = ready and (run.start == "base" or start.name in made[key])
+        if run.name in made[key] or not ready or not cells[key].prepare():
+            continue
+        with claim(cells[key].folder / f"{run.name}.claim") as mine:
+            if mine and run.name not in cells[key].made():  # another may have been faster
+                cells[key].make(run, shares)
+                return True
+    return False
 
 
 def main():
@@ -396,7 +489,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--task", default="sentiment")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", choices=list(LIMIT), default=list(LIMIT))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -407,24 +500,19 @@ def main():
     runs = [run for run in runs if run.name in (args.only or [run.name])]
     cells = {(run.kind, run.seed): None for run in runs}
     cells = {key: Cell(args.task, *key) for key in cells}
-    missing = []
+    shares = shares_of_trials(lines_of_study("sentiment"))
     for run in runs:
         cell = cells[run.kind, run.seed]
-        line = cell.lines.rows.get(run.name)
-        if line and run.method in METHODS and best_settings(run) not in (None, settings_in(line)):
-            reason = f"{run.name} has other settings than the trials say now"
-            raise BadInput(f"{cell.lines.path}: {reason}; make it anew, see --help")
-        missing += [] if line else [run]
-    print(f"{len(missing)} runs are missing", flush=True)
-    for run in missing:
-        trained = [Run(run.kind, "dsc", run.seed)] * (run.start == "dsc")
-        trained += [run] * (run.method in METHODS)
-        if run.trial is not None and run.trial != next_trial(run.method):
-            continue  # not wanted, or not yet
-        if all(map(best_settings, trained)):
-            cells[run.kind, run.seed].make(run)
-        else:  # trials are sentiment's, of the kind conversation and seed 0
-            print(f"{run.kind} {run.seed} {run.name}: left out, its trials are missing", flush=True)
+        line = cell.made().get(run.name)
+        if line and run.method in METHODS and run.trial is None:
+            if best_settings(run, shares) not in (None, settings_in(line)):
+                reason = f"{run.name} has other settings than the trials say now"
+                raise BadInput(f"{cell.path}: {reason}; make it anew, see --help")
+    while make_next(runs, cells):
+        pass
+    left = [run for run in runs if run.name not in cells[run.kind, run.seed].made()]
+    print(f"{len(left)} runs are left, made elsewhere, waiting for trials or not wanted by them:")
+    print(", ".join(f"{run.kind} {run.seed} {run.name}" for run in left))
 
 
 if __name__ == "__main__":

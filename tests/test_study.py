@@ -66,7 +66,7 @@ PROMPTS += [{"id": f"s{k}", "group": f"i{k}", "split": "train", "prompt": []} fo
 
 @pytest.fixture
 def cell(workdir, monkeypatch):
-    """A cell whose stages only write what they would; `cell.calls` are their flags."""
+    """A prepared cell whose stages only write what they would; `cell.calls` are their flags."""
     monkeypatch.setattr(study, "ROOT", workdir)
     monkeypatch.setattr(study, "read_prompts", lambda path, task: PROMPTS)
     monkeypatch.setattr(study, "LIMIT", {"conversation": 40})
@@ -92,53 +92,93 @@ def cell(workdir, monkeypatch):
             (value["--out"] / "run.json").write_text(json.dumps(record | {"pairs": 36}))
             (value["--out"] / "model.safetensors").write_text("weights")
         elif script == "eval.py":
-            row = {"model": flags[-1] if flags[-1] == "smollm2" else flags[-1].name, "words": 3}
+            name = flags[-1] if flags[-1] == "smollm2" else flags[-1].name
+            row = {"id": f"{name}/t0/0", "model": name, "words": 3, "base_logp": -1, "cut": 0}
             row |= {"prompt_id": "t0", "group": "h0", "sample": 0, "control": False}
             row |= {"answer": "fine", "metric": 1.0, "score": 0.1, "repeats": 0.0}
-            write_jsonl(
-                value["--out"] / "eval.jsonl", [row | {"id": "1", "base_logp": -1, "cut": 0}]
-            )
+            path = value["--out"] / "eval.jsonl"
+            there = study.read_rows(path, "id") if path.exists() else []
+            write_jsonl(path, [*there, row])
+            (value["--out"] / "report.md").write_text("whole")
         return 1.0
 
-    made.call, made.calls = stage, calls
+    monkeypatch.setattr(study.Cell, "call", lambda self, *flags: stage(*flags))
+    made.calls = calls
+    assert made.prepare()
     return made
 
 
+EQUAL = {method: dict.fromkeys(range(8), 0.5) for method in study.METHODS}
+
+
+def add_line(cell, line):
+    rows = study.Rows(cell.path)
+    rows.add(line)
+    rows.file.close()
+
+
 def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
-    assert study.best_settings(Run("conversation", "dpo", 0)) is None
+    runs, cells = [Run("conversation", "dpo", 0)], {("conversation", 0): cell}
+    assert not study.make_next(runs, cells)  # its trials are missing
     for i, (lr, beta) in enumerate(study.settings_of("dpo")):
         line = Run("conversation", "dpo", 0, trial=i)._asdict() | {"lr": lr, "beta": beta}
-        cell.lines.add(line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
-    cell.make(Run("conversation", "dpo", 0))
+        add_line(cell, line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
+    with study.claim(cell.folder / "dpo.claim") as mine:  # as another process would have it
+        assert mine and not study.make_next(runs, cells)
+    assert study.make_next(runs, cells) and not study.make_next(runs, cells)
     (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
     assert train[train.index("--lr") + 1] == "2e-05"  # of equals the first
     assert len(study.read_rows(cell.folder / "dpo.jsonl", "id")) == 36
     assert not (cell.folder / "dpo" / "model.safetensors").exists()
-    line = cell.lines.rows["dpo"]
+    line = study.Cell("sentiment", "conversation", 0).made()["dpo"]
     assert line["made"]["commit"] == "x" and line["won"] == 1.0 and line["seconds"] == 2
     assert line["groups"] == ["h0", "h1", "h2", "h3"]
     assert line["values"]["metric"] == [1.0, None, None, None]
-    cell.lines.file.close()
-    again = study.Cell("sentiment", "conversation", 0)  # a later process
-    assert "dpo" in again.lines.rows
 
 
-def test_rates_are_doubled_as_long_as_the_last_is_the_best(monkeypatch):
-    shares = {}
-    monkeypatch.setattr(study, "shares_of_trials", lambda method: shares)
+def test_the_base_model_answers_once_and_pairs_are_made_by_one_process(cell):
+    assert cell.prepare() and [call[0] for call in cell.calls].count("generate.py") == 1
+    for method in ("base", "dpo", "rdpo"):
+        cell.make(Run("conversation", method, 0), EQUAL)
+    asked = [flags[flags.index("--models") + 1 :] for flags in cell.calls if flags[0] == "eval.py"]
+    assert asked[0] == ("smollm2",) and [len(models) for models in asked[1:]] == [2, 2]
+    answers = study.read_rows(cell.folder / "answers/dpo/eval.jsonl", "id")
+    assert [row["id"] for row in answers] == ["smollm2/t0/0", "dpo/t0/0"]
+    assert cell.made()["base"]["values"]["metric"] == [1.0, None, None, None]
+    other = study.Cell("sentiment", "conversation", 1)
+    with study.claim(other.folder / "pairs.claim"):
+        assert not other.prepare()
+    assert other.prepare()
+
+
+def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(cell):
+    pooled = study.Cell("sentiment", "pooled", 0)
+    assert pooled.prepare() and len(pooled.rows["scored"]) == 3 * 36
+    assert len({row["id"] for row in pooled.rows["scored"]}) == 3 * 36
+    pooled.make(Run("pooled", "rdpo", 0), EQUAL)
+    (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
+    assert train[train.index("--max-steps") + 1] == "72"
+
+
+def test_rates_are_doubled_as_long_as_the_last_is_the_best():
+    shares = {"dpo": {}}
     for i, share in enumerate([0.4, 0.5, 0.4, 0.6, 0.7, 0.8]):
-        assert study.next_trial("dpo") == i and not study.best_settings(Run("fresh", "dpo", 0))
-        shares[i] = share
-    assert study.next_trial("dpo") == 6
-    shares[6] = 0.8  # no better
-    assert study.best_settings(Run("fresh", "dpo", 0)) == (1.6e-4, 0.1)
-    assert study.best_settings(Run("fresh", "dpo", 0, "dsc")) == (8e-5, 0.1)
+        assert study.next_trial("dpo", shares) == i
+        assert not study.best_settings(Run("fresh", "dpo", 0), shares)
+        wanted = [
+            study.best_settings(Run("conversation", "dpo", 0, trial=k), shares) for k in range(8)
+        ]
+        assert [k for k in range(8) if wanted[k]] == [*range(5), *[i] * (i >= 5)]
+        shares["dpo"][i] = share
+    assert study.next_trial("dpo", shares) == 6
+    shares["dpo"][6] = 0.8  # no better
+    assert study.best_settings(Run("fresh", "dpo", 0), shares) == (1.6e-4, 0.1)
+    assert study.best_settings(Run("fresh", "dpo", 0, "dsc"), shares) == (8e-5, 0.1)
 
 
 def test_a_run_with_other_settings_than_the_trials_say_is_refused(cell, monkeypatch):
-    cell.lines.add(Run("conversation", "dpo", 0)._asdict() | {"id": "dpo", "lr": 8e-5, "beta": 0.1})
-    cell.lines.file.close()
-    monkeypatch.setattr(study, "shares_of_trials", lambda method: dict.fromkeys(range(8), 0.5))
+    add_line(cell, Run("conversation", "dpo", 0)._asdict() | {"id": "dpo", "lr": 8e-5, "beta": 0.1})
+    monkeypatch.setattr(study, "shares_of_trials", lambda lines: EQUAL)
     monkeypatch.setattr(sys, "argv", "study.py --seeds 0 --kinds conversation --only dpo".split())
     with pytest.raises(BadInput, match="dpo has other settings than the trials say now"):
         study.main()
@@ -147,9 +187,8 @@ def test_a_run_with_other_settings_than_the_trials_say_is_refused(cell, monkeypa
         study.main()
 
 
-def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell, monkeypatch):
-    monkeypatch.setattr(study, "shares_of_trials", lambda method: dict.fromkeys(range(8), 0.5))
-    cell.make(Run("conversation", "rdpo", 0, "dsc"))
+def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell):
+    cell.make(Run("conversation", "rdpo", 0, "dsc"), EQUAL)
     first, second = [flags for script, *flags in cell.calls if script == "train.py"]
     assert "--accept" in first and second[second.index("--lr") + 1] == "5e-06"
     assert second[second.index("--model") + 1] == first[first.index("--out") + 1]
@@ -157,7 +196,7 @@ def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell, monkeyp
 
 
 def test_trials_are_asked_films_that_no_pair_of_a_conversation_is_of(cell):
-    asked = cell.rows[1]
+    asked = cell.rows
     assert [row["id"] for row in asked["trial"]] == ["s0", "s1", "s2"]
     assert [row["id"] for row in asked["test"]] == ["t0", "t1", "t2", "t3"]
     assert all("chosen" in row for row in asked["test"])  # what self-refine answers
