@@ -340,7 +340,8 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
         self.saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
-        self.packs = check_model(model, "packed" if device.type == "cpu" else None)
+        flash = device.type == "cuda" and dtype != torch.float32
+        self.packs = check_model(model, "packed" if flash or device.type == "cpu" else None)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy())

@@ -8,7 +8,14 @@ import transformers
 from conftest import make_model
 
 from kernels import packed
-from kernels.packed import all_logps, attention_arguments, check_model, completion_logps, dense_mask
+from kernels.packed import (
+    all_logps,
+    attention_arguments,
+    check_model,
+    collate,
+    completion_logps,
+    dense_mask,
+)
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
@@ -209,3 +216,39 @@ def renamed(ids):
     """attention_arguments as packed_attention takes them, which transformers renames."""
     arguments = attention_arguments("packed", *ids)
     return {"mask": arguments["attention_mask"], "segments": arguments["segments"]}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 64), (6, 2, 128), (3, 1, 32)])
+def test_flash_attention_is_dense_attention(heads, groups, size):
+    random = torch.Generator().manual_seed(heads)
+    ids = [x.cuda() for x in collate(SEQUENCES)[2:4]]
+    shapes = [(1, n, len(ids[0]), size) for n in (heads, groups, groups)]
+    operands = [torch.randn(shape, generator=random).bfloat16().cuda() for shape in shapes]
+    exact = [operand.double().requires_grad_() for operand in operands]
+    operands = [operand.requires_grad_() for operand in operands]
+    output, _ = packed.packed_attention(None, *operands, **renamed(ids), scaling=0.2)
+    key, value = (operand.repeat_interleave(heads // groups, 1) for operand in exact[1:])
+    attend = torch.nn.functional.scaled_dot_product_attention
+    dense = attend(exact[0], key, value, dense_mask(*ids), scale=0.2).transpose(1, 2)
+    above = torch.randn(dense.shape, generator=random).cuda()
+    output.backward(above.bfloat16())
+    dense.backward(above.double())
+    gradients = [(a.grad, b.grad) for a, b in zip(operands, exact, strict=True)]
+    for got, want in [(output, dense), *gradients]:
+        assert (got.double() - want).norm() <= 2e-2 * want.norm()
+
+
+def test_flash_attention_is_told_each_segments_keys_its_prompts_and_its_own():
+    batch = collate(SEQUENCES[:2])  # 4 + 3 and 2 + 2 tokens
+    segments = attention_arguments("packed", batch.document_ids, batch.segment_ids)["segments"]
+    places, told = segments.ragged
+    keys = places.split(told["cu_seq_k"].diff().tolist())
+    assert [part.tolist() for part in keys] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5, 6],
+        [7, 8],
+        [7, 8, 9, 10],
+    ]
+    assert told["cu_seq_q"].tolist() == [0, 4, 7, 9, 11] and told["cu_seq_q"].dtype == torch.int32
+    assert (told["max_q"], told["max_k"]) == (4, 7)
