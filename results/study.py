@@ -90,7 +90,7 @@ IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions
 KINDS = ("conversation", "pooled", "fresh")
-ROWS = 512 if torch.cuda.is_available() else 160  # that are sampled together
+ROWS = 256 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
 SWAPS = dict.fromkeys(("rdpo", "dsc", "dpo-accept"), (50, 25, 10, 40))
