@@ -79,31 +79,8 @@ def attention_arguments(kind, document_ids, segment_ids):
         return {"attention_mask": dense_mask(document_ids, segment_ids)[None, None]}
     ids, sizes = torch.unique_consecutive(segment_ids, return_counts=True)
     ends = sizes.cumsum(0)
-    segments = torch.stack([ids, ends - sizes, ends], 1)
-    return {"attention_mask": None, "segments": Segments(segments.tolist(), ids.device)}
-
-
-class Segments(list):
-    """[(id, first token, end)] of the segments of a packed sequence."""
-
-    def __init__(self, segments, device):
-        super().__init__(segments)
-        self.device = device
-
-    @functools.cached_property
-    def ragged(self):
-        """What varlen_attn is to be told: (places of each segment's keys, which are its prompt's and
-        its own; {ends of the segments among queries and keys, lengths of the longest})."""
-        prompt, keys, queries = range(0), [], [end - start for _, start, end in self]
-        for segment, start, end in self:
-            keys.append([*(prompt if segment else ()), *range(start, end)])
-            prompt = prompt if segment else range(start, end)
-        counts = [len(places) for places in keys]
-        ends = [[0, *itertools.accumulate(sizes)] for sizes in (queries, counts)]
-        ends = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        places = torch.tensor(list(itertools.chain(*keys)), device=self.device)
-        most = {"max_q": max(queries), "max_k": max(counts)}
-        return places, {"cu_seq_q": ends[0], "cu_seq_k": ends[1]} | most
+    segments = torch.stack([ids, ends - sizes, ends], 1).tolist()  # id, first token, end
+    return {"attention_mask": None, "segments": tuple(map(tuple, segments))}
 
 
 def completion_logps(model, sequences, packs=True):
@@ -251,28 +228,40 @@ def blocks(segments):
         prompt = prompt if segment else slice(start, end)
 
 
+@functools.lru_cache(maxsize=1)  # all layers ask for the same
+def ragged(segments, device):
+    """The segments as varlen_attn has them, sequences without padding: places of their keys, which
+    are their prompt's and their own, and {where each segment ends, length of the longest}."""
+    prompt, keys = range(0), []
+    for segment, start, end in segments:
+        keys.append([*(prompt if segment else ()), *range(start, end)])
+        prompt = prompt if segment else range(start, end)
+    sizes = {"q": [end - start for _, start, end in segments], "k": list(map(len, keys))}
+    ends = {f"cu_seq_{of}": [0, *itertools.accumulate(some)] for of, some in sizes.items()}
+    ends = {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in ends.items()}
+    places = torch.tensor(list(itertools.chain(*keys)), device=device)
+    return places, ends | {f"max_{of}": max(some) for of, some in sizes.items()}
+
+
 def packed_attention(module, query, key, value, mask, scaling=None, segments=None, **options):
-    """Attention to a packed sequence, as transformers calls it; without segments, the usual one. In
-    16-bit formats on a GPU it is torch's Flash Attention, elsewhere PackedAttention.
+    """Attention in a packed sequence, as transformers calls it; without segments, the usual one.
+    In 16-bit formats on a GPU it is torch's Flash Attention, elsewhere PackedAttention.
 
     query: (1, heads, T, d); key, value: perhaps fewer heads. Returns ((1, T, heads, e), None).
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-    size = value.shape[-1]
+    size, (query, key, value) = value.shape[-1], (x.squeeze(0) for x in (query, key, value))
     if value.is_cuda and value.dtype != torch.float32 and query.shape[-1] == size <= 256:
-        places, ragged = segments.ragged
-        query, key, value = (
-            x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value)
-        )
+        places, told = ragged(segments, value.device)
+        query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))
         key, value = (x.index_select(0, places) for x in (key, value))
         causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-        return varlen_attn(query, key, value, **ragged, **causal)[None], None
+        return varlen_attn(query, key, value, **told, **causal)[None], None
     key = key * (key.shape[-1] ** -0.5 if scaling is None else scaling)
-    key, value = (operand.squeeze(0).to(value.dtype) for operand in (key, value))
     # query heads that share a key head become rows of one matrix product
-    query = query.squeeze(0).unflatten(0, (len(key), -1)).transpose(1, 2)
-    output = PackedAttention.apply(query.to(value.dtype).contiguous(), key, value, segments)
+    query = query.unflatten(0, (len(key), -1)).transpose(1, 2).to(value.dtype).contiguous()
+    output = PackedAttention.apply(query, key.to(value.dtype), value, segments)
     return output.transpose(0, 1).flatten(1, 2)[None], None
 
 

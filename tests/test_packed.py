@@ -242,7 +242,7 @@ def test_flash_attention_is_dense_attention(heads, groups, size):
 def test_flash_attention_is_told_each_segments_keys_its_prompts_and_its_own():
     batch = collate(SEQUENCES[:2])  # 4 + 3 and 2 + 2 tokens
     segments = attention_arguments("packed", batch.document_ids, batch.segment_ids)["segments"]
-    places, told = segments.ragged
+    places, told = packed.ragged(segments, torch.device("cpu"))
     keys = places.split(told["cu_seq_k"].diff().tolist())
     assert [part.tolist() for part in keys] == [
         [0, 1, 2, 3],
