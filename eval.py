@@ -315,8 +315,8 @@ def main():
     task = load_task(args.task)
     path = Path(args.input or f"runs/{args.task}/scored.jsonl")
     folder = Path(args.out or path.parent)
-    rows = [row for row in read_rows(path, "id", "group", "prompt") if row.get("split") == "test"]
-    rows = rows[: args.limit]
+    rows = read_rows(path, "id", "group", "prompt", *task["columns"])
+    rows = [row for row in rows if row.get("split") == "test"][: args.limit]
     refined = [row for row in rows if not row.get("error") and "chosen" in row]
     if not rows:
         raise BadInput(

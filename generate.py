@@ -568,7 +568,8 @@ def main():
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)
-    source = read_prompts(args.prompts or FOLDER / f"{args.task}.jsonl", args.task)
+    path = args.prompts or FOLDER / f"{args.task}.jsonl"
+    source = read_prompts(path, args.task, *task["columns"])
     rows, out = source[: args.limit], args.out or f"runs/{args.task}/pairs.jsonl"
     name = args.form or ("fresh" if args.model == "smollm2" else "conversation")
     if name not in task:

@@ -22,7 +22,8 @@ def load_task(name):
     """The dictionary of prompts/NAME.toml, each call of it filled in once on trial.
 
     `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
-    variants of one text share them, and equal answers stay equal word for word. Raises BadInput.
+    variants of one text share them, and equal answers stay equal word for word. `columns`: what
+    rows must have for it, and for the metric. Raises BadInput.
     """
     path, row, answer = FOLDER / f"{name}.toml", {"prompt": "P"}, {"answer": "ANSWER"}
     if not path.is_file():
@@ -48,6 +49,10 @@ def load_task(name):
         if not (known and isinstance(patterns, list)):
             raise ValueError(f"[metric]: kind is match, with want (any, none), or {METRICS}")
         re.compile("|".join(patterns))
+        field = [metric["field"]] if match and not metric.get("patterns") else []
+        task["columns"] = [
+            name for name in (task["seed_by"], *field) if name not in ("id", "group")
+        ]
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
@@ -100,13 +105,14 @@ def read_rows(path, *fields):
     return rows
 
 
-def read_prompts(path, task):
+def read_prompts(path, task, *needed):
     """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
 
-    Rows without `split` are divided by a hash of their group, four to one. Raises BadInput.
+    Rows without `split` are divided by a hash of their group, four to one. Raises BadInput, also
+    for a row without a column that is needed.
     """
     rows, splits = {}, {}
-    for number, columns in enumerate(read_rows(path, "prompt"), 1):
+    for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
         group = str(key if columns.get("group") is None else columns["group"])
         held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
