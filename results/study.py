@@ -92,8 +92,8 @@ LIMIT = {"conversation": 384, "fresh": 644}  # instructions
 KINDS = ("conversation", "pooled", "fresh")
 ROWS = 256 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
-FLIPS = dict.fromkeys(("dpo", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
-SWAPS = dict.fromkeys(("rdpo", "dsc", "dpo-accept"), (50, 25, 10, 40))
+FLIPS = dict.fromkeys(("dpo", "rdpo-margin", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
+SWAPS = dict.fromkeys(("rdpo", "rdpo-margin", "dsc", "dpo-accept"), (50, 25, 10, 40))
 MADE = ("commit", "date", "hardware", "torch", "transformers")
 
 # the principle of prompts/sentiment.toml in words that no training saw
