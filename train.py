@@ -341,7 +341,11 @@ class Student(torch.nn.Module):
         self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
         self.saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
         flash = device.type == "cuda" and dtype != torch.float32
-        self.packs = check_model(model, "packed" if flash or device.type == "cpu" else None)
+        kind = "packed" if flash or device.type == "cpu" else None
+        self.packs = check_model(model, kind)
+        if self.packs and flash and model.device.type == "cuda":  # in the format of training too
+            with torch.autocast("cuda", dtype):
+                self.packs = check_model(model, kind)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy())

@@ -10,6 +10,7 @@ for each. Only completion tokens reach the output layer (logps.linear_logps).
 """
 
 import functools
+import inspect
 import itertools
 from typing import NamedTuple
 
@@ -165,11 +166,13 @@ def check_model(model, attention=None):
     return False
 
 
+known = inspect.signature(varlen_attn).parameters
+GQA = {"enable_gqa": True} if "enable_gqa" in known else {}  # torch 2.11 does it unasked
 BLOCK = 128  # queries of a matrix product: smaller ones compute less that is masked, but slower
 
 
 class PackedAttention(torch.autograd.Function):
-    """Attention on a CPU: softmax(Q K^T + mask) V, for the mask above, block by block of queries.
+    """softmax(Q K^T + mask) V for the mask above, block by block of queries, made for a CPU.
 
     query: (G, T, H, d) of H query heads for each of G key heads; key: (G, T, d), scaled beforehand;
     value: (G, T, e). Returns (G, T, H, e). In bf16 the scores are rounded to bf16.
@@ -245,19 +248,21 @@ def ragged(segments, device):
 
 def packed_attention(module, query, key, value, mask, scaling=None, segments=None, **options):
     """Attention in a packed sequence, as transformers calls it; without segments, the usual one.
-    In 16-bit formats on a GPU it is torch's Flash Attention, elsewhere PackedAttention.
+    In 16-bit formats on a GPU it is torch's Flash Attention, which leaves a prompt's gradients from
+    its segments to be added up in that format; elsewhere PackedAttention.
 
     query: (1, heads, T, d); key, value: perhaps fewer heads. Returns ((1, T, heads, e), None).
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     size, (query, key, value) = value.shape[-1], (x.squeeze(0) for x in (query, key, value))
-    if value.is_cuda and value.dtype != torch.float32 and query.shape[-1] == size <= 256:
-        places, told = ragged(segments, value.device)
+    suits = query.shape[-1] == size <= 256 and size % 8 == 0
+    if suits and value.is_cuda and value.element_size() == 2:
+        places, lengths = ragged(segments, value.device)
         query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))
         key, value = (x.index_select(0, places) for x in (key, value))
-        causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-        return varlen_attn(query, key, value, **told, **causal)[None], None
+        causal = {"window_size": (-1, 0), "scale": scaling, **GQA}
+        return varlen_attn(query, key, value, **lengths, **causal)[None], None
     key = key * (key.shape[-1] ** -0.5 if scaling is None else scaling)
     # query heads that share a key head become rows of one matrix product
     query = query.unflatten(0, (len(key), -1)).transpose(1, 2).to(value.dtype).contiguous()

@@ -62,8 +62,8 @@ JUDGED = {  # of a file of pairs: heading
 LEGEND = """metric: {meaning} ({better} is better); learning rate and beta were chosen by it, on other \
 prompts. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
 differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
-of seeds and groups together: too wide where seeds matter little, too narrow where they matter much, \
-three being few, and of one seed silent on others. groups: test prompts that do not hang together. \
+of seeds and groups together: too wide where seeds matter little, too narrow where they matter much \
+and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test prompts that do not hang together. \
 other words: the contrast by words that no training saw; reward: the one that training saw. repeats: \
 share of 4-grams that an answer has had before. log-prob: nats a token under the base model, high in \
 loops too."""
@@ -248,8 +248,9 @@ def samples_of(lines):
 def tried_of(lines):
     """Rows of the trials, which learning rate and beta were chosen by."""
     rows, trials = [], [line for line in lines if line["trial"] is not None]
+    shares = shares_of_trials(lines)
     for line in sorted(trials, key=lambda line: (line["method"], line["trial"])):
-        best = best_settings(Run("conversation", line["method"], 0), shares_of_trials(lines))
+        best = best_settings(Run("conversation", line["method"], 0), shares)
         chosen = best and best[0] == line["lr"] and best[1] in (None, line["beta"])
         row = {"method": line["method"], "settings": used(line), "chosen": "yes" if chosen else ""}
         rows.append(row | {m: resample(matrix([line], m))[:3] for m in ("metric", "words")})

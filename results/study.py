@@ -4,11 +4,11 @@
     python results/compare.py --task sentiment                 # tables and plot of those that are there
 
 Every run is generate.py, score.py, train.py and eval.py, called with flags that the folder's log.txt
-shows. results/study/TASK/KIND-SEED.jsonl gets a line a run (settings, versions, the measures of every
-group of test prompts), and a run that has a line is not made again. Answers and models stay in
+shows. results/study/TASK/KIND-SEED.jsonl gets a line a run (settings, versions, the measures of
+every group of test prompts), and a run that has a line is not made again. Answers and models stay in
 runs/study/TASK/KIND-SEED/; to make a run anew, delete its line, and its folders there. Start as many
-of these at once as there is room for, with OMP_NUM_THREADS=1 each: a process takes the first run that
-no other makes. Two are a third faster on two cores than one; a GPU has room for a dozen.
+of these at once as there is room for, with OMP_NUM_THREADS=1 each: a process takes the first run
+that no other makes. Two are a third faster on two cores than one; a GPU has room for a dozen.
 
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
@@ -23,10 +23,9 @@ the share of pairs that lost by the reward. Learning rate and beta are chosen fo
 rule: of the settings in TRIALS, those whose student, trained on the conversation pairs of seed 0,
 gives the largest share of positive answers to the training prompts on films that no such pair is of;
 of equals the first. Rates are doubled as long as the last one is the best. So the test prompts have no
-part in the choice; it is a coarse one, since 114 prompts tell 17 points. Methods named -alone take the
-settings of the method with the term. From dSC's
-student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
-sentiment's settings: there the teacher is too weak.
+part in the choice; it is a coarse one, since 114 prompts tell 17 points. Methods named -alone and
+pooled pairs take the settings so found. From dSC's student on, the learning rate is half as large.
+Other tasks than sentiment have few runs, with sentiment's settings: there the teacher is too weak.
 
 A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's far more often
 than the contrast does, takes the place of an external reward that is good. What a student then gains
@@ -220,9 +219,12 @@ class Cell:
         write(source, usable)
         self.call("score.py", "--in", source, "--out", scored, "--batch-size", 64)
         file = pairs_file(self.task, self.kind, self.seed)
-        if self.task == "sentiment" and not file.exists():
-            facts = {"made": provenance()} | facts_of_pairs(read_rows(scored, "id"))
-            file.write_text(json.dumps(facts, indent=1) + "\n")
+        if self.task == "sentiment":
+            facts = facts_of_pairs(read_rows(scored, "id"))
+            if not file.exists():
+                file.write_text(json.dumps({"made": provenance()} | facts, indent=1) + "\n")
+            elif (there := json.loads(file.read_text())) | facts != there:
+                raise BadInput(f"{file}: is of other pairs than {scored}; take other --seeds")
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
         seen = {row["group"] for row in prompts[: LIMIT["conversation"]]}
@@ -281,7 +283,9 @@ class Cell:
         print(f"{time.strftime('%H:%M:%S')} {self.kind} {self.seed} {run.name}: "
               f"{line['seconds']} s, metric {mean(line, 'metric'):.3f}, "
               f"words {mean(line, 'words'):.0f}", flush=True)  # fmt: skip
-        if run != Run(self.kind, "dsc", self.seed):  # from which others go on
+        if run.method in METHODS and run != Run(
+            self.kind, "dsc", self.seed
+        ):  # others go on from it
             (student / "model.safetensors").unlink(missing_ok=True)  # half a gigabyte
 
     def train(self, run, shares):
@@ -467,21 +471,23 @@ def read_lines(path):
 
 
 def make_next(runs, cells):
-    """Makes the first of the runs that is missing, that is wanted and that no other process makes;
-    whether there was one."""
+    """Makes the first of the runs that is missing, that is wanted and that no other process makes:
+    True. None if others make what is left, False if nothing is."""
     shares = shares_of_trials(lines_of_study("sentiment"))
-    made = {key: cell.made() for key, cell in cells.items()}
+    made, result = {key: cell.made() for key, cell in cells.items()}, False
     for run in runs:
         key, start = (run.kind, run.seed), Run(run.kind, "dsc", run.seed)
         ready = run.method in UNTRAINED or best_settings(run, shares)
         ready = ready and (run.start == "base" or start.name in made[key])
-        if run.name in made[key] or not ready or not cells[key].prepare():
+        if run.name in made[key] or not ready:
             continue
-        with claim(cells[key].folder / f"{run.name}.claim") as mine:
-            if mine and run.name not in cells[key].made():  # another may have been faster
-                cells[key].make(run, shares)
-                return True
-    return False
+        result = None
+        if cells[key].prepare():
+            with claim(cells[key].folder / f"{run.name}.claim") as mine:
+                if mine and run.name not in cells[key].made():  # another may have been faster
+                    cells[key].make(run, shares)
+                    return True
+    return result
 
 
 def main():
@@ -508,10 +514,10 @@ def main():
             if best_settings(run, shares) not in (None, settings_in(line)):
                 reason = f"{run.name} has other settings than the trials say now"
                 raise BadInput(f"{cell.path}: {reason}; make it anew, see --help")
-    while make_next(runs, cells):
-        pass
+    while (made := make_next(runs, cells)) is not False:
+        time.sleep(0 if made else 10)
     left = [run for run in runs if run.name not in cells[run.kind, run.seed].made()]
-    print(f"{len(left)} runs are left, made elsewhere, waiting for trials or not wanted by them:")
+    print(f"{len(left)} runs are left, which wait for trials or are not wanted by them:")
     print(", ".join(f"{run.kind} {run.seed} {run.name}" for run in left))
 
 

@@ -119,13 +119,13 @@ def add_line(cell, line):
 
 def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
     runs, cells = [Run("conversation", "dpo", 0)], {("conversation", 0): cell}
-    assert not study.make_next(runs, cells)  # its trials are missing
+    assert study.make_next(runs, cells) is False  # its trials are missing
     for i, (lr, beta) in enumerate(study.settings_of("dpo")):
         line = Run("conversation", "dpo", 0, trial=i)._asdict() | {"lr": lr, "beta": beta}
         add_line(cell, line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
     with study.claim(cell.folder / "dpo.claim") as mine:  # as another process would have it
-        assert mine and not study.make_next(runs, cells)
-    assert study.make_next(runs, cells) and not study.make_next(runs, cells)
+        assert mine and study.make_next(runs, cells) is None
+    assert study.make_next(runs, cells) is True and study.make_next(runs, cells) is False
     (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
     assert train[train.index("--lr") + 1] == "2e-05"  # of equals the first
     assert len(study.read_rows(cell.folder / "dpo.jsonl", "id")) == 36
@@ -149,6 +149,12 @@ def test_the_base_model_answers_once_and_pairs_are_made_by_one_process(cell):
     with study.claim(other.folder / "pairs.claim"):
         assert not other.prepare()
     assert other.prepare()
+    (other.folder / "test/report.md").unlink()  # as on another machine
+    facts = json.loads(study.pairs_file("sentiment", "conversation", 1).read_text())
+    text = json.dumps(facts | {"pairs": 30})
+    study.pairs_file("sentiment", "conversation", 1).write_text(text)
+    with pytest.raises(BadInput, match="of other pairs"):
+        other.prepare()
 
 
 def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(cell):
