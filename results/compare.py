@@ -224,7 +224,10 @@ def table_of(rows, columns):
 
 
 def cell(value, form):
-    """A value, or a mean with its interval and, where there is one, p by Holm."""
+    """A value, or a mean with its interval and, where there is one, p by Holm. Seeds: 0-8."""
+    if isinstance(value, list):
+        whole = value == list(range(value[0], value[-1] + 1)) and len(value) > 1
+        return f"{value[0]}-{value[-1]}" if whole else ", ".join(map(str, value))
     if not isinstance(value, tuple):
         return "-" if value is None else str(value)
     if len(value) < 5:
@@ -331,10 +334,10 @@ def report(task):
 
 
 def write_readme(rows):
-    """The README's table: pairs of one conversation, training from the base model."""
+    """The README's table: pairs of one conversation, training from the base model, three seeds."""
     mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
-    mine = [row for row in mine if not row["method"].endswith("alone")]
-    columns = ("method", "metric", "minus dpo", "minus dsc", "afinn", "words", "repeats", "cut")
+    mine = [row for row in mine if len(row["seeds"]) >= 3]
+    columns = ("method", "seeds", "metric", "minus dpo", "minus dsc", "afinn", "words", "cut")
     table = table_of(mine, {key: SHOWN[key] for key in columns})
     mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
     before, _, after = readme.read_text().split(mark)

@@ -266,7 +266,7 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     dial = [(p["share"], p["by formula"]) for p in summary["dials"] if p["method"] == "rdpo"]
     assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
     assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    assert "| rdpo | [0, 1] | 40 |" in folder.with_suffix(".md").read_text()
+    assert "| rdpo | 0-1 | 40 |" in folder.with_suffix(".md").read_text()
 
 
 def test_lines_of_other_test_prompts_are_not_compared():
