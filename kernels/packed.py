@@ -246,6 +246,13 @@ def ragged(segments, device):
     return places, ends | {f"max_{of}": max(some) for of, some in sizes.items()}
 
 
+def suits_flash(query, value):
+    """Whether Flash Attention takes them."""
+    size = value.shape[-1]
+    known = query.shape[-1] == size <= 256 and size % 8 == 0
+    return known and value.is_cuda and value.element_size() == 2
+
+
 def packed_attention(module, query, key, value, mask, scaling=None, segments=None, **options):
     """Attention in a packed sequence, as transformers calls it; without segments, the usual one.
     In 16-bit formats on a GPU it is torch's Flash Attention, which leaves a prompt's gradients from
@@ -255,9 +262,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, segments=Non
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-    size, (query, key, value) = value.shape[-1], (x.squeeze(0) for x in (query, key, value))
-    suits = query.shape[-1] == size <= 256 and size % 8 == 0
-    if suits and value.is_cuda and value.element_size() == 2:
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    if suits_flash(query, value):
         places, lengths = ragged(segments, value.device)
         query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))
         key, value = (x.index_select(0, places) for x in (key, value))

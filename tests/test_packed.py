@@ -239,6 +239,40 @@ def test_flash_attention_is_dense_attention(heads, groups, size):
         assert (got.double() - want).norm() <= 2e-2 * want.norm()
 
 
+def test_what_flash_attention_is_told_is_the_mask(monkeypatch):
+    """On a CPU, with a stand-in that does what varlen_attn's documentation says."""
+
+    def stand_in(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale, enable_gqa
+    ):
+        assert window_size == (-1, 0) and enable_gqa  # causal, aligned at the last token
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        sizes = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+        assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
+        parts = zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True)
+        outputs = []
+        for part in parts:
+            q, k, v = (x.transpose(0, 1) for x in part)
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+            mask = mask.tril(k.shape[1] - q.shape[1])
+            attend = torch.nn.functional.scaled_dot_product_attention
+            outputs.append(attend(q, k, v, mask, scale=scale).transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(packed, "varlen_attn", stand_in)
+    monkeypatch.setattr(packed, "GQA", {"enable_gqa": True})
+    random, ids = torch.Generator().manual_seed(0), collate(SEQUENCES)[2:4]
+    shapes = [(1, n, len(ids[0]), 8) for n in (4, 2, 2)]
+    operands = [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+    found = []
+    for flash in (True, False):
+        monkeypatch.setattr(packed, "suits_flash", lambda query, value, flash=flash: flash)
+        output, _ = packed.packed_attention(None, *operands, **renamed(ids), scaling=0.2)
+        found.append((output, *torch.autograd.grad(output.square().sum(), operands)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_flash_attention_is_told_each_segments_keys_its_prompts_and_its_own():
     batch = collate(SEQUENCES[:2])  # 4 + 3 and 2 + 2 tokens
     segments = attention_arguments("packed", batch.document_ids, batch.segment_ids)["segments"]
