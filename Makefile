@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(RUN) python generate.py --task sentiment --limit 60 --out runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python score.py --task sentiment --in runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 6 --max-repeats 0.05
-	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo --samples 2
+	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo-margin --samples 2
 
 test: .venv/ready
 	$(RUN) python -m pytest

@@ -1,7 +1,7 @@
 """Stage 4 of 4: did the behaviour change, on prompts that training never saw, and at what cost?
 
     python eval.py --task sycophancy                      # the base model and all of runs/sycophancy/
-    python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
+    python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo-margin --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
 with its scores; report.md, the table and answers side by side; report.png.

@@ -11,13 +11,13 @@ log.jsonl (a line a step) and run.json (settings, versions, counts). --in takes 
 of TRL's format or UltraFeedback's.
 
     z = beta [(log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))]
-    p = sigmoid((score_chosen - score_rejected) / tau)
-    loss = -p log sigmoid(z) - (1 - p) log sigmoid(-z)          # --loss rdpo
-           + sft_weight (SFT loss of the better answer)         # 0 leaves the loss alone
+    loss = -log sigmoid(z - (score_chosen - score_rejected) / tau)   # --loss rdpo-margin
+           + sft_weight (SFT loss of the better answer)              # 0 leaves the loss alone
 
 Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand. Its abstract asks
 for a loss that generalises DPO, takes the scores of an external reward model in, and is robust to
-noise. Three readings of that are here: rdpo, rdpo-margin and rdpo-weight.
+noise. Three readings of that are here: rdpo-margin, which did best in our study, rdpo and
+rdpo-weight.
 """
 
 import functools
@@ -52,7 +52,7 @@ from score import is_scored, repetition
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
 WORLD, LOCAL_WORLD = (int(os.environ.get(f"{n}WORLD_SIZE", 1)) for n in ("", "LOCAL_"))
-SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
+SCORED_LOSSES = ("rdpo-margin", "rdpo", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -69,8 +69,8 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     With z = beta (log-ratio of chosen - log-ratio of rejected), log-ratio = policy - reference,
     s = sigmoid and the preference probability p = s(delta / tau):
 
-    rdpo         -p log s(z) - (1 - p) log s(-z)      least at z = delta / tau
-    rdpo-margin  -log s(z - delta / tau)              the reward gap as a margin
+    rdpo-margin  -log s(z - delta / tau)     the reward gap as a margin, as in arXiv 2402.10571
+    rdpo         -p log s(z) - (1 - p) log s(-z)               least at z = delta / tau
     rdpo-weight  -w log s(z), w = max(0, 2p - 1) / mean_weight
     dpo          -log s(z)                                             arXiv 2305.18290, eq. 7
     cdpo         -(1 - e) log s(z) - e log s(-z)             Mitchell, note on noisy preferences
@@ -78,10 +78,11 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     ipo          (h - 1 / (2 beta))^2, h = z / beta with means         arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
 
-    A failed revision (delta < 0, p < 1/2): under rdpo its label is flipped and z falls to
-    delta / tau < 0; rdpo-margin asks for less than dpo does; rdpo-weight leaves it out. A tie
-    (p = 1/2): rdpo pulls z back to 0, where its gradient is 0; rdpo-margin is dpo; rdpo-weight
-    leaves it out. The paper's equation was not at hand; see the top of this file.
+    A failed revision (delta < 0, p < 1/2): rdpo-margin is content with any z above delta / tau < 0,
+    its gradient at z = 0 being p, so that a pair counts where teacher and reward agree; rdpo flips
+    its label, and z falls to delta / tau; rdpo-weight leaves it out. A tie (p = 1/2): rdpo-margin
+    is dpo; rdpo pulls z back to 0, where its gradient is 0; rdpo-weight leaves it out. The paper's
+    equation was not at hand; see the top of this file.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
     dpo. That is chosen's; under the rdpo losses it is p times chosen's and 1 - p times rejected's,
@@ -97,10 +98,10 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     log_ratios = policy_logps - reference_logps
     z = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     p = torch.sigmoid(delta / tau)
-    if kind == "rdpo":
-        losses = -p * F.logsigmoid(z) - (1 - p) * F.logsigmoid(-z)
-    elif kind == "rdpo-margin":
+    if kind == "rdpo-margin":
         losses = -F.logsigmoid(z - delta / tau)
+    elif kind == "rdpo":
+        losses = -p * F.logsigmoid(z) - (1 - p) * F.logsigmoid(-z)
     elif kind == "rdpo-weight":
         losses = -(2 * p - 1).clamp(min=0) / settings["mean_weight"] * F.logsigmoid(z)
     elif kind == "dpo":
@@ -525,15 +526,15 @@ def parse_args():
     add("--model", default="smollm2", help="student, and reference: 'smollm2' (embedded), a folder or a hub id (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="scored pairs, or any data set in TRL's preference format (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
-    add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
+    add("--loss", default="rdpo-margin", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
     add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
     add("--beta", type="positive", default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
-    add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and under rdpo z rises to gap / TAU (default: %(default)s)")
+    add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: 4e-5, with sft 2e-5)")
+    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -547,7 +548,7 @@ def parse_args():
     add("--save-every", type="count", default=10, help="steps between checkpoints (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.lr = args.lr or (2e-5 if args.loss == "sft" else 4e-5)
+    args.lr = args.lr or {"rdpo-margin": 8e-5, "sft": 2e-5}.get(args.loss, 4e-5)
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
     for name, end in {"epsilon": 0.5, "warmup": 1}.items():

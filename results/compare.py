@@ -238,7 +238,9 @@ def cell(value, form):
 
 def samples_of(lines):
     """Answers to the first three test prompts, side by side, in Markdown."""
-    shown = [pick(lines, "conversation", method)[:1] for method in ("base", "dpo", "rdpo", "dsc")]
+    shown = [
+        pick(lines, "conversation", method)[:1] for method in ("base", "dpo", "rdpo-margin", "dsc")
+    ]
     shown = [line for found in shown for line in found]
     rows, parts = read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment"), []
     prompts = {row["id"]: row["prompt"][-1]["content"] for row in rows}
@@ -320,10 +322,12 @@ def report(task):
         parts += ["## The pairs of preference losses", table_of(pairs, columns)]
     if task == "sentiment":
         parts += ["## Three prompts", *samples_of(lines)]
-        apart = differences(*(pick(lines, "conversation", method) for method in ("rdpo", "dpo")))
+        apart = differences(
+            *(pick(lines, "conversation", method) for method in ("rdpo-margin", "dpo"))
+        )
         if apart is not None:
             answers = (2.8 * np.nanstd(apart) / 0.1) ** 2
-            parts += [f"## How many prompts\n\nrdpo and dpo differ with a standard deviation of "
+            parts += [f"## How many prompts\n\nrdpo-margin and dpo differ with a standard deviation of "
                       f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
                       "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
                       "groups asks for more."]  # fmt: skip

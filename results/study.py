@@ -79,7 +79,8 @@ METHODS = {  # flags of train.py
     "dpo-alone": ["--loss", "dpo", "--sft-weight", 0],
     "rdpo-alone": ["--loss", "rdpo", "--sft-weight", 0],
 }
-IMITATION, UNTRAINED, SHORT = ("sft", "dsc"), ("base", "self-refine"), ("dpo", "rdpo", "dsc")
+IMITATION, UNTRAINED = ("sft", "dsc"), ("base", "self-refine")
+SHORT = ("dpo", "rdpo", "rdpo-margin", "dsc")
 RECIPE = ["--sft-weight", 1]  # of preference methods
 # learning rate and beta that are tried, the first five always
 TRIALS = ((1e-5, 0.1), (2e-5, 0.1), (1e-5, 0.3), (4e-5, 0.1), (8e-5, 0.1))
@@ -143,13 +144,13 @@ def plan_of(task, seeds):
         return [Run("conversation", method, 0, trial=i) for i in range(len(settings_of(method)))]
 
     alone = ("dpo-alone", "rdpo-alone")  # on conversation pairs, from the base model
-    full = [method for method in ("rdpo-weight", "rdpo-margin", *METHODS) if method not in alone]
+    full = [method for method in METHODS if method not in (*SHORT, *alone)]
     runs = [trial for method in SHORT for trial in trials(method)]
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *SHORT)]
         runs += [Run("fresh", m, seed) for m in SHORT]
-        runs += [Run("fresh", "dpo", seed, flips=f) for f in FLIPS["dpo"][:2]]
-        runs += [Run("fresh", m, seed, swaps=SWAPS[m][0]) for m in ("rdpo", "dsc")]
+        runs += [Run("fresh", m, seed, flips=f) for m in ("dpo", "rdpo-margin") for f in (40, 20)]
+        runs += [Run("fresh", m, seed, swaps=s) for m in SHORT[1:] for s in (50, 25)]
         runs += [Run("conversation", m, seed, reward="afinn") for m in ("rdpo", "dsc")]
         runs += [Run("conversation", m, seed) for m in alone]
     for seed, method in itertools.product(seeds, full):

@@ -160,13 +160,13 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert done.returncode == 0, done.stderr
     folder = workdir / "runs" / "safety"
     rows = read_rows(folder / "eval.jsonl")
-    assert {row["model"] for row in rows} == {"tiny", "self-refine", "rdpo"}
+    assert {row["model"] for row in rows} == {"tiny", "self-refine", "rdpo-margin"}
     assert all({"answer", "score", "metric", "words", "repeats"} <= row.keys() for row in rows)
     assert all(row["base_logp"] < 0 for row in rows if row["answer"])
-    assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
+    assert json.loads((folder / "rdpo-margin" / "run.json").read_text())["task"] == "safety"
     report = (folder / "report.md").read_text()
-    assert "| tiny |" in report and "| rdpo |" in report and "| control |" in report
-    assert report.count("**rdpo**") > 1 and "contrast reward of" in report
+    assert "| tiny |" in report and "| rdpo-margin |" in report and "| control |" in report
+    assert report.count("**rdpo-margin**") > 1 and "contrast reward of" in report
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "runs/safety/report.md" in done.stdout
 
@@ -179,7 +179,7 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert (folder / "eval.jsonl").read_bytes() == before
     # a report somewhere else is on the same students
     assert stage("eval", "--max-tokens", "8", "--out", "elsewhere").returncode == 0
-    assert "| rdpo |" in (workdir / "elsewhere" / "report.md").read_text()
+    assert "| rdpo-margin |" in (workdir / "elsewhere" / "report.md").read_text()
     # answers of other weights are not mixed with these
     assert stage("train", *options, "--max-steps", "3", "--overwrite").returncode == 0
     refused = stage("eval", "--max-tokens", "8")

@@ -126,6 +126,13 @@ def test_rdpo_has_its_optimum_where_z_is_delta_over_tau(delta):
     assert losses_at("rdpo", best + 1, delta, tau=0.5)[1] > 0
 
 
+def test_the_margin_counts_a_pair_by_p_and_asks_nothing_of_a_revision_that_clearly_lost():
+    for delta in (-3.0, -0.4, 0.0, 0.4, 3.0):
+        p = 1 / (1 + math.exp(-delta / 0.5))
+        assert losses_at("rdpo-margin", 0.0, delta, tau=0.5)[1] == pytest.approx(-p)
+    assert abs(losses_at("rdpo-margin", 0.0, -3.0, tau=0.5)[1]) < 0.01
+
+
 def test_a_tie_pulls_z_back_to_0_under_rdpo_and_is_dpo_under_the_margin():
     assert losses_at("rdpo", 0.0, delta=0.0)[1] == pytest.approx(0.0, abs=1e-12)
     assert losses_at("rdpo", 1.0, delta=0.0)[1] > 0.2 > -0.2 > losses_at("rdpo", -1.0, delta=0.0)[1]
@@ -449,7 +456,7 @@ def test_distilled_self_critique_trains_on_the_revisions_that_won(run, tiny, pai
 def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
     rows = [pair_row(i, f"good answer {i}", f"poor answer {i}", delta=-3.0) for i in range(4)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
-    steps = train_steps(trained(run, tiny, workdir / "out", "--epochs", "6")[0])
+    steps = train_steps(trained(run, tiny, workdir / "out", "--loss", "rdpo", "--epochs", "6")[0])
     assert steps[-1]["margin"] < -0.02 and steps[-1]["accuracy"] == 0
 
 
@@ -696,13 +703,13 @@ def test_a_second_process_in_the_same_run_directory_is_refused(run, tiny, pairs_
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
 def test_a_student_s_own_folder_is_no_output(run, tiny, pairs_file, workdir, more):
-    out = workdir / "runs" / "sentiment" / "rdpo"
+    out = workdir / "runs" / "sentiment" / "rdpo-margin"
     trained(run, tiny, out, "--max-steps", "1")
     before = {path: path.read_bytes() for path in out.iterdir()}
     status, _, err = run("train", "--model", out, *FAST, *more)
     assert status == 2 and "holds the student itself" in err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert not out.with_name("rdpo.bak").exists()
+    assert not out.with_name("rdpo-margin.bak").exists()
     status, _, err = run("train", "--model", out, "--out", workdir / "x", *FAST, "--max-steps", "1")
     assert status == 0, err
     (workdir / "x").rename(workdir / "y.bak")
