@@ -465,7 +465,8 @@ def torchrun(*argv, nodes=1):
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes=2", "--nproc-per-node=1"] if nodes == 2 else []
     command += ["--standalone", "--nproc-per-node=2"] if nodes == 1 else []
-    where = ["--master-addr=127.0.0.1", f"--master-port={20000 + os.getpid() % 20000}"]
+    port = 20000 + os.getpid() % 12000  # below those that the system gives out
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}"]
     how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     how["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
     launched = []
@@ -474,7 +475,8 @@ def torchrun(*argv, nodes=1):
         line = [*command, *more, ROOT / "train.py", *argv]
         launched.append(subprocess.Popen(list(map(str, line)), **how))
     errors = [process.communicate()[1] for process in launched]
-    assert not any(process.returncode for process in launched), errors
+    print(*errors, sep="\n")  # whole, where the test fails
+    assert not any(process.returncode for process in launched)
 
 
 # two processes need two GPUs, or none
