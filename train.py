@@ -651,6 +651,7 @@ def main():
     save_student(student, tokenizer, out, record)
     say(f"{out}: saved")
     if WORLD > 1:
+        wait()  # no process leaves while another still saves
         dist.destroy_process_group()
 
 
