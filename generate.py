@@ -242,8 +242,8 @@ def pick_device(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        on_gpu = functools.partial(torch.cuda.is_bf16_supported, including_emulation=False)
-        dtype = "bfloat16" if (multiplies_bf16 if device == "cpu" else on_gpu)() else "float32"
+        fast = multiplies_bf16() if device == "cpu" else torch.cuda.is_bf16_supported(False)
+        dtype = "bfloat16" if fast else "float32"  # False: where it is not emulated
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -166,8 +166,8 @@ def check_model(model, attention=None):
     return False
 
 
-known = inspect.signature(varlen_attn).parameters
-GQA = {"enable_gqa": True} if "enable_gqa" in known else {}  # torch 2.11 does it unasked
+VARLEN = inspect.signature(varlen_attn).parameters
+GQA = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}  # torch 2.11 does it unasked
 BLOCK = 128  # queries of a matrix product: smaller ones compute less that is masked, but slower
 
 
@@ -221,12 +221,13 @@ class PackedAttention(torch.autograd.Function):
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None
 
 
-def blocks(segments):
-    """Slices of each block: its queries, its keys in the prompt, its keys in its own segment."""
+def blocks(segments, size=None):
+    """Slices of each block of `size` (or BLOCK) queries: these, keys in the prompt, keys of its own."""
+    size = size or BLOCK
     prompt = nothing = slice(0, 0)
     for segment, start, end in segments:
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
+        for first in range(start, end, size):
+            last = min(first + size, end)
             yield slice(first, last), prompt if segment else nothing, slice(start, last)
         prompt = prompt if segment else slice(start, end)
 
@@ -235,15 +236,16 @@ def blocks(segments):
 def ragged(segments, device):
     """The segments as varlen_attn has them, sequences without padding: places of their keys, which
     are their prompt's and their own, and {where each segment ends, length of the longest}."""
-    prompt, keys = range(0), []
-    for segment, start, end in segments:
-        keys.append([*(prompt if segment else ()), *range(start, end)])
-        prompt = prompt if segment else range(start, end)
-    sizes = {"q": [end - start for _, start, end in segments], "k": list(map(len, keys))}
-    ends = {f"cu_seq_{of}": [0, *itertools.accumulate(some)] for of, some in sizes.items()}
-    ends = {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in ends.items()}
-    places = torch.tensor(list(itertools.chain(*keys)), device=device)
-    return places, ends | {f"max_{of}": max(some) for of, some in sizes.items()}
+    _, _, tokens = segments[-1]
+    places, lengths = torch.arange(tokens), {}
+    whole = list(blocks(segments, size=tokens))  # a block for each segment
+    keys = [torch.cat([places[prompt], places[own]]) for _, prompt, own in whole]
+    queries = [places[rows] for rows, _, _ in whole]
+    for name, parts in (("q", queries), ("k", keys)):
+        sizes = [len(part) for part in parts]
+        ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        lengths |= {f"cu_seq_{name}": ends.to(device), f"max_{name}": max(sizes)}
+    return torch.cat(keys).to(device), lengths
 
 
 def suits_flash(query, value):

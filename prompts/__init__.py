@@ -44,15 +44,14 @@ def load_task(name):
         metric = task["metric"]
         task["about"], metric["better"], metric["meaning"]
         match = metric["kind"] == "match"
-        patterns = metric.get("patterns") or [metric["field"]] if match else []
+        field = [metric["field"]] if match and not metric.get("patterns") else []
+        patterns = metric.get("patterns") or field if match else []
         known = metric["want"] in ("any", "none") if match else metric["kind"] in METRICS
         if not (known and isinstance(patterns, list)):
             raise ValueError(f"[metric]: kind is match, with want (any, none), or {METRICS}")
         re.compile("|".join(patterns))
-        field = [metric["field"]] if match and not metric.get("patterns") else []
-        task["columns"] = [
-            name for name in (task["seed_by"], *field) if name not in ("id", "group")
-        ]
+        columns = task["seed_by"], *field
+        task["columns"] = [name for name in columns if name not in ("id", "group")]
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8

@@ -63,8 +63,8 @@ LEGEND = """metric: {meaning} ({better} is better); learning rate and beta were 
 prompts. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
 differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
 of seeds and groups together: too wide where seeds matter little, too narrow where they matter much \
-and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test prompts that do not hang together. \
-other words: the contrast by words that no training saw; reward: the one that training saw. repeats: \
+and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test \
+prompts that do not hang together. other words: the contrast by words that no training saw; reward: the one that training saw. repeats: \
 share of 4-grams that an answer has had before. log-prob: nats a token under the base model, high in \
 loops too."""
 

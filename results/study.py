@@ -13,9 +13,10 @@ that no other makes. Two are a third faster on two cores than one; a GPU has roo
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
 the first LIMIT instructions only, since it takes three times as long. pooled: the conversation pairs
-of three seeds (of seed 0: of seeds 0, 1, 2, and so on), and three times the steps. Pairs with an answer that was
-cut off, or a revision that repeats itself, are left out for all methods; sft imitates all others, dsc
-and dpo-accept have those that won, and preference losses those that are no copy of the draft.
+of three seeds (of seed 0: of seeds 0, 1, 2, and so on), and three times the steps. Pairs with an
+answer that was cut off, or a revision that repeats itself, are left out for all methods; sft imitates
+all others, dsc and dpo-accept have those that won, and preference losses those that are no copy of
+the draft.
 
 All methods have STEPS steps of PAIRS_A_STEP pairs (fewer at an epoch's end), and preference losses the
 SFT term of RECIPE (results/pilots.md says why), but for those named -alone. cdpo and robust are told
@@ -149,8 +150,10 @@ def plan_of(task, seeds):
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *SHORT)]
         runs += [Run("fresh", m, seed) for m in SHORT]
-        runs += [Run("fresh", m, seed, flips=f) for m in ("dpo", "rdpo-margin") for f in (40, 20)]
-        runs += [Run("fresh", m, seed, swaps=s) for m in SHORT[1:] for s in (50, 25)]
+        runs += [
+            Run("fresh", m, seed, flips=f) for m in ("dpo", "rdpo-margin") for f in FLIPS[m][:2]
+        ]
+        runs += [Run("fresh", m, seed, swaps=s) for m in SHORT[1:] for s in SWAPS[m][:2]]
         runs += [Run("conversation", m, seed, reward="afinn") for m in ("rdpo", "dsc")]
         runs += [Run("conversation", m, seed) for m in alone]
     for seed, method in itertools.product(seeds, full):
@@ -181,6 +184,12 @@ class Cell:
     def made(self):
         """{name of a run: its line}."""
         return {line["id"]: line for line in read_lines(self.path)}
+
+    def add(self, line):
+        with claim(self.folder / "line.claim", wait=True):
+            lines = Rows(self.path)
+            lines.add(line)
+            lines.file.close()
 
     def call(self, script, *flags):
         """Runs a stage, whose output goes to the folder's log; the seconds that it took. Stages
@@ -277,10 +286,7 @@ class Cell:
         answers, more = self.answer(run, student)
         line |= {"seconds": round(seconds + more), "threads": os.environ.get("OMP_NUM_THREADS")}
         line |= measures(self.task, run, answers, {row["id"]: row for row in asked})
-        with claim(self.folder / "line.claim", wait=True):
-            lines = Rows(self.path)
-            lines.add(line)
-            lines.file.close()
+        self.add(line)
         print(f"{time.strftime('%H:%M:%S')} {self.kind} {self.seed} {run.name}: "
               f"{line['seconds']} s, metric {mean(line, 'metric'):.3f}, "
               f"words {mean(line, 'words'):.0f}", flush=True)  # fmt: skip
@@ -508,16 +514,17 @@ def main():
     cells = {(run.kind, run.seed): None for run in runs}
     cells = {key: Cell(args.task, *key) for key in cells}
     shares = shares_of_trials(lines_of_study("sentiment"))
+    made = {key: cell.made() for key, cell in cells.items()}
     for run in runs:
-        cell = cells[run.kind, run.seed]
-        line = cell.made().get(run.name)
+        cell, line = cells[run.kind, run.seed], made[run.kind, run.seed].get(run.name)
         if line and run.method in METHODS and run.trial is None:
             if best_settings(run, shares) not in (None, settings_in(line)):
                 reason = f"{run.name} has other settings than the trials say now"
                 raise BadInput(f"{cell.path}: {reason}; make it anew, see --help")
-    while (made := make_next(runs, cells)) is not False:
-        time.sleep(0 if made else 10)
-    left = [run for run in runs if run.name not in cells[run.kind, run.seed].made()]
+    while (done := make_next(runs, cells)) is not False:
+        time.sleep(0 if done else 10)
+    made = {key: cell.made() for key, cell in cells.items()}
+    left = [run for run in runs if run.name not in made[run.kind, run.seed]]
     print(f"{len(left)} runs are left, which wait for trials or are not wanted by them:")
     print(", ".join(f"{run.kind} {run.seed} {run.name}" for run in left))
 

@@ -111,18 +111,12 @@ def cell(workdir, monkeypatch):
 EQUAL = {method: dict.fromkeys(range(8), 0.5) for method in study.METHODS}
 
 
-def add_line(cell, line):
-    rows = study.Rows(cell.path)
-    rows.add(line)
-    rows.file.close()
-
-
 def test_a_run_is_made_once_of_all_usable_pairs_and_keeps_no_weights(cell, workdir):
     runs, cells = [Run("conversation", "dpo", 0)], {("conversation", 0): cell}
     assert study.make_next(runs, cells) is False  # its trials are missing
     for i, (lr, beta) in enumerate(study.settings_of("dpo")):
         line = Run("conversation", "dpo", 0, trial=i)._asdict() | {"lr": lr, "beta": beta}
-        add_line(cell, line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
+        cell.add(line | {"id": f"{i}", "values": {"metric": [i in (1, 2), None]}})
     with study.claim(cell.folder / "dpo.claim") as mine:  # as another process would have it
         assert mine and study.make_next(runs, cells) is None
     assert study.make_next(runs, cells) is True and study.make_next(runs, cells) is False
@@ -183,7 +177,7 @@ def test_rates_are_doubled_as_long_as_the_last_is_the_best():
 
 
 def test_a_run_with_other_settings_than_the_trials_say_is_refused(cell, monkeypatch):
-    add_line(cell, Run("conversation", "dpo", 0)._asdict() | {"id": "dpo", "lr": 8e-5, "beta": 0.1})
+    cell.add(Run("conversation", "dpo", 0)._asdict() | {"id": "dpo", "lr": 8e-5, "beta": 0.1})
     monkeypatch.setattr(study, "shares_of_trials", lambda lines: EQUAL)
     monkeypatch.setattr(sys, "argv", "study.py --seeds 0 --kinds conversation --only dpo".split())
     with pytest.raises(BadInput, match="dpo has other settings than the trials say now"):
