@@ -245,16 +245,15 @@ class Cell:
 
     def pool(self, parts):
         """The pairs of several seeds as one; the prompts of the first."""
-        rows = [row | {"id": f"{row['id']} {p.seed}"} for p in parts for row in p.rows["scored"]]
+        rows = [row | {"id": f"{row['id']} {p.seed}"} for p in parts for row in p.rows("scored")]
         write(self.folder / "scored.jsonl", rows)
         for name in ("trial", "test"):
-            write(self.folder / f"{name}.jsonl", parts[0].rows[name])
+            write(self.folder / f"{name}.jsonl", parts[0].rows(name))
 
-    @functools.cached_property
-    def rows(self):
-        """{"scored": training pairs, "trial" and "test": rows that students are asked}."""
-        names = ("scored", "trial", "test")
-        return {name: read_rows(self.folder / f"{name}.jsonl", "id") for name in names}
+    @functools.cache  # noqa: B019, the cells live as long as the process
+    def rows(self, name):
+        """The training pairs "scored", or the rows "trial" or "test" that students are asked."""
+        return read_rows(self.folder / f"{name}.jsonl", "id")
 
     def asking(self, name, out=None):
         """Flags of eval.py for the prompts "test" or "trial"."""
@@ -263,7 +262,7 @@ class Cell:
 
     def training_pairs(self, run):
         """The scored pairs, with the run's reward and noise."""
-        rows = [dict(row) for row in self.rows["scored"]]
+        rows = [dict(row) for row in self.rows("scored")]
         for row, side in itertools.product(rows if run.reward == "afinn" else (), SIDES):
             text = text_of(row[side])
             row[f"score_{side}"] = LEXICON.score(text) / len(text.split())
@@ -277,7 +276,7 @@ class Cell:
 
     def make(self, run, shares):
         """Trains with the settings that the trials say, evaluates, adds the line."""
-        asked = self.rows["test" if run.trial is None else "trial"]
+        asked = self.rows("test" if run.trial is None else "trial")
         student = Path("smollm2" if run.method == "base" else "self-refine")
         line, seconds = {"id": run.name, **run._asdict(), "made": provenance()}, 0.0
         if run.method not in UNTRAINED:

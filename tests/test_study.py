@@ -153,8 +153,8 @@ def test_the_base_model_answers_once_and_pairs_are_made_by_one_process(cell):
 
 def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(cell):
     pooled = study.Cell("sentiment", "pooled", 0)
-    assert pooled.prepare() and len(pooled.rows["scored"]) == 3 * 36
-    assert len({row["id"] for row in pooled.rows["scored"]}) == 3 * 36
+    assert pooled.prepare() and len(pooled.rows("scored")) == 3 * 36
+    assert len({row["id"] for row in pooled.rows("scored")}) == 3 * 36
     pooled.make(Run("pooled", "rdpo", 0), EQUAL)
     (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
     assert train[train.index("--max-steps") + 1] == "72"
@@ -196,10 +196,15 @@ def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell):
 
 
 def test_trials_are_asked_films_that_no_pair_of_a_conversation_is_of(cell):
-    asked = cell.rows
-    assert [row["id"] for row in asked["trial"]] == ["s0", "s1", "s2"]
-    assert [row["id"] for row in asked["test"]] == ["t0", "t1", "t2", "t3"]
-    assert all("chosen" in row for row in asked["test"])  # what self-refine answers
+    assert [row["id"] for row in cell.rows("trial")] == ["s0", "s1", "s2"]
+    assert [row["id"] for row in cell.rows("test")] == ["t0", "t1", "t2", "t3"]
+    assert all("chosen" in row for row in cell.rows("test"))  # what self-refine answers
+
+
+def test_a_task_all_of_whose_films_have_pairs_is_run_without_trials(cell):
+    (cell.folder / "trial.jsonl").write_text("")
+    cell.make(Run("conversation", "dpo", 0), EQUAL)
+    assert cell.made()["dpo"]["pairs"]
 
 
 def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_not(cell):
