@@ -59,14 +59,14 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
-LEGEND = """metric: {meaning} ({better} is better); learning rate and beta were chosen by it, on other \
-prompts. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
+LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
 differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
 of seeds and groups together: too wide where seeds matter little, too narrow where they matter much \
 and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test \
-prompts that do not hang together. other words: the contrast by words that no training saw; reward: the one that training saw. repeats: \
-share of 4-grams that an answer has had before. log-prob: nats a token under the base model, high in \
-loops too."""
+prompts that do not hang together. reward: the one that training saw; other words: the contrast by \
+words that it did not see, of sentiment alone. repeats: share of 4-grams that an answer has had before. \
+log-prob: nats a token under the base model, high in loops too."""
+CHOSEN = {True: "were chosen by it, on other prompts", False: "are those chosen for sentiment"}
 
 
 def pick(lines, kind, method, start="base", flips=0, swaps=0, reward="contrast"):
@@ -236,14 +236,12 @@ def cell(value, form):
     return f"{interval(value[:3], form)}, p {sign} {value[4]:.2g}"
 
 
-def samples_of(lines):
+def samples_of(task, lines, kind):
     """Answers to the first three test prompts, side by side, in Markdown."""
-    shown = [
-        pick(lines, "conversation", method)[:1] for method in ("base", "dpo", "rdpo-margin", "dsc")
-    ]
+    shown = [pick(lines, kind, method)[:1] for method in ("base", "dpo", "rdpo-margin", "dsc")]
     shown = [line for found in shown for line in found]
-    rows, parts = read_prompts(ROOT / "prompts/sentiment.jsonl", "sentiment"), []
-    prompts = {row["id"]: row["prompt"][-1]["content"] for row in rows}
+    rows, parts = read_prompts(ROOT / f"prompts/{task}.jsonl", task), []
+    prompts = {row["id"]: " ".join(row["prompt"][-1]["content"].split()) for row in rows}
     for name in shown[0]["samples"] if shown else ():
         parts.append(f"**{prompts[name]}**")
         parts += [f"> **{x['method']}**: {' '.join(x['samples'][name].split())}" for x in shown]
@@ -262,16 +260,17 @@ def tried_of(lines):
     return rows
 
 
-def pairs_of(lines):
+def pairs_of(task, lines):
     """Rows of what the preference losses were trained on; copies of the draft are left out there."""
     rows = []
     for line in (line for kind in KINDS for line in pick(lines, kind, "dpo")):
         row = {key: line[key] for key in ("kind", "seed", "pairs")}
         row["won"] = f"{line['won'] / (line['won'] + line['lost']):.0%}"
         row["copies"] = f"{abs(1 - line['won'] - line['lost']):.0%}"
-        if (path := pairs_file("sentiment", line["kind"], line["seed"])).exists():
+        if (path := pairs_file(task, line["kind"], line["seed"])).exists():
             facts = json.loads(path.read_text())
             row |= {key: f"{facts[key]:.0%}" for key in JUDGED}
+            row["words"] = f"{facts['draft words']:.0f}, {facts['revision words']:.0f}"
         rows.append(row)
     return rows
 
@@ -291,7 +290,8 @@ def report(task):
     minus = [name for name in SHOWN if name.startswith("minus")]
     spread = {"metric": ".3f"} | dict.fromkeys(minus, "+.3f") if metric["kind"] == "spread" else {}
     shown = {key: (head, spread.get(key, form)) for key, (head, form) in SHOWN.items()}
-    parts = [f"# The study of the task {task}", f"Made by `{command}`.", LEGEND.format(**metric)]
+    legend = LEGEND.format(chosen=CHOSEN[task == "sentiment"], **metric)
+    parts = [f"# The study of the task {task}", f"Made by `{command}`.", legend]
     if task == "sentiment":
         parts += [f"self-refine on conversation pairs has the test prompts of the first "
                   f"{LIMIT['conversation']} instructions alone, and its differences are over these."]  # fmt: skip
@@ -311,7 +311,7 @@ def report(task):
             "## Settings that were tried",
             table_of(tried, columns | {"chosen": ("chosen", "")}),
         ]
-    if pairs := pairs_of(lines):
+    if pairs := pairs_of(task, lines):
         columns = {
             "kind": ("kind", ""),
             "seed": ("seed", ""),
@@ -319,18 +319,17 @@ def report(task):
         }
         columns |= {"won": ("of these won by the reward", ""), "copies": ("copies beside", "")}
         columns |= {key: (head, "") for key, head in JUDGED.items()}
+        columns["words"] = ("words of drafts, revisions", "")
         parts += ["## The pairs of preference losses", table_of(pairs, columns)]
-    if task == "sentiment":
-        parts += ["## Three prompts", *samples_of(lines)]
-        apart = differences(
-            *(pick(lines, "conversation", method) for method in ("rdpo-margin", "dpo"))
-        )
-        if apart is not None:
-            answers = (2.8 * np.nanstd(apart) / 0.1) ** 2
-            parts += [f"## How many prompts\n\nrdpo-margin and dpo differ with a standard deviation of "
-                      f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
-                      "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
-                      "groups asks for more."]  # fmt: skip
+    kind = "conversation" if task == "sentiment" else "fresh"
+    parts += ["## Three prompts", *samples_of(task, lines, kind)]
+    apart = differences(*(pick(lines, kind, method) for method in ("rdpo-margin", "dpo")))
+    if task == "sentiment" and apart is not None:
+        answers = (2.8 * np.nanstd(apart) / 0.1) ** 2
+        parts += [f"## How many prompts\n\nrdpo-margin and dpo differ with a standard deviation of "
+                  f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
+                  "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
+                  "groups asks for more."]  # fmt: skip
     parts += ["## How it was made", f"{len(lines)} runs.", *made]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))

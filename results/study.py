@@ -371,11 +371,13 @@ def facts_of_pairs(rows):
     preferred = compound[np.arange(len(kept)), (gaps <= 0).astype(int)]
     lexicon = np.array([[LEXICON.score(text) for text in texts[i]] for i in kept])
     afinn = np.sign(lexicon[:, 0] - lexicon[:, 1]) == np.sign(compound[:, 0] - compound[:, 1])
-    shares = {"agree": agree[apart], "afinn agree": afinn[apart], "won": gaps > 0}
+    means = {"agree": agree[apart], "afinn agree": afinn[apart], "won": gaps > 0}
     for name, scores in zip(("revisions", "drafts"), compound.T, strict=True):
-        shares[f"{name} positive"] = scores >= 0.05
-    shares["preferred positive"] = preferred >= 0.05
-    return {"pairs": len(kept)} | {name: round(float(np.mean(v)), 3) for name, v in shares.items()}
+        means[f"{name} positive"] = scores >= 0.05
+    means["preferred positive"] = preferred >= 0.05
+    words = np.array([[len(text.split()) for text in texts[i]] for i in kept])
+    means |= {"revision words": words[:, 0], "draft words": words[:, 1]}
+    return {"pairs": len(kept)} | {name: round(float(np.mean(v)), 3) for name, v in means.items()}
 
 
 def exchange(row, one, other):

@@ -266,6 +266,13 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
     assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "| rdpo | 0-1 | 40 |" in folder.with_suffix(".md").read_text()
+    (folder / "fresh-0.pairs.json").write_text("no JSON")  # other tasks have no such file
+    other = folder.parent / "safety"
+    other.mkdir()
+    write_lines(other, [Run("fresh", m, 0) for m in ("base", "dpo", "rdpo-margin")])
+    compare.report("safety")
+    text = other.with_suffix(".md").read_text()
+    assert "are those chosen for sentiment" in text and "VADER" not in text
 
 
 def test_lines_of_other_test_prompts_are_not_compared():
