@@ -43,6 +43,8 @@ SHOWN = {  # key of a row: heading, format
     "minus dsc": ("minus dsc", "+.0%"),
     "minus dsc, the start": ("minus the start", "+.0%"),
     "control": ("control", ".0%"),
+    "control minus dpo": ("control minus dpo", "+.0%"),
+    "control minus dsc": ("control minus dsc", "+.0%"),
     "afinn": ("AFINN positive", ".0%"),
     "other": ("other words", ".3f"),
     "reward": ("reward", ".3f"),
@@ -109,23 +111,24 @@ def holm(ps):
     return adjusted
 
 
-def differences(one, other):
-    """(seeds, groups) of the differences in the metric of two methods' lines, of seeds of both."""
+def differences(one, other, name="metric"):
+    """(seeds, groups) of the differences of two methods' lines in a measure, of seeds of both."""
     by_seed = [{line["seed"]: line for line in lines} for lines in (one, other)]
     seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
     lines = [lines[seed] for lines in by_seed for seed in seeds]
-    return np.subtract(*np.split(matrix(lines, "metric"), 2)) if seeds else None
+    known = seeds and all(name in line["values"] for line in lines)
+    return np.subtract(*np.split(matrix(lines, name), 2)) if known else None
 
 
 def compare(found, rivals):
-    """{(method, rival): (mean, low, high, p, p by Holm)} of the differences from the two rivals; the
-    family is one table. found: {method: lines}."""
-    tests = {}
-    for pair in itertools.product(found, (rival for rival in rivals if rival in found)):
-        values = differences(*(found[method] for method in pair))
+    """{(method, rival, measure): (mean, low, high, p, p by Holm)} of the differences from the two
+    rivals, in metric and control; the family is one table. found: {method: lines}."""
+    tests, there = {}, [rival for rival in rivals if rival in found]
+    for method, rival, name in itertools.product(found, there, ("metric", "control")):
+        values = differences(found[method], found[rival], name)
         # of the two rivals the second less the first is the test of the first less the second
-        if values is not None and pair[0] != pair[1] and pair != rivals:
-            tests[pair] = resample(values)
+        if values is not None and method != rival and (method, rival) != rivals:
+            tests[method, rival, name] = resample(values)
     adjusted = holm([test[3] for test in tests.values()])
     return {pair: (*tests[pair], p) for pair, p in zip(tests, adjusted, strict=True)}
 
@@ -149,7 +152,9 @@ def summarise(lines):
             row |= {"seeds": [line["seed"] for line in mine]}
             row |= {m: resample(matrix(mine, m)) for m in SHOWN if m in mine[0]["values"]}
             row["groups"] = int((~np.isnan(matrix(mine, "metric"))).any(0).sum())
-            row |= {f"minus {r}": tests[method, r] for r in RIVALS[start] if (method, r) in tests}
+            for (one, rival, name), test in tests.items():
+                if one == method:
+                    row[f"control minus {rival}" if name == "control" else f"minus {rival}"] = test
             gained = differences(mine, found.get("base", [])) if method != "base" else None
             row |= {"minus base": resample(gained)[:3]} if gained is not None else {}
             row |= {"settings": used(mine[0])} if "lr" in mine[0] else {}

@@ -235,6 +235,7 @@ def write_lines(folder, runs):
     for run in runs:
         likely = {"base": 0.3, "rdpo": 0.9}.get(run.method, 0.5)
         values = {"metric": [float(x) for x in rng.random(40) < likely], "words": [60] * 40}
+        values["control"] = [1 - value for value in values["metric"]]
         line = {"id": run.name, **run._asdict(), "seconds": 1, "threads": "1", "made": facts}
         line |= {"lr": 1e-5, "beta": 0.1, "pairs": 9, "won": 0.5, "lost": 0.3, "samples": {}}
         line |= {"groups": [f"g{k}" for k in range(40)], "values": values}
@@ -262,6 +263,7 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     assert mean == pytest.approx(rows["rdpo"]["metric"][0] - rows["dpo"]["metric"][0])
     assert 0 < low < mean < high and p <= adjusted < 0.05 < rows["dsc"]["minus dpo"][4]
     assert "minus dsc" not in rows["dpo"]  # the same test as dsc minus dpo
+    assert rows["rdpo"]["control minus dpo"][0] == pytest.approx(-mean)
     dial = [(p["share"], p["by formula"]) for p in summary["dials"] if p["method"] == "rdpo"]
     assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
     assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
