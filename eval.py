@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -51,7 +52,7 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
         patterns = [re.escape(m) for m in ([markers] if isinstance(markers, str) else markers)]
     text = answer.replace("\u2019", "'")
     found = any(re.search(f"(?i){whole_words(pattern)}", text) for pattern in patterns)
-    return float(found == {"any": True, "none": False}[metric["want"]])
+    return float(found == (metric["want"] == "any"))
 
 
 def whole_words(pattern):
@@ -197,13 +198,8 @@ torch {facts["torch"]}, transformers {facts["transformers"]}.
 
 def draw(path, table, metric):
     """report.png: metric and reward of every model, with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (10, 0.35 * len(table) + 1.6)
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    figure = Figure((10, 0.35 * len(table) + 1.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = {"metric": f"task metric ({metric['better']} is better)", "score": "mean reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for y, line in enumerate(table):
@@ -233,14 +229,13 @@ def models_in(folder, refined):
     if len(bases) > 1:
         several = " and ".join(sorted(bases))
         raise BadInput(f"{folder}: its students have several bases, {several}; pass --models")
-    return [*bases, *[SELF_REFINE][: len(refined)], *runs]
+    return [*bases, *[SELF_REFINE] * bool(refined), *runs]
 
 
 def fingerprint(model):
     """A hash of a model's weights on disk; empty for a model that is on the hub."""
     files = sorted(Path(model_folder(model)).glob("model*.safetensors"))
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return " ".join(digest[:16] for digest in hashes)
+    return " ".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
 
 
 def jobs_of(models, names, rows, refined, samples):
@@ -278,8 +273,7 @@ def score_answers(jobs, rows, reward):
     """Adds the scores of their answers to the jobs; an empty answer has none."""
     spoken = [job for job in jobs if job["answer"]]
     given, answers = [rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken]
-    scores = reward(given, answers) if spoken else []
-    for job, score in zip(spoken, scores, strict=True):
+    for job, score in zip(spoken, reward(given, answers), strict=True):
         job |= {"score": score.finite} | ({"error": score.said} if score.failed else {})
 
 
@@ -299,7 +293,7 @@ def add_logps(answered, rows, chat, pack_tokens):
 def main():
     parser = make_parser(__doc__, reads="scored.jsonl")
     add = parser.add_argument
-    add_reward_flags(parser, None, None)
+    add_reward_flags(parser)
     # fmt: off
     add("--reward-model", metavar="NAME", help="model of the reward (default: that of the pairs)")
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
@@ -319,9 +313,7 @@ def main():
     rows = [row for row in rows if row.get("split") == "test"][: args.limit]
     refined = [row for row in rows if not row.get("error") and "chosen" in row]
     if not rows:
-        raise BadInput(
-            f"{path}: no row has the split 'test', so nothing is held out to evaluate on"
-        )
+        raise BadInput(f"{path}: nothing is held out to evaluate on: no row has the split 'test'")
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {rows[0]['task']}")
     args.models = args.models or models_in(path.parent, refined)
@@ -361,7 +353,7 @@ def main():
         add_logps(new, by_id, chat, args.pack_tokens)
     answers = output.close(jobs)
     failed = sum("error" in row for row in answers)
-    if judge and args.api_base:
+    if args.api_base:
         judge.close(not failed)
     table = summarise(names, answers, task["metric"]["kind"])
     lines, facts = make_table(table, task["metric"]), provenance(args.device)

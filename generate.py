@@ -34,7 +34,7 @@ import transformers
 from requests.adapters import HTTPAdapter, Retry
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kernels.logps import multiplies_bf16
 from prompts import FOLDER, BadInput, fill, load_task, read_prompts
@@ -53,23 +53,23 @@ def refine(rows, form, ask, seed_by="id"):
     ask: (conversations, keys) -> list of Reply; the key gives a conversation its random numbers.
     seed_by: the field whose rows share them, see load_task.
     """
-    pairs, texts = [{**row, "teacher": {}} for row in rows], [{} for _ in rows]
+    made = [({**row, "teacher": {}}, {}) for row in rows]  # a pair, and what was said for it
     for name, call in CALLS.items():
-        going = [i for i, pair in enumerate(pairs) if "error" not in pair]
-        conversations = [fill(form[call], rows[i], **texts[i]) for i in going]
-        keys = [(rows[i][seed_by], call) for i in going]
-        for i, reply in zip(going, ask(conversations, keys), strict=True):
-            texts[i][name] = reply.text
+        going = [(pair, texts) for pair, texts in made if "error" not in pair]
+        conversations = [fill(form[call], pair, **texts) for pair, texts in going]
+        keys = [(pair[seed_by], call) for pair, _ in going]
+        for (pair, texts), reply in zip(going, ask(conversations, keys), strict=True):
+            texts[name] = reply.text
             for key in ("finish", "prompt_tokens", "completion_tokens"):
-                pairs[i]["teacher"].setdefault(key, {})[name] = getattr(reply, key)
+                pair["teacher"].setdefault(key, {})[name] = getattr(reply, key)
             if reply.finish not in ("stop", "length") or not (reply.text or name == "critique"):
-                pairs[i]["error"] = f"{name}: no answer, finish reason {reply.finish}"
-    for pair, text in zip(pairs, texts, strict=True):
+                pair["error"] = f"{name}: no answer, finish reason {reply.finish}"
+    for pair, texts in made:
         if "error" not in pair:
-            pair["rejected"] = [{"role": "assistant", "content": text["answer"]}]
-            pair["critique"] = text["critique"]
-            pair["chosen"] = [{"role": "assistant", "content": text["revision"]}]
-    return pairs
+            pair["rejected"] = [{"role": "assistant", "content": texts["answer"]}]
+            pair["critique"] = texts["critique"]
+            pair["chosen"] = [{"role": "assistant", "content": texts["revision"]}]
+    return [pair for pair, _ in made]
 
 
 class Reply(NamedTuple):
@@ -114,7 +114,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_tokens
     long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
     replies = {i: Reply("", f"error: prompt of more than {room} tokens") for i in long}
-    live = [i for i in range(len(prompts)) if i not in replies]
+    live = [i for i in range(len(prompts)) if i not in replies]  # the conversation of each row
     if not live:
         return list(replies.values())
     generators = {i: torch.Generator().manual_seed(seeds[i]) for i in live}
@@ -130,11 +130,10 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         tokens = logits.argmax(-1)  # (rows that are live,)
         if temperature > 0:
             probs, candidates = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
-            mass = probs.cumsum(-1)
-            mass = mass.masked_fill(mass - probs > top_p, 0.0)  # never drops the likeliest
+            before = probs.cumsum(-1) - probs  # mass of the likelier ones, 0 for the likeliest
+            mass = (probs * (before <= top_p)).cumsum(-1)
             uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in live])
-            threshold = uniform.to(device) * mass.amax(-1, keepdim=True)
-            rank = (mass > threshold).int().argmax(-1, keepdim=True)
+            rank = (mass > uniform.to(device) * mass[:, -1:]).int().argmax(-1, keepdim=True)
             tokens = candidates.gather(-1, rank).squeeze(-1)
         stopped = torch.isin(tokens, stops).tolist()
         for i, token, stop in zip(live, tokens.tolist(), stopped, strict=True):
@@ -188,9 +187,9 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     """
     try:
         folder = model_folder(name)
-        kind = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, loading = auto_class.from_pretrained(folder, **options)
+        kind = (model.config.architectures or [""])[0]
         if auto_class is AutoModelForCausalLM and "Classification" in kind:
             raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
         if missing := sorted(loading["missing_keys"]):
@@ -282,7 +281,7 @@ class Server:
         except (requests.RequestException, ValueError) as error:
             reason = f"{type(error).__name__}; check the URL and the key in {args.api_key_env}"
             raise BadInput(f"{self.where}: cannot be asked: {reason}") from None
-        retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, backoff_max=60)
+        retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5)
         retry = retry.new(allowed_methods=None, status_forcelist=PASSING, raise_on_status=False)
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
         self.session.mount("http://", adapter)
@@ -297,14 +296,13 @@ class Server:
         ]
         digests = [digest_of(body) for body in bodies]
         calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
-        pool, replies = ThreadPoolExecutor(self.args.concurrency, "calls"), {}
+        pool, replies, failed = ThreadPoolExecutor(self.args.concurrency, "calls"), {}, 0
         try:
             answers = zip(calls, pool.map(self.call, calls, calls.values()), strict=True)
             for digest, reply in tqdm(answers, "calls", len(calls), leave=False, disable=None):
                 replies[digest] = reply
-                if len(replies) == 20 and all(
-                    r.finish.startswith("error") for r in replies.values()
-                ):
+                failed += reply.finish.startswith("error")
+                if failed == len(replies) == 20:
                     raise BadInput(f"{self.where}: every call failed, the last with {reply.finish}")
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -422,9 +420,10 @@ class Rows:
             raise BadInput("--in: an id is there twice; ids must differ")
         done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in done.items():
-            made, origin = row.get(made_by, {}), origins.get(key, {} if others else {"id": None})
+            made, origin = row.get(made_by, {}), origins.get(key)
             changed = [name for name in settings if made.get(name) != settings[name]]
-            changed += [name for name in origin if row.get(name) != origin[name]]
+            changed += [name for name in origin or () if row.get(name) != origin[name]]
+            changed += ["id"] if origin is None and not others else []
             if changed:
                 mend = "go back to it, choose another --out, or pass --overwrite"
                 found = f"row {key} was made with another '{changed[0]}'"

@@ -68,7 +68,7 @@ def contrast_reward(rows, answers, model, tokenizer, packs, table, pack_tokens):
             sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
-    good, bad = all_logps(model, both, pack_tokens, packs).double().view(2, -1)
+    good, bad = all_logps(model, both, pack_tokens, packs).double().chunk(2)
     gaps, scores = (good - bad).tolist(), []
     for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
@@ -112,11 +112,11 @@ def judge_reward(rows, answers, ask, table, samples):
     both = [pair for pair in zip(rows, answers, strict=True) for _ in range(samples)]
     conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
     keys = [(row["id"], "judge", k) for row in rows for k in range(samples)]
-    replies, scores = iter(ask(conversations, keys)), []
-    for _ in answers:
-        mine = [next(replies) for _ in range(samples)]
+    replies, scores = ask(conversations, keys), []
+    for start in range(0, len(replies), samples):
+        mine = replies[start : start + samples]
         errors = [reply.finish for reply in mine if reply.finish.startswith("error")]
-        ratings = [rating_of(reply.text, reply.finish, table) for reply in mine]
+        ratings = [rating_of(reply.text, reply.finish, table["scale"]) for reply in mine]
         ratings = [rating for rating in ratings if rating is not None and not errors]
         said = errors or [reply.text for reply in mine]
         value = np.mean(ratings).item() if ratings else None
@@ -124,20 +124,18 @@ def judge_reward(rows, answers, ask, table, samples):
     return scores
 
 
-def rating_of(text, finish, table):
-    """The number behind the last "Rating:" (or the table's `phrase`), if it is on the scale.
+def rating_of(text, finish, scale):
+    """The number behind the last "Rating:", if it is on the scale (lowest, highest).
 
-    >>> table = {"scale": [-5, 5], "phrase": "Overall sentiment:"}
-    >>> rating_of("It scores 2 points, not 4. Overall sentiment: -3", "stop", table)
+    >>> rating_of("It scores 2 points, not 4. Rating: -3", "stop", (-5, 5))
     -3.0
-    >>> rating_of("Overall sentiment: 40", "stop", table)
+    >>> rating_of("Rating: 40", "stop", (-5, 5))
     """
-    phrase = re.escape(table.get("phrase", "Rating:").rstrip(": "))
-    found = re.findall(rf"(?i){phrase}[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", text)
+    found = re.findall(r"(?i)rating[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", text)
     if not found or finish == "length":
         return None
     rating = float(found[-1].replace("\u2212", "-"))
-    return rating if table["scale"][0] <= rating <= table["scale"][1] else None
+    return rating if scale[0] <= rating <= scale[1] else None
 
 
 def make_reward(args, task, journal):
@@ -178,13 +176,13 @@ def add_scores(rows, reward, settings):
     """The rows with both answers' scores; those that failed before as they are."""
     pairs = [row for row in rows if not row.get("error")]
     # a copied draft is scored once: it is a tie, whatever rounding or a judge's mood would say
-    texts = [list(dict.fromkeys(text_of(row[side]) for side in SIDES)) for row in pairs]
-    asked = [(row, text) for row, both in zip(pairs, texts, strict=True) for text in both]
-    scores = iter(reward(*map(list, zip(*asked, strict=True))) if asked else [])
-    for row, both in zip(pairs, texts, strict=True):
-        row["reward"], by_text = dict(settings), {text: next(scores) for text in both}
+    asked = dict.fromkeys((i, text_of(row[side])) for i, row in enumerate(pairs) for side in SIDES)
+    scores = reward([pairs[i] for i, _ in asked], [text for _, text in asked])
+    scores = dict(zip(asked, scores, strict=True))
+    for i, row in enumerate(pairs):
+        row["reward"] = dict(settings)
         for side in SIDES:
-            score = by_text[text_of(row[side])]
+            score = scores[i, text_of(row[side])]
             row[f"score_{side}"] = score.finite
             row["reward"] |= {f"said_{side}": score.said} if score.said else {}
             row |= {"error": f"judge: {score.said}"} if score.failed else {}
@@ -218,19 +216,15 @@ def audit(rows):
     gap = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     longer = np.array([len(text_of(r["chosen"])) - len(text_of(r["rejected"])) for r in scored])
     failed = sum(bool(row.get("error")) for row in rows)
-    without = len(rows) - len(scored) - failed
-    lines = [
-        f"scored {len(scored)} of {len(rows)} pairs; {without} without a score, {failed} failed"
-    ]
+    null = len(rows) - len(scored) - failed
+    lines = [f"scored {len(scored)} of {len(rows)} pairs; {null} without a score, {failed} failed"]
     if len(gap):
         again = np.mean([repetition(text_of(row["chosen"])) > 0 for row in scored])
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
         lines.append(f"revisions that repeat four words {again:.0%} (train.py --max-repeats)")
-        mean, rms = gap.mean(), np.sqrt(np.mean(gap**2))
-        lines.append(
-            f"reward gap (chosen - rejected): mean {mean:+.3f}, root mean square {rms:.3f}"
-        )
+        mean, rms = f"mean {gap.mean():+.3f}", f"root mean square {np.sqrt(np.mean(gap**2)):.3f}"
+        lines.append(f"reward gap (chosen - rejected): {mean}, {rms}")
     if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
         correlation = np.corrcoef(gap, longer)[0, 1]
         lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
@@ -240,8 +234,8 @@ def audit(rows):
 # ---- command line --------------------------------------------------------------------------------
 
 
-def add_reward_flags(parser, kind, model):
-    """Flags that score.py and eval.py share; kind and model: their defaults, or None."""
+def add_reward_flags(parser, kind=None):
+    """Flags that score.py and eval.py share. kind: the default reward; None: that of the pairs."""
     add, default = parser.add_argument, "that of the pairs"
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
@@ -255,7 +249,7 @@ def add_reward_flags(parser, kind, model):
 def main():
     parser = make_parser(__doc__, reads="pairs.jsonl")
     add = parser.add_argument
-    add_reward_flags(parser, "contrast", "smollm2")
+    add_reward_flags(parser, "contrast")
     # fmt: off
     add("--model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
@@ -289,7 +283,7 @@ def main():
     output = Rows(out, args.overwrite)
     output.resume("reward", settings, source)
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
-    for batch in tqdm(output.batches(rows, args.batch_size, judge and args.api_base), unit="batch"):
+    for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         try:
             output.add(*add_scores(batch, reward, settings))
         except (ValueError, TypeError, LookupError) as error:
@@ -297,7 +291,7 @@ def main():
             raise BadInput(f"{path}: rows {names}: {error}") from None
     rows = output.close(source)
     print(f"{out}:\n{audit(rows)}")
-    if judge and args.api_base:
+    if args.api_base:
         judge.close(not any(row.get("error") for row in rows))
     raise SystemExit(not all(is_scored(row) for row in rows))
 

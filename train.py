@@ -81,8 +81,7 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     A failed revision (delta < 0, p < 1/2): rdpo-margin is content with any z above delta / tau < 0,
     its gradient at z = 0 being p, so that a pair counts where teacher and reward agree; rdpo flips
     its label, and z falls to delta / tau; rdpo-weight leaves it out. A tie (p = 1/2): rdpo-margin
-    is dpo; rdpo pulls z back to 0, where its gradient is 0; rdpo-weight leaves it out. The paper's
-    equation was not at hand; see the top of this file.
+    is dpo; rdpo pulls z back to 0, where its gradient is 0; rdpo-weight leaves it out.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
     dpo. That is chosen's; under the rdpo losses it is p times chosen's and 1 - p times rejected's,
@@ -109,8 +108,7 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     elif kind == "cdpo":
         losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
     elif kind == "robust":
-        losses = -(1 - epsilon) * F.logsigmoid(z) + epsilon * F.logsigmoid(-z)
-        losses = losses / (1 - 2 * epsilon)
+        losses = (epsilon * F.logsigmoid(-z) - (1 - epsilon) * F.logsigmoid(z)) / (1 - 2 * epsilon)
     elif kind == "ipo":
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
@@ -129,16 +127,14 @@ def loss_settings(args, pairs):
     --tau is in units of the root mean square of the reward gaps, so that any reward scale works and
     equal gaps do no harm, as they would to a standard deviation.
     """
-    delta = [pair.delta for pair in pairs if not math.isnan(pair.delta)]
-    delta = torch.tensor(delta, dtype=torch.float64)
-    scale = delta.square().mean().sqrt().item() if len(delta) else 0.0
+    delta = torch.tensor([pair.delta for pair in pairs], dtype=torch.float64)  # NaN without scores
+    scale = delta.square().nanmean().sqrt().nan_to_num().item()
     tau = args.tau * scale or 1.0
-    weights = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0)
+    mean_weight = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0).nanmean().nan_to_num().item()
     if args.loss in SCORED_LOSSES and scale == 0:
         raise BadInput("--in: every pair is a tie, so its scores say nothing; use --loss dpo")
-    if args.loss == "rdpo-weight" and weights.sum() == 0:
+    if args.loss == "rdpo-weight" and mean_weight == 0:
         raise BadInput("--in: no revision won, so rdpo-weight has nothing to learn from")
-    mean_weight = weights.mean().item() if weights.sum() else 1.0
     settings = {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
     return settings | {"sft_weight": args.sft_weight}
 
@@ -341,12 +337,13 @@ class Student(torch.nn.Module):
         super().__init__()
         self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
         self.saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
+        # in 16 bits on a GPU Flash Attention, on a CPU PackedAttention, else SDPA with a mask
         flash = device.type == "cuda" and dtype != torch.float32
-        kind = "packed" if flash or device.type == "cpu" else None
-        self.packs = check_model(model, kind)
-        if self.packs and flash and model.device.type == "cuda":  # in the format of training too
+        attention = "packed" if flash or device.type == "cpu" else None
+        self.packs = check_model(model, attention)
+        if self.packs and flash and model.device.type == "cuda":  # fp32 weights do not meet Flash
             with torch.autocast("cuda", dtype):
-                self.packs = check_model(model, kind)
+                self.packs = check_model(model, attention)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
@@ -541,7 +538,7 @@ def parse_args():
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type="count", help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type="count", help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: 1024, on a GPU 4096)")
+    add("--pack-tokens", type="count", default=4096 if torch.cuda.is_available() else 1024, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type="count", default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
     add("--eval-every", type="count", default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
@@ -578,7 +575,6 @@ def main():
     args = parse_args()
     device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    args.pack_tokens = args.pack_tokens or (4096 if device.type == "cuda" else 1024)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
@@ -595,8 +591,9 @@ def main():
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
-        hint = f"left out: {left_out} (see --keep-cut, --loss)"
-        raise BadInput(f"{source}: no pair to train on; {hint}")
+        raise BadInput(
+            f"{source}: no pair to train on; left out: {left_out} (see --keep-cut, --loss)"
+        )
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     if args.loss in SCORED_LOSSES:

@@ -156,7 +156,7 @@ def check_model(model, attention=None):
     layers = set(getattr(config, "layer_types", None) or [])
     if layers - {"full_attention"} or getattr(config, "sliding_window", None):
         return False  # these sequences are too short to tell
-    for kind in dict.fromkeys([attention or usual, usual]):
+    for kind in dict.fromkeys([attention or usual, usual]):  # each once
         try:
             model.set_attn_implementation(kind)
             if exact(packs=True):
@@ -186,7 +186,7 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, segments):
         output, kept = query.new_empty(*query.shape[:3], value.shape[-1]), []
-        for rows, prompt, own in blocks(segments):
+        for rows, prompt, own in blocks(segments, BLOCK):
             keys, values = (torch.cat([x[:, prompt], x[:, own]], 1) for x in (key, value))
             scores = torch.bmm(query[:, rows].flatten(1, 2), keys.mT)
             # the last `size` keys are the queries' own tokens: causal among themselves
@@ -207,7 +207,7 @@ class PackedAttention(torch.autograd.Function):
         dquery = torch.empty_like(query)
         wide = torch.promote_types(value.dtype, torch.float32)  # dK and dV are sums over blocks
         dkey, dvalue = (torch.zeros_like(x, dtype=wide) for x in (key, value))
-        for (rows, prompt, own), weights in zip(blocks(ctx.segments), kept, strict=True):
+        for (rows, prompt, own), weights in zip(blocks(ctx.segments, BLOCK), kept, strict=True):
             keys, values = (torch.cat([x[:, prompt], x[:, own]], 1) for x in (key, value))
             queries, above = query[:, rows].flatten(1, 2), doutput[:, rows].flatten(1, 2)
             dweights = torch.bmm(above, values.mT)
@@ -221,9 +221,8 @@ class PackedAttention(torch.autograd.Function):
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype), None
 
 
-def blocks(segments, size=None):
-    """Slices of each block of `size` (or BLOCK) queries: these, keys in the prompt, keys of its own."""
-    size = size or BLOCK
+def blocks(segments, size):
+    """Slices of each block of `size` queries: these, keys in their prompt, keys of their own."""
     prompt = nothing = slice(0, 0)
     for segment, start, end in segments:
         for first in range(start, end, size):
@@ -238,13 +237,12 @@ def ragged(segments, device):
     are their prompt's and their own, and {where each segment ends, length of the longest}."""
     _, _, tokens = segments[-1]
     places, lengths = torch.arange(tokens), {}
-    whole = list(blocks(segments, size=tokens))  # a block for each segment
+    whole = blocks(segments, tokens)  # a block for each segment
     keys = [torch.cat([places[prompt], places[own]]) for _, prompt, own in whole]
-    queries = [places[rows] for rows, _, _ in whole]
-    for name, parts in (("q", queries), ("k", keys)):
-        sizes = [len(part) for part in parts]
-        ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-        lengths |= {f"cu_seq_{name}": ends.to(device), f"max_{name}": max(sizes)}
+    sizes = {"q": [end - start for _, start, end in segments], "k": [len(part) for part in keys]}
+    for name, parts in sizes.items():
+        ends = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32)
+        lengths |= {f"cu_seq_{name}": ends.to(device), f"max_{name}": max(parts)}
     return torch.cat(keys).to(device), lengths
 
 

@@ -10,7 +10,6 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-METRICS = ("positive", "spread")  # and match, see measure() of eval.py
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 
 
@@ -41,16 +40,17 @@ def load_task(name):
             _lowest, _highest = judge["scale"]
             if "ANSWER" not in str(fill(judge["prompt"], row, **answer)):
                 raise ValueError("[judge] prompt: must show the judge the {answer}")
-        metric = task["metric"]
+        metric, columns = task["metric"], [task["seed_by"]]
         task["about"], metric["better"], metric["meaning"]
-        match = metric["kind"] == "match"
-        field = [metric["field"]] if match and not metric.get("patterns") else []
-        patterns = metric.get("patterns") or field if match else []
-        known = metric["want"] in ("any", "none") if match else metric["kind"] in METRICS
-        if not (known and isinstance(patterns, list)):
-            raise ValueError(f"[metric]: kind is match, with want (any, none), or {METRICS}")
-        re.compile("|".join(patterns))
-        columns = task["seed_by"], *field
+        if metric["kind"] == "match":
+            if metric["want"] not in ("any", "none") or isinstance(metric.get("patterns"), str):
+                raise ValueError("[metric]: want is any or none, patterns a list")
+            if "patterns" in metric:
+                re.compile("|".join(metric["patterns"]))
+            else:
+                columns.append(metric["field"])  # the markers of each row
+        elif metric["kind"] not in ("positive", "spread"):
+            raise ValueError("[metric]: kind is match, positive or spread")
         task["columns"] = [name for name in columns if name not in ("id", "group")]
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None

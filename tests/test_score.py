@@ -252,9 +252,9 @@ def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
         ("", None),
     ],
 )
-def test_a_rating_is_the_number_behind_the_last_phrase_if_it_is_on_the_scale(text, rating):
-    assert rating_of(text, "stop", {"scale": [-5, 10]}) == rating
-    assert rating_of(text, "length", {"scale": [-5, 10]}) is None  # "Rating: 1" of a 10
+def test_a_rating_is_the_number_behind_the_last_rating_if_it_is_on_the_scale(text, rating):
+    assert rating_of(text, "stop", (-5, 10)) == rating
+    assert rating_of(text, "length", (-5, 10)) is None  # "Rating: 1" of a 10
 
 
 def test_a_task_may_have_a_phrase_of_its_own():
