@@ -302,8 +302,8 @@ def other_differences(lines):
     folder = ROOT / "results/study/sentiment/again-on-cpu"
     again = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
     found["dpo, again on a CPU"] = again = pick(again, "conversation", "dpo")
-    seeds = {line["seed"] for line in again}
-    found["dpo, all on a CPU"] = again + [x for x in found["dpo"] if x["seed"] not in seeds]
+    on_cpu = [line for line in found["dpo"] if "cores" in line["made"]["hardware"]]
+    found["dpo, all on a CPU"] = on_cpu + again
     found["rdpo, AFINN as reward"] = pick(lines, "conversation", "rdpo", reward="afinn")
     pairs = [("rdpo-margin", other) for other in ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone")]
     pairs += [("rdpo", "dpo-accept"), ("rdpo-weight", "dpo"), ("rdpo, AFINN as reward", "rdpo")]
