@@ -43,12 +43,11 @@ def load_task(name):
         metric, columns = task["metric"], [task["seed_by"]]
         task["about"], metric["better"], metric["meaning"]
         if metric["kind"] == "match":
-            if metric["want"] not in ("any", "none") or isinstance(metric.get("patterns"), str):
+            patterns = metric.get("patterns", ["markers of each row"])
+            if metric["want"] not in ("any", "none") or not (patterns and type(patterns) is list):
                 raise ValueError("[metric]: want is any or none, patterns a list")
-            if "patterns" in metric:
-                re.compile("|".join(metric["patterns"]))
-            else:
-                columns.append(metric["field"])  # the markers of each row
+            re.compile("|".join(patterns))
+            columns += [] if "patterns" in metric else [metric["field"]]
         elif metric["kind"] not in ("positive", "spread"):
             raise ValueError("[metric]: kind is match, positive or spread")
         task["columns"] = [name for name in columns if name not in ("id", "group")]

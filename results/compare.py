@@ -73,7 +73,8 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
-LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: paired difference, by seed and group, over the seeds of both; p by Holm over all such \
+LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: \
+paired difference, by seed and group, over the seeds of both; p by Holm over all such \
 differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
 of seeds and groups together: too wide where seeds matter little, too narrow where they matter much \
 and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test \
@@ -103,7 +104,8 @@ def matrix(lines, name):
 
 def resample(values, draws=10_000):
     """(mean, low, high, p): the mean over seeds and groups, its 95 % interval by a bootstrap that
-    draws seeds and groups with replacement, and p, two-sided, of the mean being 0, at least of one draw."""
+    draws seeds and groups with replacement, and p, two-sided, of the mean being 0, but not below
+    that of one draw."""
     rng, there = np.random.default_rng(0), ~np.isnan(values)
     # how often each seed and each group is drawn, (draws, seeds) and (draws, groups)
     seeds, groups = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)

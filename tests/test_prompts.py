@@ -109,6 +109,8 @@ SLIPS = [
     ('prompt = """', 'prompt = """{critique}', "'critique' is not there"),
     ("answered:\n\n{answer}", "answered:", "must show the judge the {answer}"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
+    ("patterns = [", "patterns = []\nothers = [", "patterns a list"),
+    ("patterns = [", 'patterns = "sorry"\nothers = [', "patterns a list"),
     ('about = "', 'abuot = "', "'about' is not there"),
     ("[metric]", "[metrics]", "'metric' is not there"),
     ("[fresh]", "[fresh", "safety.toml: "),
