@@ -21,7 +21,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -198,6 +197,8 @@ torch {facts["torch"]}, transformers {facts["transformers"]}.
 
 def draw(path, table, metric):
     """report.png: metric and reward of every model, with their intervals."""
+    from matplotlib.figure import Figure  # slow to import, and needed at the end alone
+
     figure = Figure((10, 0.35 * len(table) + 1.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     titles = {"metric": f"task metric ({metric['better']} is better)", "score": "mean reward"}

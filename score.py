@@ -32,7 +32,7 @@ from generate import (
     run,
     show_plan,
 )
-from kernels.packed import all_logps, check_model
+from kernels.packed import PACK_TOKENS, all_logps, check_model
 from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
@@ -240,7 +240,7 @@ def add_reward_flags(parser, kind=None):
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
     add("--label", help="label of a classifier of several labels that counts as good")
-    add("--pack-tokens", type="count", default=4096 if torch.cuda.is_available() else 1024, help="tokens of one packed sequence; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of one packed sequence; changes memory and speed, not results (default: %(default)s)")
     add("--judge-samples", type="count", default=1, help="ratings of an answer, at temperature 1 if more than one; their mean is the score (default: %(default)s)")
     add("--judge-tokens", type="count", default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on

@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 from generate import digest_of, encode, load_model, lock, make_parser, pick_device, provenance, run
-from kernels.packed import check_model, completion_logps, micro_batches
+from kernels.packed import PACK_TOKENS, check_model, completion_logps, micro_batches
 from prompts import BadInput, as_messages, read_rows
 from score import is_scored, repetition
 
@@ -538,7 +538,7 @@ def parse_args():
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type="count", help="stop after this many optimizer steps (default: as many as the epochs have)")
     add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type="count", default=4096 if torch.cuda.is_available() else 1024, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type="count", default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
     add("--eval-every", type="count", default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")

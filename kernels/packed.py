@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kernels.logps import linear_logps
 
+PACK_TOKENS = 4096 if torch.cuda.is_available() else 1024  # of a packed sequence, by default
+
 
 class Packed(NamedTuple):
     """What collate returns; T tokens in all, N completion tokens, S completions; all int64."""

@@ -125,10 +125,15 @@ def holm(ps):
     return adjusted
 
 
+def shared_seeds(one, other):
+    """The seeds that two methods' lines have both."""
+    return sorted({line["seed"] for line in one} & {line["seed"] for line in other})
+
+
 def differences(one, other, name="metric"):
     """(seeds, groups) of the differences of two methods' lines in a measure, of seeds of both."""
     by_seed = [{line["seed"]: line for line in lines} for lines in (one, other)]
-    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    seeds = shared_seeds(one, other)
     lines = [lines[seed] for lines in by_seed for seed in seeds]
     known = seeds and all(name in line["values"] for line in lines)
     return np.subtract(*np.split(matrix(lines, name), 2)) if known else None
@@ -199,20 +204,17 @@ def dials_of(lines):
                 point |= {m: resample(matrix(mine, m))[:3] for m in there}
                 if method != "dpo" and (gained := differences(mine, dpo)) is not None:
                     point["minus dpo"] = resample(gained)[:3]
-                    seeds = {line["seed"] for line in dpo}
-                    point["both seeds"] = [seed for seed in point["seeds"] if seed in seeds]
+                    point["both seeds"] = shared_seeds(mine, dpo)
                 points.append(point)
     return points
 
 
 def draw(points, base, path):
     """The plot of the two dials. base: share of positive answers of the base model, or None."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure = Figure((10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = {"flips": "labels exchanged, %", "swaps": "scores exchanged, %"}
     for axis, (dial, title) in zip(axes, titles.items(), strict=True):
         shown = {m: [p for p in points if (p["dial"], p["method"]) == (dial, m)] for m in METHODS}
@@ -312,8 +314,7 @@ def other_differences(lines):
     pairs += [("dpo, again on a CPU", "dpo"), ("rdpo-margin", "dpo, all on a CPU")]
     rows = []
     for one, other in pairs:
-        shared = sorted({x["seed"] for x in found[one]} & {x["seed"] for x in found[other]})
-        if shared:
+        if shared := shared_seeds(found[one], found[other]):
             gained = resample(differences(found[one], found[other]))[:3]
             rows.append({"method": f"{one} minus {other}", "seeds": shared, "metric": gained})
     return rows

@@ -257,7 +257,7 @@ def test_a_rating_is_the_number_behind_the_last_rating_if_it_is_on_the_scale(tex
     assert rating_of(text, "length", (-5, 10)) is None  # "Rating: 1" of a 10
 
 
-def test_a_task_may_have_a_phrase_of_its_own():
+def test_the_examples_in_the_docstrings_hold():
     failed, attempted = doctest.testmod(score)
     assert attempted and not failed
 
