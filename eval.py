@@ -61,12 +61,10 @@ def whole_words(pattern):
 
 
 def add_measures(row, given, metric):
-    """Adds metric, words, repeats and cut to a row of eval.jsonl; None where nothing came back."""
-    answer, error = row["answer"], row["finish"].startswith("error")
-    row["metric"] = None if error else measure(metric, given, answer)
-    row["words"] = None if error else len(answer.split())
-    row["repeats"] = None if error else repetition(answer)
-    row["cut"] = None if error else float(row["finish"] == "length")
+    """Adds metric, words, repeats and cut to a row of eval.jsonl."""
+    row["metric"] = measure(metric, given, row["answer"])
+    row["words"], row["repeats"] = len(row["answer"].split()), repetition(row["answer"])
+    row["cut"] = float(row["finish"] == "length")
 
 
 def by_group(rows, field, kind="mean"):
@@ -110,7 +108,7 @@ def summarise(names, rows, kind):
         first = first or measures
         if kind != "spread":  # which needs all variants of a text
             usual = first["words"]
-            long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
+            long = [row for row in asked if row["words"] >= usual.get(row["group"], 0) / 2]
             measures["long"] = by_group(long, "metric")
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line |= {key: bootstrap(values.values()) for key, values in measures.items()}
@@ -267,7 +265,6 @@ def add_answers(jobs, rows, chat, seed_by):
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
         job |= {"answer": answer, "finish": finish, "score": None}
-        job |= {"error": finish} if finish.startswith("error") else {}
 
 
 def score_answers(jobs, rows, reward):
@@ -340,8 +337,9 @@ def main():
             chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
             add_answers(batch, by_id, chat, task["seed_by"])
-            new = [job for job in batch if job["id"] not in output.done]
-            score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
+            if args.api_base:  # a judge is paid
+                batch = [job for job in batch if job["id"] not in output.rows]
+            score_answers(batch, by_id, reward)
             output.add(*(job | {"settings": settings} for job in batch))
     made = [output.rows[job["id"]] for job in jobs]
     for row in made:  # by the metric as it is now, for old answers too

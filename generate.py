@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -109,17 +108,19 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     which rows share its batch. temperature 0 is greedy. top_p keeps the likeliest tokens up to that
     mass, among the 256 likeliest: sorting all V at every step costs more than a small model does.
     """
+    if not conversations:
+        return []
     device = model.device
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_tokens
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
-    replies = {i: Reply("", f"error: prompt of more than {room} tokens") for i in long}
-    live = [i for i in range(len(prompts)) if i not in replies]  # the conversation of each row
-    if not live:
-        return list(replies.values())
-    generators = {i: torch.Generator().manual_seed(seeds[i]) for i in live}
+    longest = max(prompts, key=len)
+    if len(longest) > room:
+        text = tokenizer.decode(longest[:40])
+        raise BadInput(f"a prompt has {len(longest)} tokens, {room} is the most: {text!r} ...")
+    live, replies = list(range(len(prompts))), {}  # the conversation of each row
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # padded on the left, so that every row's next token has the same column
-    ids = pad_sequence([torch.tensor(prompts[i]) for i in live], True, -1, "left").to(device)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, -1, "left").to(device)
     mask = (ids >= 0).long()
     stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
@@ -286,8 +287,7 @@ class Server:
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
-        self.journal, self.lock = Rows(journal, args.overwrite), threading.Lock()
-        self.cost = self.paid()[2]  # plus the most that calls under way may cost
+        self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
         bodies = [
@@ -296,66 +296,48 @@ class Server:
         ]
         digests = [digest_of(body) for body in bodies]
         calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
-        pool, replies, failed = ThreadPoolExecutor(self.args.concurrency, "calls"), {}, 0
+        pool = ThreadPoolExecutor(self.args.concurrency, "calls")
         try:
-            answers = zip(calls, pool.map(self.call, calls, calls.values()), strict=True)
-            for digest, reply in tqdm(answers, "calls", len(calls), leave=False, disable=None):
-                replies[digest] = reply
-                failed += reply.finish.startswith("error")
-                if failed == len(replies) == 20:
-                    raise BadInput(f"{self.where}: every call failed, the last with {reply.finish}")
+            replies = pool.map(self.call, calls, calls.values())
+            replies = list(tqdm(replies, "calls", len(calls), leave=False, disable=None))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        replies = dict(zip(calls, replies, strict=True))
         return [replies[digest] for digest in digests]
 
     def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""
         if digest in self.journal.rows:
             return Reply(*self.journal.rows[digest]["reply"])
-        most = price(self.args, len(json.dumps(body["messages"])) / 2, body["max_tokens"])
-        with self.lock:
-            if self.args.max_cost is not None and self.cost + most > self.args.max_cost:
-                raise BadInput("--max-cost: the next call could cost more than is left; raise it")
-            self.cost += most
         reply = self.post(body)
-        with self.lock:
-            self.cost += price(self.args, reply.prompt_tokens, reply.completion_tokens) - most
-            if reply.text or reply.completion_tokens:  # else that was no answer
-                self.journal.add({"id": digest, "reply": reply})
+        if reply.text or reply.completion_tokens:  # else that was no answer
+            self.journal.add({"id": digest, "reply": reply})
         return reply
 
     def post(self, body):
         """The Reply to a request; its finish is "error: ..." where there was no answer."""
         url = f"{self.args.api_base.rstrip('/')}/chat/completions"
-        for _ in range(3):  # for bodies that break off, or are no chat completion
-            try:
-                response = self.session.post(url, json=body, timeout=(10, self.args.timeout))
-                if response.status_code != 200:
-                    fault = f"error: status {response.status_code}: {response.text}"
-                    fault = fault.replace(self.key or "\0", "[key]")[:200]  # it may be sent back
-                    if response.status_code in (401, 402, 403, 404):
-                        raise BadInput(f"{self.where}: {fault}; check URL, key and --model")
-                    return Reply("", fault)
-                answer = response.json()
-                choice, usage = answer["choices"][0], answer.get("usage") or {}
-                text, finish = choice["message"].get("content"), choice.get("finish_reason")
-                counts = (usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens"))
-                return Reply((text or "").strip(), finish or "stop", *counts)
-            except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
-                fault = f"error: {type(error).__name__}"
-                if isinstance(error, requests.ConnectionError):  # urllib3 has tried often enough
-                    break
-        return Reply("", fault)
-
-    def paid(self):
-        """(prompt tokens, completion tokens, their cost) of all answers in the journal."""
-        replies = [row["reply"] for row in self.journal.rows.values()]
-        tokens = [sum(reply[k] for reply in replies) for k in (2, 3)]
-        return *tokens, price(self.args, *tokens)
+        try:
+            response = self.session.post(url, json=body, timeout=(10, self.args.timeout))
+            if response.status_code != 200:
+                fault = f"error: status {response.status_code}: {response.text}"
+                fault = fault.replace(self.key or "\0", "[key]")[:200]  # it may be sent back
+                if response.status_code in (401, 402, 403, 404):
+                    raise BadInput(f"{self.where}: {fault}; check URL, key and --model")
+                return Reply("", fault)
+            answer = response.json()
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
+            text, finish = choice["message"].get("content"), choice.get("finish_reason")
+            counts = (usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens"))
+            return Reply((text or "").strip(), finish or "stop", *counts)
+        except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
+            return Reply("", f"error: {type(error).__name__}")  # or no chat completion
 
     def close(self, whole):
         """Says what was paid. The journal goes where the output is whole: all answers are in it."""
-        print("{:,} prompt and {:,} completion tokens, cost {:.2f}".format(*self.paid()))
+        replies = [row["reply"] for row in self.journal.rows.values()]
+        prompts, completions = (sum(reply[k] for reply in replies) for k in (2, 3))
+        print(f"{prompts:,} prompt and {completions:,} completion tokens")
         if whole:
             os.remove(self.journal.path)
 
@@ -369,17 +351,11 @@ def open_chat(name, args, journal, **sampling):
     return Server(name, args, journal, **sampling)
 
 
-def price(args, prompt_tokens, completion_tokens):
-    return (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
-
-
 # ---- rows in and out -----------------------------------------------------------------------------
 
 
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made."""
-
-    done = frozenset()  # ids of rows that need not be made again
 
     def __init__(self, path, overwrite=False):
         """A torn last line is cut off. With overwrite, what was there becomes NAME.bak. Raises
@@ -402,15 +378,14 @@ class Rows:
         self.file.truncate(self.file.tell() - len(torn))
 
     def add(self, *rows):
-        """Hands rows that are not done to the operating system, so that a killed run keeps them."""
-        rows = [row for row in rows if row["id"] not in self.done]
+        """Hands rows to the operating system, so that a killed run keeps them."""
         self.rows |= {row["id"]: row for row in rows}
         self.file.write(lines_of(rows))
         self.file.flush()
 
     def resume(self, made_by, settings, source, others=False):
-        """Takes the rows without `error` as done. Raises BadInput where one was made with other
-        settings, or from another row of the input.
+        """Keeps the rows without `error`; others will be made again. Raises BadInput where one was
+        made with other settings, or from another row of the input.
 
         made_by: the field that holds a row's settings. source: all rows of the input. others:
         whether rows that are made of none of them may stay.
@@ -418,8 +393,8 @@ class Rows:
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
-        done = {key: row for key, row in self.rows.items() if not row.get("error")}
-        for key, row in done.items():
+        self.rows = {key: row for key, row in self.rows.items() if not row.get("error")}
+        for key, row in self.rows.items():
             made, origin = row.get(made_by, {}), origins.get(key)
             changed = [name for name in settings if made.get(name) != settings[name]]
             changed += [name for name in origin or () if row.get(name) != origin[name]]
@@ -428,16 +403,14 @@ class Rows:
                 mend = "go back to it, choose another --out, or pass --overwrite"
                 found = f"row {key} was made with another '{changed[0]}'"
                 raise BadInput(f"{self.path}: {found}; {mend}")
-        self.done = set(done)
 
     def batches(self, rows, size, paid=False):
-        """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
+        """Lists of `size` rows, not all of them made: cut from all rows, so that a continued run
         computes the same ones. Calls that are paid are one batch of the rows that are left."""
         if paid:
-            rows = [row for row in rows if row["id"] not in self.done]
-            return [rows] if rows else []
+            rows, size = [row for row in rows if row["id"] not in self.rows], len(rows)
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
+        return [batch for batch in cut if any(row["id"] not in self.rows for row in batch)]
 
     def close(self, source):
         """The rows of the input, in its order, which the file then has too."""
@@ -528,9 +501,6 @@ def make_parser(doc, reads=None, server=True):
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
         add("--concurrency", type="count", default=16, help="calls made to the server at the same time (default: %(default)s)")
         add("--timeout", type="count", default=300, help="seconds that the server may be silent (default: %(default)s)")
-        add("--price-in", type="amount", default=0.0, help="price of a million prompt tokens (default: %(default)s)")
-        add("--price-out", type="amount", default=0.0, help="price of a million completion tokens (default: %(default)s)")
-        add("--max-cost", type="amount", help="stop before the calls for this output cost more, by these prices (default: no limit)")
     # fmt: on
     return parser
 
@@ -541,14 +511,13 @@ def at_least(low, value):
     return value
 
 
-def show_plan(args, calls, completion_tokens):
-    """--dry-run: the first of the calls, lists of messages, and what all of them may cost."""
+def show_plan(calls, max_tokens):
+    """--dry-run: the first of the calls, lists of messages, and the tokens of all of them."""
     print("\n".join(f"[{message['role']}] {message['content']}" for message in calls[0]))
     # a token is taken for 4 characters, an answer for as many tokens as it may have
-    tokens = sum(len(message["content"]) for call in calls for message in call) // 4
-    most = len(calls) * completion_tokens
-    cost = f"{tokens:,} prompt and {most:,} completion tokens, cost {price(args, tokens, most):.2f}"
-    print(f"---- {len(calls):,} calls, at most about {cost}")
+    prompts = sum(len(message["content"]) for call in calls for message in call) // 4
+    most = len(calls) * max_tokens
+    print(f"{len(calls):,} calls, about {prompts:,} prompt and {most:,} completion tokens at most")
 
 
 def main():
@@ -563,7 +532,7 @@ def main():
     add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     add("--batch-size", type="count", default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
-    add("--dry-run", action="store_true", help="show the first call and an estimate of tokens and cost, and ask nothing")
+    add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, and ask nothing")
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)
@@ -577,7 +546,7 @@ def main():
     if args.dry_run:
         texts = dict.fromkeys(("answer", "critique"), 4 * args.max_tokens * "?")
         calls = [fill(form[call], row, **texts) for row in rows for call in CALLS.values()]
-        return show_plan(args, calls, args.max_tokens)
+        return show_plan(calls, args.max_tokens)
 
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     teacher = open_chat(args.model, args, f"{out}.calls", **sampling)
@@ -586,7 +555,7 @@ def main():
     output.resume("teacher", settings, source)
     held_out = sum(row["split"] == "test" for row in rows)
     print(f"{args.model} ({name}), {len(rows)} instructions, {held_out} of them held out,", end=" ")
-    print(f"{len(output.done)} done -> {out}")
+    print(f"{len(output.rows)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         pairs = refine(batch, form, teacher.ask, seed_by)
         output.add(*({**pair, "teacher": pair["teacher"] | settings} for pair in pairs))

@@ -255,7 +255,7 @@ def main():
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
-    add("--dry-run", action="store_true", help="judge: show the first call and an estimate of tokens and cost, and ask nothing")
+    add("--dry-run", action="store_true", help="judge: show the first call and an estimate of the tokens, and ask nothing")
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)
@@ -276,13 +276,13 @@ def main():
             raise BadInput("--dry-run: needs --reward judge, and a task with [judge]")
         answers = [(r, text_of(r[side])) for r in rows if not r.get("error") for side in SIDES]
         calls = [fill(task["judge"]["prompt"], row, answer=answer) for row, answer in answers]
-        return show_plan(args, calls * args.judge_samples, args.judge_tokens)
+        return show_plan(calls * args.judge_samples, args.judge_tokens)
 
     args.reward_model = args.model
     reward, settings, judge = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
     output.resume("reward", settings, source)
-    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
+    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.rows)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         try:
             output.add(*add_scores(batch, reward, settings))

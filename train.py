@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -179,17 +178,6 @@ def metrics_of(policy_logps, reference_logps, pairs, args, settings):
     return {name: value.double().mean().item() for name, value in values.items() if len(value)}
 
 
-def check_first_loss(loss, reference_logps, pairs, args, settings):
-    """Stops the run where the first loss is not that of a policy that equals the reference, ln 2
-    for most losses: the cached log-probs are of another model then."""
-    expected = metrics_of(reference_logps, reference_logps, pairs, args, settings)["loss"]
-    slope = 1 / args.beta**2 if args.loss == "ipo" else max(1.0, expected)  # of the loss over z
-    if not abs(loss - expected) <= (1e-3 if args.dtype == "float32" else 0.05) * slope:  # or NaN
-        found = f"step 1: loss {loss:.4f}, but policy = reference gives {expected:.4f}"
-        mend = "delete reference-*.safetensors in the run directories, or mend a loss of your own"
-        raise BadInput(f"{found}; {mend}")
-
-
 def learning_rate(step, steps, args):
     """Linear up over the share --warmup of the steps, then half a cosine down to 0."""
     warmup = max(1, round(args.warmup * steps))
@@ -300,28 +288,18 @@ def make_pair(row, name, tokenizer, args):
 def split_row(row):
     """(prompt, chosen text, rejected text); the prompt is text, or all messages before the answer.
 
-    Raises ValueError where the two answers do not follow the same messages.
+    Answers are text, or messages behind the prompt (TRL), or whole conversations (UltraFeedback).
     """
     prompt, sides = row.get("prompt"), (row["chosen"], row["rejected"])
     if all(isinstance(part, str) for part in (prompt, *sides)):
         return prompt, *sides
-    prompt = as_messages(prompt) if prompt else []
-    (context, chosen), (other, rejected) = (last_turn(prompt, as_messages(side)) for side in sides)
-    if context != other:
-        raise ValueError("'chosen' and 'rejected' differ before their last message")
-    return context, chosen, rejected
-
-
-def last_turn(prompt, messages):
-    """(all messages before the last one, its text) of one side of a pair."""
-    if messages[0]["role"] == "assistant":  # TRL: what follows the prompt
-        messages = prompt + messages
-    *context, answer = messages  # UltraFeedback: the whole conversation
-    if context[: len(prompt)] != prompt:
-        raise ValueError("an answer does not begin with the messages of 'prompt'")
-    if answer["role"] != "assistant" or not context:
-        raise ValueError("an answer is needed behind a prompt, as the last message")
-    return context, answer["content"]
+    prompt, sides = as_messages(prompt) if prompt else [], [as_messages(side) for side in sides]
+    sides = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
+    (*context, chosen), (*other, rejected) = sides
+    behind = context and context == other and context[: len(prompt)] == prompt
+    if not behind or {chosen["role"], rejected["role"]} != {"assistant"}:
+        raise ValueError("its answers must be the last messages, behind the same prompt")
+    return context, chosen["content"], rejected["content"]
 
 
 # ---- the student: in one process, or sharded over many by FSDP2 ----------------------------------
@@ -383,27 +361,6 @@ def load_student(args, device, dtype):
     return student, tokenizer
 
 
-def reference_logps(student, pairs, out, args):
-    """Log-probs of all pairs under the reference, computed once and cached in the run directory.
-
-    The file's name is a hash of the weights, of every token and of what else the numbers depend on,
-    so that other weights or data never meet an old file. Runs beside this one are looked into too.
-    """
-    how = [student.weights, str(student.dtype), student.device.type, WORLD > 1, torch.__version__]
-    tokens = [[pair.prompt, pair.chosen, pair.rejected] for pair in pairs]
-    name = f"reference-{digest_of([how, tokens])}.safetensors"
-    found = sorted(out.parent.glob(f"*/{name}")) if RANK == 0 else []
-    if all_reduce(torch.tensor(float(len(found)), device=student.device)):  # all do the same
-        logps = load_file(found[0])["logps"] if RANK == 0 else torch.zeros(len(pairs), 2)
-        return all_reduce(logps.to(student.device))
-    say("reference log-probs ...")
-    logps = pair_logps(student, pairs, args)
-    if RANK == 0:
-        save_file({"logps": logps.cpu()}, out / f"{name}.part")
-        os.replace(out / f"{name}.part", out / name)
-    return logps
-
-
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
 
 # what the result of a run hangs on: where one of them differs, it is another run
@@ -416,19 +373,16 @@ def open_run(out, record, overwrite):
     another run, or something else, or another process works in it."""
     path = out / "run.json"
     out.mkdir(parents=True, exist_ok=True)
-    early = {"log.jsonl", "run.json.part"}  # all that a kill at the very beginning leaves
-    if not path.exists() and {file.name for file in out.iterdir()} - early:
+    if not path.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-    held = lock(out / "log.jsonl")
     if overwrite and path.exists():
-        begun = checkpoints(out) or "finished" in json.loads(path.read_text())
-        shutil.rmtree(f"{out}.bak" if begun else out, ignore_errors=True)
-        if begun:  # else there is nothing to keep, and an older .bak stays
-            out.rename(f"{out}.bak")
+        lock(out / "log.jsonl")  # refuses a run that still goes on
+        shutil.rmtree(f"{out}.bak", ignore_errors=True)
+        out.rename(f"{out}.bak")
         out.mkdir()
-        held = lock(out / "log.jsonl")
     if not path.exists():
         write_record(out, record)
+    held = lock(out / "log.jsonl")
     before = json.loads(path.read_text())
     for key in SAME:
         if before.get(key) != record[key]:
@@ -581,10 +535,6 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
-    student_in = [Path(args.model).resolve(), *Path(args.model).resolve().parents]
-    if out.resolve() in student_in or Path(f"{out}.bak").resolve() in student_in:
-        raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
-
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args, device, dtype)
     model = student.model
@@ -616,7 +566,8 @@ def main():
     # before the checkpoint is loaded: the reference is the model before training
     reference = torch.zeros(len(train) + len(held_out), 1, device=device)
     if args.loss != "sft":
-        reference = reference_logps(student, train + held_out, out, args)
+        say("reference log-probs ...")
+        reference = pair_logps(student, train + held_out, args)
     start = load_checkpoint(out, model, optimizer)
     log = open(out / "log.jsonl", "a" if start else "w") if RANK == 0 else None
 
@@ -633,9 +584,11 @@ def main():
 
         # the rest is diagnostics and saving
         seconds = time.perf_counter() - began
+        if step == 0 and args.loss != "sft":  # policy and reference are the same model still
+            gap = (policy - batch_reference).abs().sum() / batch_reference.abs().sum()
+            if not gap < 0.02:
+                raise BadInput(f"step 1: policy and reference, the same model, are {gap:.1%} apart")
         row = metrics_of(policy, batch_reference, batch, args, settings)
-        if step == 0 and args.loss != "sft":
-            check_first_loss(row["loss"], batch_reference, batch, args, settings)
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in student.sides)
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
         note(log, step + 1, row | {"tokens_per_second": tokens / seconds})

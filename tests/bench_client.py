@@ -61,7 +61,6 @@ def serve(ports):
 
 def with_client(url, calls, threads):
     args = SimpleNamespace(api_base=url, api_key_env="NO_KEY", concurrency=threads, timeout=60)
-    args.price_in, args.price_out, args.max_cost = 1.0, 1.0, None
     args.overwrite, args.seed = False, 0
     with tempfile.TemporaryDirectory() as folder:
         server = Server("m", args, f"{folder}/calls", max_tokens=200, temperature=0.7, top_p=0.95)

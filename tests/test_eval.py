@@ -209,14 +209,3 @@ def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     assert len(HostileServer.asked) == 5
     assert [row["prompt_id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in their order
     assert not (workdir / "runs/safety/eval.jsonl.calls").exists()
-
-
-def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):
-    rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
-    rows[0]["prompt"][0]["content"] = "word " * 3000
-    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
-    argv = ["--models", tiny, "--reward", "contrast", "--reward-model", tiny, "--max-tokens", "8"]
-    assert run("eval", *argv)[0] == 1
-    bad, good = read_rows("runs/sentiment/eval.jsonl")
-    assert bad["error"].startswith("error: prompt of more than") and bad["metric"] is None
-    assert bad["words"] is None and good["words"] > 0 and "error" not in good

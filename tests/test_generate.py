@@ -108,12 +108,10 @@ def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
     assert set(texts(600, 2.0, mass)) == {tokenizer.decode(token).strip() for token in five}
 
 
-def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model, tokenizer):
+def test_a_prompt_that_does_not_fit_the_model_is_refused(model, tokenizer):
     long = [{"role": "user", "content": "word " * 3000}]
-    bad, good = sample(model, tokenizer, [long, USER], [0, 0], 4, 0, 1)
-    assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
-    assert good == sample(model, tokenizer, [USER], [0], 4, 0, 1)[0]
-    assert sample(model, tokenizer, [long], [0], 4, 0, 1) == [bad]
+    with pytest.raises(BadInput, match=r"1020 is the most: .*word"):
+        sample(model, tokenizer, [USER, long], [0, 0], 4, 0, 1)
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -257,7 +255,7 @@ def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_
     assert [row["id"] for row in output.close(source)] == list("abc")
     output = Rows(path)
     output.resume("made", {"by": 1}, source)
-    assert output.done == {"a", "c"}
+    assert output.rows.keys() == {"a", "c"}
     output.add({"id": "b", "made": {"by": 1}})
     assert [row["id"] for row in output.close(source)] == list("abc")
     assert [row["id"] for row in read_rows(path)] == list("abc")
@@ -322,8 +320,8 @@ def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, serve
     assert not calls.exists()
 
 
-FAULTS = ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", "429 soon", 500, 502, "503 0", 529]
-FAULTS += ["reset", "half", "no json", "no choices"]
+FAULTS = ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", 500, 502, "503 0", 529]
+FAULTS += ["reset"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -348,12 +346,13 @@ def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
     assert len(HostileServer.asked) == 4
 
 
-@pytest.mark.parametrize("fault", ["empty", "content_filter", 413])
+@pytest.mark.parametrize("fault", ["empty", "content_filter", 413, "half", "no json", "no choices"])
 def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault):
     HostileServer.script = [fault]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     bad, good = read_rows(PAIRS)
-    reason = {"empty": "finish reason stop"}.get(fault, str(fault))
+    reasons = {"empty": "reason stop", "half": "ChunkedEncodingError", "no json": "JSONDecodeError"}
+    reason = (reasons | {"no choices": "IndexError"}).get(fault, str(fault))
     assert status == 1 and reason in bad["error"] and "chosen" not in bad and "1 failed" in said
     assert "chosen" in good and len(HostileServer.asked) == 4
 
@@ -404,7 +403,7 @@ def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     assert read_rows(PAIRS)[0]["teacher"]["finish"]["answer"] == "length"
 
 
-@pytest.mark.parametrize("fault", ["reset", "half", "no json", 500])
+@pytest.mark.parametrize("fault", ["reset", 500])
 def test_a_fault_that_stays_costs_its_row_alone(run, server, workdir, monkeypatch, fault):
     first = read_rows(ROOT / "prompts/sentiment.jsonl")[0]["prompt"][0]["content"]
 
@@ -427,13 +426,6 @@ def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, w
     assert len([line for line in err.splitlines() if line.startswith("generate.py: ")]) == 1
 
 
-def test_a_server_that_fails_every_call_stops_the_run(run, server, workdir, monkeypatch):
-    monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 400))
-    code, _, err = ask(run, server, "--concurrency", "4")
-    assert code == 2 and "every call failed, the last with error: status 400" in err
-    assert 20 <= len(HostileServer.asked) <= 30
-
-
 def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):
     HostileServer.script = [400]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
@@ -444,17 +436,6 @@ def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, serve
     again = read_rows(PAIRS)
     assert status == 0 and again[1] == rows[1] and again[0]["id"] == rows[0]["id"]
     assert "error" not in again[0] and len(HostileServer.asked) == 7
-
-
-def test_a_run_stops_before_it_costs_more_than_it_may(run, server, workdir):
-    argv = ["--limit", "30", "--price-in", "100000", "--price-out", "100000", "--max-tokens", "10"]
-    status, _, err = ask(run, server, *argv, "--max-cost", "120", "--concurrency", "3")
-    assert status == 2 and err.count("--max-cost") == 1
-    before = len(HostileServer.answered)
-    assert 20 < 0.8 * before <= 120  # 5 + 3 tokens at 0.1 each
-    status, said, err = ask(run, server, *argv)
-    assert status == 0 and f"cost {0.8 * 90:.2f}" in said, err
-    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 90 > before
 
 
 def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
@@ -512,8 +493,8 @@ def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir)
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
-    status, said, _ = ask(run, server, "--dry-run", "--price-out", "1")
-    assert status == 0 and "1,932 calls" in said and "cost 0.39" in said
+    status, said, _ = ask(run, server, "--dry-run")
+    assert status == 0 and "1,932 calls" in said and "386,400 completion tokens at most" in said
     assert not HostileServer.asked and not (workdir / "runs").exists()
     assert "[user] What is so bad" in said
 
