@@ -61,10 +61,12 @@ def whole_words(pattern):
 
 
 def add_measures(row, given, metric):
-    """Adds metric, words, repeats and cut to a row of eval.jsonl."""
-    row["metric"] = measure(metric, given, row["answer"])
-    row["words"], row["repeats"] = len(row["answer"].split()), repetition(row["answer"])
-    row["cut"] = float(row["finish"] == "length")
+    """Adds metric, words, repeats and cut to a row of eval.jsonl; None where nothing came back."""
+    answer, error = row["answer"], row["finish"].startswith("error")
+    row["metric"] = None if error else measure(metric, given, answer)
+    row["words"] = None if error else len(answer.split())
+    row["repeats"] = None if error else repetition(answer)
+    row["cut"] = None if error else float(row["finish"] == "length")
 
 
 def by_group(rows, field, kind="mean"):
@@ -108,12 +110,12 @@ def summarise(names, rows, kind):
         first = first or measures
         if kind != "spread":  # which needs all variants of a text
             usual = first["words"]
-            long = [row for row in asked if row["words"] >= usual.get(row["group"], 0) / 2]
+            long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
             measures["long"] = by_group(long, "metric")
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line |= {key: bootstrap(values.values()) for key, values in measures.items()}
-        for key, values in measures.items() if table else ():
-            line[f"{key} difference"] = difference(values, first[key])
+        for key in ("metric", "score") if table else ():
+            line[f"{key} difference"] = difference(measures[key], first[key])
         table.append(line)
     return table
 
@@ -265,6 +267,7 @@ def add_answers(jobs, rows, chat, seed_by):
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
         job |= {"answer": answer, "finish": finish, "score": None}
+        job |= {"error": finish} if finish.startswith("error") else {}
 
 
 def score_answers(jobs, rows, reward):
@@ -337,20 +340,19 @@ def main():
             chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
             add_answers(batch, by_id, chat, task["seed_by"])
-            if args.api_base:  # a judge is paid
-                batch = [job for job in batch if job["id"] not in output.rows]
-            score_answers(batch, by_id, reward)
+            new = [job for job in batch if job["id"] not in output.done]
+            score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
             output.add(*(job | {"settings": settings} for job in batch))
-    made = [output.rows[job["id"]] for job in jobs]
-    for row in made:  # by the metric as it is now, for old answers too
+    answers = [output.rows[job["id"]] for job in jobs]
+    for row in answers:  # by the metric as it is now, for old answers too
         add_measures(row, by_id[row["prompt_id"]], task["metric"])
-    new = [row for row in made if row.get("base") != names[0]]
+    new = [row for row in answers if row.get("base") != names[0]]
     for row in new:
         row |= {"base": names[0], "base_logp": None}
     if new and names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
         add_logps(new, by_id, chat, args.pack_tokens)
-    answers = output.close(jobs)
+    output.close(jobs)
     failed = sum("error" in row for row in answers)
     if args.api_base:
         judge.close(not failed)

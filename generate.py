@@ -108,19 +108,17 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     which rows share its batch. temperature 0 is greedy. top_p keeps the likeliest tokens up to that
     mass, among the 256 likeliest: sorting all V at every step costs more than a small model does.
     """
-    if not conversations:
-        return []
     device = model.device
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_tokens
-    longest = max(prompts, key=len)
-    if len(longest) > room:
-        text = tokenizer.decode(longest[:40])
-        raise BadInput(f"a prompt has {len(longest)} tokens, {room} is the most: {text!r} ...")
-    live, replies = list(range(len(prompts))), {}  # the conversation of each row
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
+    replies = {i: Reply("", f"error: prompt of more than {room} tokens") for i in long}
+    live = [i for i in range(len(prompts)) if i not in replies]  # the conversation of each row
+    if not live:
+        return list(replies.values())
+    generators = {i: torch.Generator().manual_seed(seeds[i]) for i in live}
     # padded on the left, so that every row's next token has the same column
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, -1, "left").to(device)
+    ids = pad_sequence([torch.tensor(prompts[i]) for i in live], True, -1, "left").to(device)
     mask = (ids >= 0).long()
     stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
@@ -357,6 +355,8 @@ def open_chat(name, args, journal, **sampling):
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made."""
 
+    done = frozenset()  # ids of rows that need not be made again
+
     def __init__(self, path, overwrite=False):
         """A torn last line is cut off. With overwrite, what was there becomes NAME.bak. Raises
         BadInput for a file of something else, or of a process that still runs; it stays as it is.
@@ -378,14 +378,15 @@ class Rows:
         self.file.truncate(self.file.tell() - len(torn))
 
     def add(self, *rows):
-        """Hands rows to the operating system, so that a killed run keeps them."""
+        """Hands rows that are not done to the operating system, so that a killed run keeps them."""
+        rows = [row for row in rows if row["id"] not in self.done]
         self.rows |= {row["id"]: row for row in rows}
         self.file.write(lines_of(rows))
         self.file.flush()
 
     def resume(self, made_by, settings, source, others=False):
-        """Keeps the rows without `error`; others will be made again. Raises BadInput where one was
-        made with other settings, or from another row of the input.
+        """Takes the rows without `error` as done. Raises BadInput where one was made with other
+        settings, or from another row of the input.
 
         made_by: the field that holds a row's settings. source: all rows of the input. others:
         whether rows that are made of none of them may stay.
@@ -393,8 +394,8 @@ class Rows:
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
-        self.rows = {key: row for key, row in self.rows.items() if not row.get("error")}
-        for key, row in self.rows.items():
+        done = {key: row for key, row in self.rows.items() if not row.get("error")}
+        for key, row in done.items():
             made, origin = row.get(made_by, {}), origins.get(key)
             changed = [name for name in settings if made.get(name) != settings[name]]
             changed += [name for name in origin or () if row.get(name) != origin[name]]
@@ -403,14 +404,16 @@ class Rows:
                 mend = "go back to it, choose another --out, or pass --overwrite"
                 found = f"row {key} was made with another '{changed[0]}'"
                 raise BadInput(f"{self.path}: {found}; {mend}")
+        self.done = set(done)
 
     def batches(self, rows, size, paid=False):
-        """Lists of `size` rows, not all of them made: cut from all rows, so that a continued run
+        """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
         computes the same ones. Calls that are paid are one batch of the rows that are left."""
         if paid:
-            rows, size = [row for row in rows if row["id"] not in self.rows], len(rows)
+            rows = [row for row in rows if row["id"] not in self.done]
+            return [rows] if rows else []
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [batch for batch in cut if any(row["id"] not in self.rows for row in batch)]
+        return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
 
     def close(self, source):
         """The rows of the input, in its order, which the file then has too."""
@@ -553,9 +556,7 @@ def main():
     settings = {**teacher.settings, "form": name, "prompt_text": digest_of([form, seed_by])}
     output = Rows(out, args.overwrite)
     output.resume("teacher", settings, source)
-    held_out = sum(row["split"] == "test" for row in rows)
-    print(f"{args.model} ({name}), {len(rows)} instructions, {held_out} of them held out,", end=" ")
-    print(f"{len(output.rows)} done -> {out}")
+    print(f"{args.model} ({name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         pairs = refine(batch, form, teacher.ask, seed_by)
         output.add(*({**pair, "teacher": pair["teacher"] | settings} for pair in pairs))

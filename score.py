@@ -282,7 +282,7 @@ def main():
     reward, settings, judge = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
     output.resume("reward", settings, source)
-    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.rows)} done -> {out}")
+    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         try:
             output.add(*add_scores(batch, reward, settings))

@@ -371,18 +371,18 @@ SAME += ("sft_weight", "steps", "batch_size", "dtype", "seed")
 def open_run(out, record, overwrite):
     """Makes or continues a run directory, and returns its lock. Raises BadInput where it holds
     another run, or something else, or another process works in it."""
-    path = out / "run.json"
+    path, early = out / "run.json", {"log.jsonl", "run.json.part"}  # all that an early kill leaves
     out.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and any(out.iterdir()):
+    if not path.exists() and {file.name for file in out.iterdir()} - early:
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-    if overwrite and path.exists():
-        lock(out / "log.jsonl")  # refuses a run that still goes on
+    held = lock(out / "log.jsonl")
+    if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # else .bak stays
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
         out.mkdir()
-    if not path.exists():
+        held = lock(out / "log.jsonl")
+    if overwrite or not path.exists():
         write_record(out, record)
-    held = lock(out / "log.jsonl")
     before = json.loads(path.read_text())
     for key in SAME:
         if before.get(key) != record[key]:
@@ -535,6 +535,9 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
+    if Path(args.model).resolve() in (out.resolve(), Path(f"{out}.bak").resolve()):
+        raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
+
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args, device, dtype)
     model = student.model
@@ -584,12 +587,12 @@ def main():
 
         # the rest is diagnostics and saving
         seconds = time.perf_counter() - began
-        if step == 0 and args.loss != "sft":  # policy and reference are the same model still
-            gap = (policy - batch_reference).abs().sum() / batch_reference.abs().sum()
-            if not gap < 0.02:
-                raise BadInput(f"step 1: policy and reference, the same model, are {gap:.1%} apart")
-        row = metrics_of(policy, batch_reference, batch, args, settings)
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in student.sides)
+        if step == 0 and args.loss != "sft":  # policy and reference are the same model still
+            gap = ((policy - batch_reference).abs().sum() / tokens).item()
+            if not gap < 0.05:
+                raise BadInput(f"step 1: policy and reference differ by {gap:.2f} nats a token")
+        row = metrics_of(policy, batch_reference, batch, args, settings)
         row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
         note(log, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):

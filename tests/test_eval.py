@@ -113,7 +113,7 @@ def test_the_metric_of_long_answers_leaves_out_those_below_half_the_first_models
     rows += [row | {"model": "b", "group": "h", "words": 20, "metric": 0.0}]
     base, student = summarise(["a", "b"], rows, "match")
     assert student["metric"][0] == 0.5 and student["long"][0] == base["long"][0] == 0.0
-    assert student["words"][0] == 19.5 and student["words difference"][0] == -20.5
+    assert student["words"][0] == 19.5 and student["metric difference"][0] == 0.5
     table = make_table([base, student], {"kind": "match", "better": "higher"})
     assert "of long answers" in table and "| 50% [0%, 100%] |" in table
 
@@ -209,3 +209,14 @@ def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     assert len(HostileServer.asked) == 5
     assert [row["prompt_id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in their order
     assert not (workdir / "runs/safety/eval.jsonl.calls").exists()
+
+
+def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):
+    rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
+    rows[0]["prompt"][0]["content"] = "word " * 3000
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    argv = ["--models", tiny, "--reward", "contrast", "--reward-model", tiny, "--max-tokens", "8"]
+    assert run("eval", *argv)[0] == 1
+    bad, good = read_rows("runs/sentiment/eval.jsonl")
+    assert bad["error"].startswith("error: prompt of more than") and bad["metric"] is None
+    assert bad["words"] is None and good["words"] > 0 and "error" not in good

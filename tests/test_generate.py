@@ -108,10 +108,12 @@ def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
     assert set(texts(600, 2.0, mass)) == {tokenizer.decode(token).strip() for token in five}
 
 
-def test_a_prompt_that_does_not_fit_the_model_is_refused(model, tokenizer):
+def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model, tokenizer):
     long = [{"role": "user", "content": "word " * 3000}]
-    with pytest.raises(BadInput, match=r"1020 is the most: .*word"):
-        sample(model, tokenizer, [USER, long], [0, 0], 4, 0, 1)
+    bad, good = sample(model, tokenizer, [long, USER], [0, 0], 4, 0, 1)
+    assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
+    assert good == sample(model, tokenizer, [USER], [0], 4, 0, 1)[0]
+    assert sample(model, tokenizer, [long], [0], 4, 0, 1) == [bad]
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_
     assert [row["id"] for row in output.close(source)] == list("abc")
     output = Rows(path)
     output.resume("made", {"by": 1}, source)
-    assert output.rows.keys() == {"a", "c"}
+    assert output.done == {"a", "c"}
     output.add({"id": "b", "made": {"by": 1}})
     assert [row["id"] for row in output.close(source)] == list("abc")
     assert [row["id"] for row in read_rows(path)] == list("abc")
@@ -346,13 +348,17 @@ def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
     assert len(HostileServer.asked) == 4
 
 
-@pytest.mark.parametrize("fault", ["empty", "content_filter", 413, "half", "no json", "no choices"])
+@pytest.mark.parametrize(
+    "fault", ["empty", "content_filter", 413, "429 soon", "half", "no json", "no choices"]
+)
 def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault):
     HostileServer.script = [fault]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     bad, good = read_rows(PAIRS)
     reasons = {"empty": "reason stop", "half": "ChunkedEncodingError", "no json": "JSONDecodeError"}
-    reason = (reasons | {"no choices": "IndexError"}).get(fault, str(fault))
+    reason = (reasons | {"no choices": "IndexError", "429 soon": "InvalidHeader"}).get(
+        fault, str(fault)
+    )
     assert status == 1 and reason in bad["error"] and "chosen" not in bad and "1 failed" in said
     assert "chosen" in good and len(HostileServer.asked) == 4
 

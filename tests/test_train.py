@@ -541,9 +541,9 @@ def test_a_reference_of_other_numbers_stops_training_at_step_1(
     run, tiny, pairs_file, workdir, monkeypatch
 ):
     right = train.pair_logps
-    monkeypatch.setattr(train, "pair_logps", lambda *args: right(*args) * 1.05)
+    monkeypatch.setattr(train, "pair_logps", lambda *args: right(*args) - 5)
     status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST)
-    assert status == 2 and "step 1: policy and reference, the same model, are 4.8% apart" in err
+    assert status == 2 and "step 1: policy and reference differ by 0." in err
 
 
 def test_dropout_is_off(run, pairs_file, workdir, tokenizer):
@@ -636,6 +636,15 @@ def test_a_finished_run_is_left_alone_and_changed_settings_are_refused(
     assert (workdir / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_that_was_killed_before_its_settings_were_written_begins_anew(
+    run, tiny, pairs_file, workdir
+):
+    (workdir / "out").mkdir()
+    (workdir / "out" / "log.jsonl").touch()
+    (workdir / "out" / "run.json.part").write_text('{"torn')
+    assert trained(run, tiny, workdir / "out", "--max-steps", "1")[0]
+
+
 def test_a_student_that_changed_since_the_run_began_is_refused(run, pairs_file, workdir, tokenizer):
     base = make_model(len(tokenizer))
     for scale in (1.0, 1.05):
@@ -652,6 +661,13 @@ def test_overwrite_keeps_the_run_that_was_there_and_spares_other_folders(
 ):
     trained(run, tiny, workdir / "out", "--max-steps", "1")
     before = (workdir / "out" / "model.safetensors").read_bytes()
+    trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
+    assert (workdir / "out.bak" / "model.safetensors").read_bytes() == before
+    record = json.loads((workdir / "out" / "run.json").read_text())
+    del record["finished"]  # as of a run that failed at its first step
+    (workdir / "out" / "run.json").write_text(json.dumps(record))
+    for name in ("config.json", "model.safetensors"):
+        (workdir / "out" / name).unlink()
     trained(run, tiny, workdir / "out", "--max-steps", "2", "--overwrite")
     assert (workdir / "out.bak" / "model.safetensors").read_bytes() == before
     (workdir / "precious").mkdir()
@@ -671,10 +687,17 @@ def test_a_second_process_in_the_same_run_directory_is_refused(run, tiny, pairs_
             assert status == 2 and "another process" in err
 
 
-def test_a_student_s_own_folder_is_no_output_without_overwrite(run, tiny, pairs_file, workdir):
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_student_s_own_folder_is_no_output(run, tiny, pairs_file, workdir, more):
     out = workdir / "runs" / "sentiment" / "rdpo-margin"
     trained(run, tiny, out, "--max-steps", "1")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    status, _, err = run("train", "--model", out, *FAST, "--max-steps", "1")
-    assert status == 2 and "weights" in err
+    status, _, err = run("train", "--model", out, *FAST, *more)
+    assert status == 2 and "holds the student itself" in err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert not out.with_name("rdpo-margin.bak").exists()
+    status, _, err = run("train", "--model", out, "--out", workdir / "x", *FAST, "--max-steps", "1")
+    assert status == 0, err
+    (workdir / "x").rename(workdir / "y.bak")
+    argv = ["--model", workdir / "y.bak", "--out", workdir / "y", *FAST, "--overwrite"]
+    assert run("train", *argv)[0] == 2 and (workdir / "y.bak" / "run.json").exists()
