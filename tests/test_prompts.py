@@ -164,6 +164,7 @@ def test_the_tasks_have_the_sizes_they_promise():
     personas, questions = ({pair[k] for pair in crossed} for k in (0, 1))
     assert len(personas) >= 15 and len(questions) >= 8
     assert len(crossed) == len(personas) * len(questions)
-    controls = sum(row["control"] for row in rows["safety"])
-    assert controls >= 40 and len(rows["safety"]) - controls >= 80
+    for split, harmful, harmless in (("train", 58, 27), ("test", 72, 60)):
+        controls = [row["control"] for row in rows["safety"] if row["split"] == split]
+        assert controls.count(False) >= harmful and controls.count(True) >= harmless
     assert len(rows["sentiment"]) >= 100
