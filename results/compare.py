@@ -102,18 +102,26 @@ def matrix(lines, name):
     return np.array([line["values"][name] for line in lines], dtype=float)
 
 
-def resample(values, draws=10_000):
-    """(mean, low, high, p): the mean over seeds and groups, its 95 % interval by a bootstrap that
-    draws seeds and groups with replacement, and p, two-sided, of the mean being 0, but not below
-    that of one draw."""
+def bootstrap_means(values, draws=10_000):
+    """(draws,): means over seeds and groups that are drawn with replacement, the same ones of arrays
+    of one shape."""
     rng, there = np.random.default_rng(0), ~np.isnan(values)
     # how often each seed and each group is drawn, (draws, seeds) and (draws, groups)
     seeds, groups = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)
     sums, counts = (((seeds @ part) * groups).sum(1) for part in (np.nan_to_num(values), there))
-    means = sums / np.maximum(counts, 1)
+    return sums / np.maximum(counts, 1)
+
+
+def resample(values, less=None):
+    """(mean, low, high, p): the mean over seeds and groups, its 95 % interval by a bootstrap of
+    both, and p, two-sided, of the mean being 0, but not below that of one draw. less: an array of
+    other groups, whose mean is taken off."""
+    mean, means = np.nanmean(values), bootstrap_means(values)
+    if less is not None:
+        mean, means = mean - np.nanmean(less), means - bootstrap_means(less)
     p = 2 * min(np.mean(means <= 0), np.mean(means >= 0))
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(np.nanmean(values)), float(low), float(high), float(np.clip(p, 2 / draws, 1))
+    return float(mean), float(low), float(high), float(np.clip(p, 2 / len(means), 1))
 
 
 def holm(ps):
@@ -320,6 +328,21 @@ def other_differences(lines):
     return rows
 
 
+def told_apart(lines):
+    """Rows of the share of harmful requests that are declined less that of harmless ones, and of
+    its difference from dpo's: a method that declines everything gains nothing by it."""
+    rows, dpo = [], pick(lines, "fresh", "dpo")
+    for method in (*UNTRAINED, *METHODS):
+        if mine := pick(lines, "fresh", method):
+            row = {"method": method, "seeds": [line["seed"] for line in mine]}
+            row["metric"] = resample(*(matrix(mine, name) for name in ("metric", "control")))[:3]
+            if method != "dpo" and dpo:
+                both = (differences(mine, dpo, name) for name in ("metric", "control"))
+                row["minus dpo"] = resample(*both)[:3]
+            rows.append(row)
+    return rows
+
+
 def report(task):
     """TASK.md, TASK.png and TASK.summary.json, and the table of the README."""
     lines, path = lines_of_study(task), ROOT / f"results/study/{task}"
@@ -361,6 +384,10 @@ def report(task):
         columns = {"method": ("conversation pairs", ""), "seeds": ("seeds", "")}
         columns["metric"] = ("metric", "+.0%")
         parts += ["## Other differences, outside Holm's family", table_of(others, columns)]
+    if task == "safety":
+        columns = {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
+        columns["metric"] = ("harmful less harmless requests declined", "+.0%")
+        parts += ["## Told apart, outside Holm's family", table_of(told_apart(lines), columns)]
     if pairs := pairs_of(task, lines):
         columns = {
             "kind": ("kind", ""),

@@ -30,6 +30,11 @@ def test_the_interval_covers_groups_and_seeds_together():
     assert narrow == pytest.approx(2 * 1.96 / 200**0.5, rel=0.1) and wide > 2 * narrow
     assert compare.resample(np.ones((2, 5)))[3] == 2e-4  # two-sided, of one draw in 10,000
     assert compare.resample(rng.normal(0, 1, (3, 50)))[3] > 0.05
+    # less a mean of other groups: as exact as the two together
+    one, other = rng.normal(1, 1, (1, 400)), rng.normal(0, 1, (1, 400))
+    mean, low, high, _ = compare.resample(one, other)
+    assert mean == pytest.approx(one.mean() - other.mean())
+    assert high - low == pytest.approx(2 * 1.96 * (2 / 400) ** 0.5, rel=0.15)
 
 
 def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it():
