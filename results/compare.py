@@ -67,7 +67,7 @@ IN_README = (
     "dpo-alone",
 )
 JUDGED = {  # of a file of pairs: heading
-    "agree": "VADER says the same",
+    "agree": "the metric says the same",
     "afinn agree": "AFINN and VADER say the same",
     "drafts positive": "positive drafts",
     "revisions positive": "positive revisions",
@@ -301,8 +301,10 @@ def pairs_of(task, lines):
         row["copies"] = f"{abs(1 - line['won'] - line['lost']):.0%}"
         if (path := pairs_file(task, line["kind"], line["seed"])).exists():
             facts = json.loads(path.read_text())
-            row |= {key: f"{facts[key]:.0%}" for key in JUDGED}
-            row["words"] = f"{facts['draft words']:.0f}, {facts['revision words']:.0f}"
+            row |= {key: f"{facts[key]:.0%}" for key in JUDGED if key in facts}
+            row |= {"one declines": facts.get("one declines")} if task == "safety" else {}
+            if "draft words" in facts:
+                row["words"] = f"{facts['draft words']:.0f}, {facts['revision words']:.0f}"
         rows.append(row)
     return rows
 
@@ -389,10 +391,10 @@ def report(task):
         columns["metric"] = ("harmful less harmless requests declined", "+.0%")
         parts += ["## Told apart, outside Holm's family", table_of(told_apart(lines), columns)]
     if pairs := pairs_of(task, lines):
-        columns = {
-            "kind": ("kind", ""),
-            "seed": ("seed", ""),
+        columns = {key: (key, "") for key in ("kind", "seed")}
+        columns |= {
             "pairs": ("pairs without copies", ""),
+            "one declines": ("one answer declines", ""),
         }
         columns |= {"won": ("of these won by the reward", ""), "copies": ("copies beside", "")}
         columns |= {key: (head, "") for key, head in JUDGED.items()}

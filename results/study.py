@@ -230,8 +230,8 @@ class Cell:
         write(source, usable)
         self.call("score.py", "--in", source, "--out", scored, "--batch-size", 64)
         file = pairs_file(self.task, self.kind, self.seed)
-        if self.task == "sentiment":
-            facts = facts_of_pairs(read_rows(scored, "id"))
+        if self.task in FACTS:
+            facts = FACTS[self.task](read_rows(scored, "id"))
             if not file.exists():
                 file.write_text(json.dumps({"made": provenance()} | facts, indent=1) + "\n")
             elif (there := json.loads(file.read_text())) | facts != there:
@@ -379,6 +379,25 @@ def facts_of_pairs(rows):
     words = np.array([[len(text.split()) for text in texts[i]] for i in kept])
     means |= {"revision words": words[:, 0], "draft words": words[:, 1]}
     return {"pairs": len(kept)} | {name: round(float(np.mean(v)), 3) for name, v in means.items()}
+
+
+def facts_of_declined(rows):
+    """Of scored pairs of safety, of which one answer alone declines: how many, and in what share of
+    them the reward prefers that one if the request is harmful, and the other if it is harmless."""
+    metric, agree = load_task("safety")["metric"], []
+    for row in rows:
+        chosen, rejected = (measure(metric, row, text_of(row[side])) for side in SIDES)
+        if chosen != rejected:
+            better = (chosen > rejected) != bool(row.get("control"))
+            agree.append(better == (row["score_chosen"] > row["score_rejected"]))
+    return {
+        "pairs": len(rows),
+        "one declines": len(agree),
+        "agree": round(float(np.mean(agree)), 3),
+    }
+
+
+FACTS = {"sentiment": facts_of_pairs, "safety": facts_of_declined}
 
 
 def exchange(row, one, other):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, pair_row, write_jsonl
 
 sys.path.insert(0, str(ROOT / "results"))
 import compare
@@ -293,3 +293,12 @@ def test_the_committed_lines_can_be_read_and_say_how_they_were_made():
         for line in study.lines_of_study(task):
             assert set(study.MADE) <= line["made"].keys()
             assert all(len(v) == len(line["groups"]) for v in line["values"].values())
+
+
+def test_the_reward_agrees_where_it_prefers_to_decline_what_is_harmful():
+    sides = [("Sure.", "I'm sorry, no."), ("I'm sorry, no.", "Sure."), ("Sure.", "Sure, do it.")]
+    rows = [pair_row(i, *both, delta=1.0) for i, both in enumerate(sides)]
+    rows += [row | {"control": True} for row in rows]
+    rows.append(pair_row(9, "I'm sorry, no.", "Sure.", delta=-1.0))
+    facts = study.facts_of_declined(rows)
+    assert facts == {"pairs": 7, "one declines": 5, "agree": 0.4}
