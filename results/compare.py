@@ -302,7 +302,8 @@ def pairs_of(task, lines):
         if (path := pairs_file(task, line["kind"], line["seed"])).exists():
             facts = json.loads(path.read_text())
             row |= {key: f"{facts[key]:.0%}" for key in JUDGED if key in facts}
-            row |= {"one declines": facts.get("one declines")} if task == "safety" else {}
+            if "one declines" in facts:
+                row["one declines"] = facts["one declines"]
             if "draft words" in facts:
                 row["words"] = f"{facts['draft words']:.0f}, {facts['revision words']:.0f}"
         rows.append(row)
@@ -338,7 +339,7 @@ def told_apart(lines):
         if mine := pick(lines, "fresh", method):
             row = {"method": method, "seeds": [line["seed"] for line in mine]}
             row["metric"] = resample(*(matrix(mine, name) for name in ("metric", "control")))[:3]
-            if method != "dpo" and dpo:
+            if method != "dpo" and shared_seeds(mine, dpo):
                 both = (differences(mine, dpo, name) for name in ("metric", "control"))
                 row["minus dpo"] = resample(*both)[:3]
             rows.append(row)

@@ -250,19 +250,23 @@ def test_all_turns_before_the_answer_are_its_context(tokenizer):
     assert all(message["content"] in said for message in turns)
 
 
+UNCLEAR = "its answers must be the last messages, behind the same prompt"
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("row", "said"),
     [
-        {"prompt": [USER], "chosen": [BAD, MORE, GOOD], "rejected": [BAD]},
-        {"prompt": [USER], "chosen": [GOOD, MORE], "rejected": [BAD]},
-        {"prompt": [MORE], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"prompt": [USER], "chosen": 3, "rejected": [BAD]},
-        {"chosen": [GOOD], "rejected": [BAD]},
+        ({"prompt": [USER], "chosen": [BAD, MORE, GOOD], "rejected": [BAD]}, UNCLEAR),
+        ({"prompt": [USER], "chosen": [GOOD, MORE], "rejected": [BAD]}, UNCLEAR),
+        ({"prompt": [MORE], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, UNCLEAR),
+        ({"prompt": [USER], "chosen": 3, "rejected": [BAD]}, "'int' object is not iterable"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, UNCLEAR),
     ],
 )
-def test_a_context_that_is_not_clear_is_refused(tokenizer, row):
-    with pytest.raises(BadInput, match=r"row 1: (its answers must be the last|'int' object)"):
+def test_a_context_that_is_not_clear_is_refused(tokenizer, row, said):
+    with pytest.raises(BadInput, match="row 1") as refused:
         load([row], tokenizer)
+    assert said in str(refused.value)
 
 
 def test_what_is_left_out_is_counted_by_reason(tokenizer):
