@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from generate import LocalModel, Rows, encode, make_parser, model_folder, provenance, run
-from kernels.packed import all_logps, check_model
+from kernels.packed import all_logps
 from prompts import BadInput, load_task, read_rows
 from score import add_reward_flags, make_reward, repetition
 
@@ -278,7 +278,7 @@ def score_answers(jobs, rows, reward):
         job |= {"score": score.finite} | ({"error": score.said} if score.failed else {})
 
 
-def add_logps(answered, rows, chat, pack_tokens):
+def add_logps(answered, rows, chat):
     """Adds base_logp, the answers' log-prob under the chat model, in nats a token."""
     answered = [row for row in answered if row["answer"]]
     prompts = [rows[row["prompt_id"]]["prompt"] for row in answered]
@@ -286,7 +286,7 @@ def add_logps(answered, rows, chat, pack_tokens):
     pairs = [encode(chat.tokenizer, *both) for both in zip(prompts, texts, strict=True)]
     for row, (_, tokens) in zip(answered, pairs, strict=True):
         del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end of turn
-    logps = all_logps(chat.model, pairs, pack_tokens, check_model(chat.model)).tolist()
+    logps = all_logps(chat.model, pairs).tolist()
     for row, (_, tokens), logp in zip(answered, pairs, logps, strict=True):
         row["base_logp"] = logp / len(tokens)
 
@@ -351,7 +351,7 @@ def main():
         row |= {"base": names[0], "base_logp": None}
     if new and names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
-        add_logps(new, by_id, chat, args.pack_tokens)
+        add_logps(new, by_id, chat)
     output.close(jobs)
     failed = sum("error" in row for row in answers)
     if args.api_base:

@@ -92,7 +92,7 @@ class LocalModel:
         if not self.tokenizer.chat_template:
             raise BadInput(f"--model {name}: has no chat template; take its instruct version")
         self.sampling = sampling
-        self.settings = {"model": name_of(name), "dtype": str(self.model.dtype)}
+        self.settings = {"model": name, "dtype": str(self.model.dtype)}
         self.settings |= {"seed": args.seed, **sampling}
 
     def ask(self, conversations, keys):
@@ -199,11 +199,6 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         raise BadInput(f"--model {name}: cannot be loaded: {reason}") from None
 
 
-def name_of(model):
-    """A model's name in a file: of a folder the path from here, however it was written."""
-    return os.path.relpath(model) if os.path.isdir(model) else model
-
-
 def model_folder(name):
     """What transformers loads a model from: a folder or hub id, or of 'smollm2' the embedded one.
 
@@ -288,12 +283,10 @@ class Server:
         self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
-        bodies = [
-            {**self.settings, "messages": messages, "seed": seed_of(self.args.seed, *key)}
-            for messages, key in zip(conversations, keys, strict=True)
-        ]
-        digests = [digest_of(body) for body in bodies]
-        calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
+        seeds = [seed_of(self.args.seed, *key) for key in keys]
+        both = zip(conversations, seeds, strict=True)
+        bodies = [{**self.settings, "messages": m, "seed": seed} for m, seed in both]
+        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
         pool = ThreadPoolExecutor(self.args.concurrency, "calls")
         try:
             replies = pool.map(self.call, calls, calls.values())
@@ -301,7 +294,7 @@ class Server:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         replies = dict(zip(calls, replies, strict=True))
-        return [replies[digest] for digest in digests]
+        return [replies[digest_of(body)] for body in bodies]
 
     def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""
@@ -466,7 +459,7 @@ def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
-    except BadInput as error:
+    except (BadInput, NotImplementedError) as error:  # or a model that is not supported
         message = error
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error

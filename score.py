@@ -20,19 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from generate import (
-    Rows,
-    digest_of,
-    encode,
-    load_model,
-    make_parser,
-    name_of,
-    open_chat,
-    pick_device,
-    run,
-    show_plan,
-)
-from kernels.packed import PACK_TOKENS, all_logps, check_model
+from generate import Rows, digest_of, encode, load_model, make_parser, open_chat, pick_device, run
+from kernels.packed import all_logps
 from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
@@ -54,7 +43,7 @@ class Score(NamedTuple):
 # ---- the three rewards ---------------------------------------------------------------------------
 
 
-def contrast_reward(rows, answers, model, tokenizer, packs, table, pack_tokens):
+def contrast_reward(rows, answers, model, tokenizer, table):
     """A Score for each answer, in nats a token:
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
@@ -68,7 +57,7 @@ def contrast_reward(rows, answers, model, tokenizer, packs, table, pack_tokens):
             sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
-    good, bad = all_logps(model, both, pack_tokens, packs).double().chunk(2)
+    good, bad = all_logps(model, both).double().chunk(2)
     gaps, scores = (good - bad).tolist(), []
     for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
@@ -144,7 +133,7 @@ def make_reward(args, task, journal):
     args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
     """
     kind, name = args.reward, args.reward_model
-    settings = {"kind": kind, "model": name_of(name), "label": args.label}
+    settings = {"kind": kind, "model": name, "label": args.label}
     if args.api_base and kind != "judge":
         raise BadInput("--api-base: only --reward judge asks a server")
     if kind != "classifier" and kind not in task:
@@ -161,8 +150,7 @@ def make_reward(args, task, journal):
     settings["dtype"] = str(dtype)
     if kind == "contrast":
         model, tokenizer = load_model(name, device, dtype)
-        more = {"packs": check_model(model), "pack_tokens": args.pack_tokens}
-        reward = functools.partial(contrast_reward, table=task["contrast"], **more)
+        reward = functools.partial(contrast_reward, table=task["contrast"])
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
         labels = model.config.label2id
@@ -240,7 +228,6 @@ def add_reward_flags(parser, kind=None):
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
     add("--label", help="label of a classifier of several labels that counts as good")
-    add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of one packed sequence; changes memory and speed, not results (default: %(default)s)")
     add("--judge-samples", type="count", default=1, help="ratings of an answer, at temperature 1 if more than one; their mean is the score (default: %(default)s)")
     add("--judge-tokens", type="count", default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on
@@ -255,7 +242,6 @@ def main():
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
-    add("--dry-run", action="store_true", help="judge: show the first call and an estimate of the tokens, and ask nothing")
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)
@@ -271,12 +257,6 @@ def main():
         for name in ("score_chosen", "score_rejected", "reward", *["error"] * judged):
             row.pop(name, None)
     rows = source[: args.limit]
-    if args.dry_run:
-        if args.reward != "judge" or "judge" not in task:
-            raise BadInput("--dry-run: needs --reward judge, and a task with [judge]")
-        answers = [(r, text_of(r[side])) for r in rows if not r.get("error") for side in SIDES]
-        calls = [fill(task["judge"]["prompt"], row, answer=answer) for row, answer in answers]
-        return show_plan(calls * args.judge_samples, args.judge_tokens)
 
     args.reward_model = args.model
     reward, settings, judge = make_reward(args, task, f"{out}.calls")

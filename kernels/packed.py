@@ -127,9 +127,9 @@ def micro_batches(costs, budget):
 
 
 @torch.no_grad()
-def all_logps(model, sequences, budget, packs=True):
+def all_logps(model, sequences, budget=PACK_TOKENS):
     """completion_logps of any number of sequences, `budget` tokens at a time: (S,), on the CPU."""
-    logps = [torch.zeros(0)]
+    packs, logps = check_model(model), [torch.zeros(0)]
     for batch in micro_batches([len(prompt) + len(tokens) for prompt, tokens in sequences], budget):
         logps.append(completion_logps(model, [sequences[i] for i in batch], packs).cpu())
     return torch.cat(logps)
@@ -139,7 +139,7 @@ def all_logps(model, sequences, budget, packs=True):
 def check_model(model, attention=None):
     """Whether packed sequences give the log-probs of a model's own logits. If so, the model is set
     to `attention`, where that does too. False for recurrent layers, sliding windows. Raises
-    ValueError where single sequences differ as well: an output layer that is not supported here.
+    NotImplementedError where single sequences differ as well, by an output layer of another form.
     """
     sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
     known = []
@@ -153,7 +153,9 @@ def check_model(model, attention=None):
         return torch.allclose(completion_logps(model, sequences, packs).double(), known, rtol, 1e-2)
 
     if not exact(packs=False):
-        raise ValueError("the log-probs are not those of the model's logits: not supported here")
+        raise NotImplementedError(
+            "the log-probs are not those of the model's logits: not supported here"
+        )
     config, usual = model.config.get_text_config(), model.config._attn_implementation
     layers = set(getattr(config, "layer_types", None) or [])
     if layers - {"full_attention"} or getattr(config, "sliding_window", None):

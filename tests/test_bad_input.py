@@ -113,7 +113,6 @@ CASES = [
     case("no row", "generate", ["--limit", "0"], f"--limit: 0 {FLAG} 1"),
     case("no row a batch", "score", ["--batch-size", "0"], f"--batch-size: 0 {FLAG} 1"),
     case("minus one answer", "eval", ["--samples", "-1"], f"--samples: -1 {FLAG} 1"),
-    case("a dry run without a judge", "score", [*IN, "--dry-run"], "--reward judge", GOOD),
     case("no number", "generate", ["--temperature", "nan"], f"--temperature: nan {FLAG} 0"),
     case("training in float16", "train", ["--dtype", "float16"], "--dtype"),
 ]  # fmt: skip

@@ -144,7 +144,7 @@ def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ValueError, match="not those of the model"):
+    with pytest.raises(NotImplementedError, match="not those of the model"):
         check_model(model)
 
 

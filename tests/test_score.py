@@ -72,7 +72,7 @@ def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tin
 
 def contrast(rows, folder, table, dtype=torch.float32):
     model, tokenizer = load_model(folder, CPU, dtype)
-    return contrast_reward(rows, ["Lovely film."] * len(rows), model, tokenizer, True, table, 100)
+    return contrast_reward(rows, ["Lovely film."] * len(rows), model, tokenizer, table)
 
 
 def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
@@ -316,16 +316,6 @@ def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(
 def test_a_judge_whose_words_begin_with_error_has_not_failed(run, server, workdir, monkeypatch):
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "error-free. Rating: 9")
     assert status == 0 and "error" not in rows[0] and rows[0]["score_chosen"] == 9
-
-
-def test_a_dry_run_shows_what_the_judge_would_be_asked(run, server, workdir):
-    row = pair_row(0, "gold", "dross") | {"task": "safety"}
-    write_jsonl(workdir / "runs/safety/pairs.jsonl", [row])
-    flags = ["--task", "safety", "--reward", "judge", "--model", "big", "--api-base", server]
-    status, out, err = run("score", *flags, "--dry-run")
-    assert status == 0, err
-    assert "gold" in out and "2 calls" in out and "600 completion tokens" in out
-    assert not HostileServer.asked and not (workdir / "runs/safety/scored.jsonl").exists()
 
 
 def test_the_model_on_this_machine_can_be_the_judge(run, tiny, workdir):
