@@ -26,7 +26,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from generate import LocalModel, Rows, encode, make_parser, model_folder, provenance, run
 from kernels.packed import all_logps
-from prompts import BadInput, load_task, read_rows
+from prompts import BadInput, as_messages, load_task, read_rows
 from score import add_reward_flags, make_reward, repetition
 
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
@@ -156,7 +156,7 @@ def make_samples(rows, names, count):
             by_prompt.setdefault(row["prompt_id"], {})[row["model"]] = row
     parts = []
     for answers in list(by_prompt.values())[:count]:
-        prompt = next(iter(answers.values()))["prompt"]
+        prompt = as_messages(next(iter(answers.values()))["prompt"])
         parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
         for name in filter(answers.get, names):
             score, text = answers[name]["score"], answers[name]["answer"].replace("\n", "\n> ")
@@ -233,6 +233,17 @@ def models_in(folder, refined):
     return [*bases, *[SELF_REFINE] * bool(refined), *runs]
 
 
+def take_reward_of(rows, args):
+    """Sets what the command line leaves open of the reward to that of the pairs."""
+    made = next((row["reward"] for row in rows if row.get("reward")), {})
+    args.reward = args.reward or made.get("kind", "contrast")
+    made = made if args.reward == made.get("kind") else {}
+    if args.reward == "judge" and made and "dtype" not in made and not args.api_base:
+        raise BadInput("--api-base: the judge of the pairs was on a server; name it, or a --reward")
+    args.reward_model = args.reward_model or made.get("model", "smollm2")
+    args.label = args.label or made.get("label")
+
+
 def fingerprint(model):
     """A hash of a model's weights on disk; empty for a model that is on the hub."""
     files = sorted(Path(model_folder(model)).glob("model*.safetensors"))
@@ -260,7 +271,7 @@ def add_answers(jobs, rows, chat, seed_by):
     given = [rows[job["prompt_id"]] for job in jobs]
     if chat is None:
         ends = [(row.get("teacher") or {}).get("finish", {}) for row in given]
-        texts = [row["chosen"][-1]["content"] for row in given]
+        texts = [as_messages(row["chosen"])[-1]["content"] for row in given]
         replies = [(t, end.get("revision", "stop")) for t, end in zip(texts, ends, strict=True)]
     else:
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
@@ -321,11 +332,7 @@ def main():
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
-    made = next((row["reward"] for row in rows if row.get("reward")), {})
-    args.reward = args.reward or made.get("kind", "contrast")
-    made = made if args.reward == made.get("kind") else {}
-    args.reward_model = args.reward_model or made.get("model", "smollm2")
-    args.label = args.label or made.get("label")
+    take_reward_of(rows, args)
     out = folder / "eval.jsonl"
     reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
@@ -333,11 +340,18 @@ def main():
     by_id = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
+    for job in jobs:  # a student that was trained anew answers anew
+        if output.rows.get(job["id"], job)["weights"] != job["weights"]:
+            del output.rows[job["id"]]
     output.resume("settings", settings, jobs, others=True)
     for model, name in zip(args.models, names, strict=True):
         mine = [job for job in jobs if job["model"] == name]
-        if batches := output.batches(mine, args.batch_size):
-            chat = None if name == SELF_REFINE else LocalModel(model, args, **sampling)
+        batches, chat = (
+            output.batches(mine, args.batch_size),
+            None,
+        )  # the last model's memory is free
+        if batches and name != SELF_REFINE:
+            chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
             add_answers(batch, by_id, chat, task["seed_by"])
             new = [job for job in batch if job["id"] not in output.done]
@@ -362,7 +376,8 @@ def main():
     (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])
     print(f"\n{lines}\n\n{make_samples(answers, names, 3)}\n\n{folder / 'report.md'}, {out}")
-    raise SystemExit(failed > 0)
+    unscored = any(row["answer"] and row["score"] is None for row in answers)
+    raise SystemExit(failed > 0 or unscored)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import requests
 import torch
 import transformers
+from jinja2 import TemplateError
 from requests.adapters import HTTPAdapter, Retry
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -52,23 +53,27 @@ def refine(rows, form, ask, seed_by="id"):
     ask: (conversations, keys) -> list of Reply; the key gives a conversation its random numbers.
     seed_by: the field whose rows share them, see load_task.
     """
-    made = [({**row, "teacher": {}}, {}) for row in rows]  # a pair, and what was said for it
+    facts = Reply._fields[1:]  # what is kept of a call beside its text
+    pairs = [{**row, "teacher": {fact: {} for fact in facts}} for row in rows]
+    texts = [
+        {} for _ in rows
+    ]  # of each row: answer, critique and revision, as far as they are made
     for name, call in CALLS.items():
-        going = [(pair, texts) for pair, texts in made if "error" not in pair]
-        conversations = [fill(form[call], pair, **texts) for pair, texts in going]
-        keys = [(pair[seed_by], call) for pair, _ in going]
-        for (pair, texts), reply in zip(going, ask(conversations, keys), strict=True):
-            texts[name] = reply.text
-            for key in ("finish", "prompt_tokens", "completion_tokens"):
-                pair["teacher"].setdefault(key, {})[name] = getattr(reply, key)
+        live = [i for i, pair in enumerate(pairs) if "error" not in pair]
+        conversations = [fill(form[call], pairs[i], **texts[i]) for i in live]
+        keys = [(pairs[i][seed_by], call) for i in live]
+        for i, reply in zip(live, ask(conversations, keys), strict=True):
+            texts[i][name] = reply.text
+            for fact in facts:
+                pairs[i]["teacher"][fact][name] = getattr(reply, fact)
             if reply.finish not in ("stop", "length") or not (reply.text or name == "critique"):
-                pair["error"] = f"{name}: no answer, finish reason {reply.finish}"
-    for pair, texts in made:
+                pairs[i]["error"] = f"{name}: no answer, finish reason {reply.finish}"
+    for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
-            pair["rejected"] = [{"role": "assistant", "content": texts["answer"]}]
-            pair["critique"] = texts["critique"]
-            pair["chosen"] = [{"role": "assistant", "content": texts["revision"]}]
-    return [pair for pair, _ in made]
+            pair["rejected"] = [{"role": "assistant", "content": text["answer"]}]
+            pair["critique"] = text["critique"]
+            pair["chosen"] = [{"role": "assistant", "content": text["revision"]}]
+    return pairs
 
 
 class Reply(NamedTuple):
@@ -105,8 +110,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     """A sampled Reply to each conversation, all in one batch on the model's device.
 
     A row's randomness is one uniform number a token from its own seed, so it does not depend on
-    which rows share its batch. temperature 0 is greedy. top_p keeps the likeliest tokens up to that
-    mass, among the 256 likeliest: sorting all V at every step costs more than a small model does.
+    which rows share its batch.
     """
     device = model.device
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
@@ -126,14 +130,8 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids.clamp(min=0), "attention_mask": mask, "position_ids": positions}
         logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
-        tokens = logits.argmax(-1)  # (rows that are live,)
-        if temperature > 0:
-            probs, candidates = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
-            before = probs.cumsum(-1) - probs  # mass of the likelier ones, 0 for the likeliest
-            mass = (probs * (before <= top_p)).cumsum(-1)
-            uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in live])
-            rank = (mass > uniform.to(device) * mass[:, -1:]).int().argmax(-1, keepdim=True)
-            tokens = candidates.gather(-1, rank).squeeze(-1)
+        uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in live]).to(device)
+        tokens = pick_tokens(logits, uniform, temperature, top_p)
         stopped = torch.isin(tokens, stops).tolist()
         for i, token, stop in zip(live, tokens.tolist(), stopped, strict=True):
             completions[i].append(token)
@@ -149,6 +147,22 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
             ids, mask, live = ids[going], mask[going], [live[k] for k in going]
             cache.batch_select_indices(torch.tensor(going, device=device))
     return [replies[i] for i in range(len(prompts))]
+
+
+def pick_tokens(logits, uniform, temperature, top_p):
+    """The next token of each row, (B,), from logits (B, V) and numbers (B, 1) in [0, 1).
+
+    temperature 0 is greedy. Else the distribution is cut to the likeliest tokens up to the mass
+    top_p, among the 256 likeliest (sorting all V at every step costs more than a small model does),
+    and a token is where its cumulative sum passes the uniform number.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, tokens = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
+    probs *= probs.cumsum(-1) - probs <= top_p  # the mass before the likeliest token is 0
+    cumulative = probs.cumsum(-1)
+    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return tokens.gather(-1, place).squeeze(-1)
 
 
 def encode(tokenizer, prompt, completion=None):
@@ -283,7 +297,7 @@ class Server:
         self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
-        seeds = [seed_of(self.args.seed, *key) for key in keys]
+        seeds = [seed_of(self.args.seed, *key) >> 32 for key in keys]  # 31 bits suit all servers
         both = zip(conversations, seeds, strict=True)
         bodies = [{**self.settings, "messages": m, "seed": seed} for m, seed in both]
         calls = {digest_of(body): body for body in bodies}  # equal ones are made once
@@ -459,7 +473,7 @@ def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
-    except (BadInput, NotImplementedError) as error:  # or a model that is not supported
+    except (BadInput, NotImplementedError, TemplateError) as error:  # or a model cannot do it
         message = error
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error

@@ -118,9 +118,11 @@ def rating_of(text, finish, scale):
 
     >>> rating_of("It scores 2 points, not 4. Rating: -3", "stop", (-5, 5))
     -3.0
+    >>> rating_of("Rating (1 to 10): 8", "stop", (1, 10))
+    8.0
     >>> rating_of("Rating: 40", "stop", (-5, 5))
     """
-    found = re.findall(r"(?i)rating[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", text)
+    found = re.findall(r"(?i)rating(?: \([^)]*\))?[\s:*_=`\"[]*([-+\u2212]?\d+(?:\.\d+)?)", text)
     if not found or finish == "length":
         return None
     rating = float(found[-1].replace("\u2212", "-"))
@@ -164,16 +166,18 @@ def add_scores(rows, reward, settings):
     """The rows with both answers' scores; those that failed before as they are."""
     pairs = [row for row in rows if not row.get("error")]
     # a copied draft is scored once: it is a tie, whatever rounding or a judge's mood would say
-    asked = dict.fromkeys((i, text_of(row[side])) for i, row in enumerate(pairs) for side in SIDES)
-    scores = reward([pairs[i] for i, _ in asked], [text for _, text in asked])
+    asked = {(i, text_of(row[side])): row for i, row in enumerate(pairs) for side in SIDES}
+    scores = reward(list(asked.values()), [text for _, text in asked])
     scores = dict(zip(asked, scores, strict=True))
     for i, row in enumerate(pairs):
         row["reward"] = dict(settings)
         for side in SIDES:
             score = scores[i, text_of(row[side])]
             row[f"score_{side}"] = score.finite
-            row["reward"] |= {f"said_{side}": score.said} if score.said else {}
-            row |= {"error": f"judge: {score.said}"} if score.failed else {}
+            if score.said:
+                row["reward"][f"said_{side}"] = score.said
+            if score.failed:
+                row["error"] = f"judge: {score.said}"
     return rows
 
 

@@ -77,18 +77,18 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     ipo          (h - 1 / (2 beta))^2, h = z / beta with means         arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
 
-    A failed revision (delta < 0, p < 1/2): rdpo-margin is content with any z above delta / tau < 0,
-    its gradient at z = 0 being p, so that a pair counts where teacher and reward agree; rdpo flips
-    its label, and z falls to delta / tau; rdpo-weight leaves it out. A tie (p = 1/2): rdpo-margin
-    is dpo; rdpo pulls z back to 0, where its gradient is 0; rdpo-weight leaves it out.
+    A failed revision (delta < 0, p < 1/2): rdpo-margin has almost no gradient once z exceeds
+    delta / tau < 0, and at z = 0 its gradient has the weight p, near 0; rdpo flips the label, so
+    that z falls to delta / tau; rdpo-weight ignores the pair. A tie (p = 1/2): rdpo-margin is dpo;
+    rdpo pulls z to 0; rdpo-weight ignores the pair.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
-    dpo. That is chosen's; under the rdpo losses it is p times chosen's and 1 - p times rejected's,
-    also of the pairs that rdpo-weight leaves out. Without it both log-probs fall, the end of a turn
-    with them.
+    dpo. Without scores that is chosen's; the rdpo losses take p times chosen's and 1 - p times
+    rejected's, also of pairs that rdpo-weight ignores. Without this term the log-probs of both
+    answers fall, and with them that of the end of the turn.
 
-    ipo takes means over tokens, as its authors ran it (they told TRL's): sums would make the
-    squared loss a matter of length.
+    ipo takes means over tokens, as its authors ran it (they told TRL's authors): with sums the
+    squared loss would depend on length.
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
@@ -148,14 +148,14 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
     leave the gradient as it is: a sum over pairs, divided by the size of the whole batch.
     """
     policy_logps = torch.zeros_like(reference_logps)
-    for places, weight in shares_of(batch, student, args):
-        pairs, reference = [batch[i] for i in places], reference_logps[places]
+    for indices, weight in micro_batches_of(batch, student, args):
+        pairs, reference = [batch[i] for i in indices], reference_logps[indices]
         logps = student(pairs)  # (b, 2), of chosen and rejected
-        delta, tokens = columns_of(pairs, logps.device)
+        delta, tokens = tensors_of(pairs, logps.device)
         losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
-        policy_logps[places] += weight * logps.detach()
+        policy_logps[indices] += weight * logps.detach()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
     norm = norm.full_tensor().item() if WORLD > 1 else norm.item()
     if not math.isfinite(norm):
@@ -168,7 +168,7 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
 
 def metrics_of(policy_logps, reference_logps, pairs, args, settings):
     """Means over pairs for the log; of p over those with scores."""
-    delta, tokens = columns_of(pairs, policy_logps.device)
+    delta, tokens = tensors_of(pairs, policy_logps.device)
     losses, z = preference_loss(args.loss, policy_logps, reference_logps, delta, tokens, **settings)
     values = {"loss": losses, "chosen_logps": policy_logps[:, 0]}
     if args.loss != "sft":
@@ -190,27 +190,28 @@ def learning_rate(step, steps, args):
 def pair_logps(student, pairs, args):
     """Log-probs of all pairs, (len(pairs), 2), for sft (len(pairs), 1), on every process."""
     logps = torch.zeros(len(pairs), len(student.sides), device=student.device)
-    for places, weight in shares_of(pairs, student, args):
-        logps[places] += weight * student([pairs[i] for i in places])
+    for indices, weight in micro_batches_of(pairs, student, args):
+        logps[indices] += weight * student([pairs[i] for i in indices])
     return all_reduce(logps)
 
 
-def shares_of(pairs, student, args):
-    """This process's micro-batches: [(places in pairs, weight)], equally many on every process.
+def micro_batches_of(pairs, student, args):
+    """[(indices into pairs, weight)] for this process.
 
-    FSDP gathers a layer on all processes at once: one that has fewer micro-batches than another
-    runs the first pair again, with weight 0.
+    FSDP gathers a layer on all processes at once, so all need equally many forward passes: a process
+    with fewer repeats pair 0 with weight 0.
     """
     costs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
     shares, budget = [], args.pack_tokens if student.packs else 0
     for rank in range(WORLD):
         mine = range(rank, len(pairs), WORLD)
         batches = micro_batches([costs[i] for i in mine], budget)
-        shares.append([([mine[k] for k in batch], 1.0) for batch in batches])
-    return shares[RANK] + [([0], 0.0)] * (max(map(len, shares)) - len(shares[RANK]))
+        shares.append([[mine[k] for k in batch] for batch in batches])
+    padding = max(map(len, shares)) - len(shares[RANK])
+    return [(indices, 1.0) for indices in shares[RANK]] + [([0], 0.0)] * padding
 
 
-def columns_of(pairs, device):
+def tensors_of(pairs, device):
     """(delta (B,) fp32, tokens (B, 2)) of pairs."""
     delta = torch.tensor([pair.delta for pair in pairs], device=device)
     tokens = [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
@@ -257,12 +258,12 @@ def make_pair(row, name, tokenizer, args):
     """The Pair of a row, or why the row is left out."""
     if row.get("error"):
         return "failed"
-    for side in ("chosen", "rejected"):  # UltraFeedback's names
+    for side in ("chosen", "rejected"):  # "chosen_rating" is another usual name
         row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
     if (args.loss in SCORED_LOSSES or args.accept) and not is_scored(row):
         return "without scores"
     finish = (row.get("teacher") or {}).get("finish", {})
-    if "length" in (finish.get("answer"), finish.get("revision")) and not args.keep_cut:
+    if "length" in (finish.get("answer"), finish.get("revision")):
         return "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return "not accepted"
@@ -340,7 +341,7 @@ def load_student(args, device, dtype):
     moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
     for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
-        wait()
+        barrier()
     model, tokenizer = load_model(args.model, here, torch.float32)
     sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
     student = Student(model, device, dtype, sides)
@@ -357,7 +358,7 @@ def load_student(args, device, dtype):
         # its gradient is added to the head's in place, without another matrix of that size
         model.get_input_embeddings().sparse = True
     for _ in range(LOCAL_RANK, LOCAL_WORLD):
-        wait()
+        barrier()
     return student, tokenizer
 
 
@@ -414,7 +415,7 @@ def save_checkpoint(out, step, model, optimizer):
     part = out / "checkpoint.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
-    wait()
+    barrier()
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
     if RANK == 0:
@@ -461,7 +462,7 @@ def save_student(student, tokenizer, out, record):
             shutil.rmtree(folder)
 
 
-def wait():
+def barrier():
     """Waits for all processes."""
     if WORLD > 1:
         dist.barrier()
@@ -479,18 +480,17 @@ def parse_args():
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo-margin", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
-    add("--keep-cut", action="store_true", help="train also on answers that the teacher was cut off in")
     add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
     add("--beta", type="positive", default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
+    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one alone: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type="count", help="stop after this many optimizer steps (default: as many as the epochs have)")
+    add("--max-steps", type="count", help="optimizer steps in all, over which the learning rate falls to 0 (default: as many as the epochs have)")
     add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
@@ -499,6 +499,10 @@ def parse_args():
     add("--save-every", type="count", default=10, help="steps between checkpoints (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
+    if args.lr is None and args.model != "smollm2":
+        raise BadInput(
+            "--lr: has a default for the embedded model only; 7B models have 5e-7 to 1e-6"
+        )
     args.lr = args.lr or {"rdpo-margin": 8e-5, "sft": 2e-5}.get(args.loss, 4e-5)
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
@@ -527,11 +531,11 @@ def note(file, step, row, part=None):
 
 def main():
     args = parse_args()
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)  # before anything is put on the first one
     device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
@@ -545,9 +549,7 @@ def main():
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
-        raise BadInput(
-            f"{source}: no pair to train on; left out: {left_out} (see --keep-cut, --loss)"
-        )
+        raise BadInput(f"{source}: no pair to train on; left out: {left_out} (see --loss)")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     if args.loss in SCORED_LOSSES:
@@ -561,7 +563,7 @@ def main():
     record |= {"processes": WORLD, **provenance(args.device)}
     if RANK == 0:
         _held = open_run(out, record, args.overwrite)
-    wait()
+    barrier()
     record = json.loads((out / "run.json").read_text())  # of the run's beginning
     if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
@@ -594,7 +596,7 @@ def main():
             if not gap < 0.05:
                 raise BadInput(f"step 1: policy and reference differ by {gap:.2f} nats a token")
         row = metrics_of(policy, batch_reference, batch, args, settings)
-        row |= {"norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
+        row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * seconds}
         note(log, step + 1, row | {"tokens_per_second": tokens / seconds})
         if held_out and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
             policy = pair_logps(student, held_out, args)
@@ -605,7 +607,7 @@ def main():
     save_student(student, tokenizer, out, record)
     say(f"{out}: saved")
     if WORLD > 1:
-        wait()  # no process leaves while another still saves
+        barrier()  # no process leaves while another still saves
         dist.destroy_process_group()
 
 

@@ -152,7 +152,7 @@ def run_ours(job):
     run(train.main)
     log = [json.loads(line) for line in (Path(job["out"]) / "log.jsonl").read_text().splitlines()]
     names = {"loss": "loss", "margin": "margin", "chosen": "chosen_logps"}
-    names |= {"rejected": "rejected_logps", "norm": "norm"}
+    names |= {"rejected": "rejected_logps", "norm": "grad_norm"}
     curves = [{key: row[name] for key, name in names.items()} for row in log]
     return curves, [row["ms"] / 1000 for row in log]
 

@@ -150,6 +150,7 @@ def test_bad_input_gets_one_clear_line_and_status_2(
     argv = [models.get(word, word) for word in argv]
     argv += [] if name in argv else [name, models["TINY"]]
     argv += ["--reward-model", models["TINY"]] if stage == "eval" else []
+    argv += ["--lr", "1e-3"] if stage == "train" else []
     before = contents(workdir)
     status, _, err = run(stage, *argv)
     assert status == 2 and said in err
@@ -164,7 +165,7 @@ def test_a_run_is_never_mixed_with_one_of_other_settings(run, tiny, workdir, sta
     argv, other, said = {
         "generate": (["--limit", "1", "--max-tokens", "4"], ["--seed", "1"], "another 'seed'"),
         "score": (IN, ["--dtype", "float16"], "another 'dtype'"),
-        "train": ([*IN, "--max-steps", "1"], ["--beta", "0.5"], "beta"),
+        "train": ([*IN, "--max-steps", "1", "--lr", "1e-3"], ["--beta", "0.5"], "beta"),
         "eval": (
             [*IN, "--max-tokens", "4", "--reward-model", tiny],
             ["--seed", "1"],

@@ -154,7 +154,9 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert stage("generate", "--task", "safety", "--model", tiny, *small).returncode in (0, 1)
     # the task is the one that was generated last
     assert "scored 60 of 60" in stage("score", "--model", tiny).stdout
-    options = ["--model", tiny, "--keep-cut", "--batch-size", "4"]
+    scored = read_rows("runs/safety/scored.jsonl")  # where all answers were cut off
+    write_jsonl(workdir / "runs/safety/scored.jsonl", [row | {"teacher": {}} for row in scored])
+    options = ["--model", tiny, "--lr", "1e-3", "--batch-size", "4"]
     assert stage("train", *options, "--max-steps", "2").returncode == 0
     done = stage("eval", "--max-tokens", "8")  # the reward is that of the pairs
     assert done.returncode == 0, done.stderr
@@ -180,11 +182,12 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     # a report somewhere else is on the same students
     assert stage("eval", "--max-tokens", "8", "--out", "elsewhere").returncode == 0
     assert "| rdpo-margin |" in (workdir / "elsewhere" / "report.md").read_text()
-    # answers of other weights are not mixed with these
+    # a student that was trained anew answers anew, and it alone
     assert stage("train", *options, "--max-steps", "3", "--overwrite").returncode == 0
-    refused = stage("eval", "--max-tokens", "8")
-    assert refused.returncode == 2 and "another 'weights'" in refused.stderr
-    assert (folder / "eval.jsonl").read_bytes() == before
+    assert stage("eval", "--max-tokens", "8").returncode == 0
+    after = read_rows(folder / "eval.jsonl")
+    changed = [row["model"] for row, old in zip(after, rows, strict=True) if row != old]
+    assert set(changed) == {"rdpo-margin"} and len(changed) == len(rows) // 3
 
 
 def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(

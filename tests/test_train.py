@@ -209,7 +209,7 @@ MORE = {"role": "user", "content": "Really?"}
 
 
 def load(rows, tokenizer, **options):
-    args = {"loss": "dpo", "accept": False, "keep_cut": False, "max_length": 512}
+    args = {"loss": "dpo", "accept": False, "max_length": 512}
     args |= {"max_repeats": 1.0} | options
     return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
 
@@ -287,10 +287,14 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer):
     }  # fmt: skip
     for options, names in (
         ({"loss": "rdpo", "accept": True}, {"row-0"}),
-        ({"loss": "rdpo", "keep_cut": True}, {"row-0", "row-1", "row-9"}),
         ({"loss": "dpo"}, {"row-0", "row-2", "row-3", "row-4", "row-9"}),
     ):
         assert {pair.id for pair in load(rows, tokenizer, **options)[0]} == names
+
+
+def test_another_model_than_the_embedded_one_needs_a_learning_rate(run, tiny, workdir):
+    status, _, err = run("train", "--model", tiny)
+    assert status == 2 and "--lr: has a default for the embedded model only" in err
 
 
 def test_pairs_whose_chosen_answer_repeats_itself_are_left_out_on_demand(tokenizer):
@@ -497,7 +501,7 @@ def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, no
     assert len(together) == len(alone) == 6
     for a, b in zip(alone, together, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["norm"] == pytest.approx(b["norm"], rel=1e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(workdir / "alone", workdir / "two")
 
 
