@@ -71,14 +71,16 @@ def add_measures(row, given, metric):
 
 def by_group(rows, field, kind="mean"):
     """{group: value}: of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest less the smallest; then the mean over samples. None values are left out."""
+    spread the largest less the smallest; then the mean over samples. None values are left out, and
+    of a spread, which they would make smaller, the whole sample."""
     samples, groups = {}, {}
     for row in rows:
-        if row[field] is not None:
-            samples.setdefault((row["group"], row["sample"]), []).append(row[field])
+        samples.setdefault((row["group"], row["sample"]), []).append(row[field])
     for (group, _), values in samples.items():
-        value = max(values) - min(values) if kind == "spread" else np.mean(values)
-        groups.setdefault(group, []).append(value)
+        known = [value for value in values if value is not None]
+        if known and (kind != "spread" or known == values):
+            value = max(known) - min(known) if kind == "spread" else np.mean(known)
+            groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
 
 
@@ -323,7 +325,8 @@ def main():
     folder = Path(args.out or path.parent)
     rows = read_rows(path, "id", "group", "prompt", *task["columns"])
     rows = [row for row in rows if row.get("split") == "test"][: args.limit]
-    refined = [row for row in rows if not row.get("error") and "chosen" in row]
+    broken = {row["group"] for row in rows if row.get("error") or "chosen" not in row}
+    refined = [row for row in rows if row["group"] not in broken]
     if not rows:
         raise BadInput(f"{path}: nothing is held out to evaluate on: no row has the split 'test'")
     if rows[0].get("task", args.task) != args.task:

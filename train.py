@@ -564,8 +564,8 @@ def main():
     if RANK == 0:
         _held = open_run(out, record, args.overwrite)
     barrier()
-    record = json.loads((out / "run.json").read_text())  # of the run's beginning
-    if record.get("finished"):
+    begun = json.loads((out / "run.json").read_text())
+    if begun.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
     options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
@@ -575,6 +575,9 @@ def main():
         say("reference log-probs ...")
         reference = pair_logps(student, train + held_out, args)
     start = load_checkpoint(out, model, optimizer)
+    record = begun if start else record  # says who made the first step that counts
+    if RANK == 0:
+        write_record(out, record)
     log = open(out / "log.jsonl", "a" if start else "w") if RANK == 0 else None
 
     for step in range(start, steps):
@@ -606,10 +609,13 @@ def main():
             save_checkpoint(out, step + 1, model, optimizer)
     save_student(student, tokenizer, out, record)
     say(f"{out}: saved")
-    if WORLD > 1:
-        barrier()  # no process leaves while another still saves
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     run(main)
+    if WORLD > 1:
+        barrier()  # no process leaves while another still saves
+        dist.destroy_process_group()
+        os._exit(
+            0
+        )  # Gloo's threads may abort while Python shuts down (pytorch pull request 179291)

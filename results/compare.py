@@ -33,6 +33,7 @@ from eval import interval
 from generate import run as run_stage
 from prompts import BadInput, load_task, read_prompts
 
+LEAST_SEEDS = 3  # that a p-value is of
 RIVALS = {"base": ("dpo", "dsc"), "dsc": ("dpo", "dsc, the start")}  # of methods trained from there
 SHOWN = {  # key of a row: heading, format
     "method": ("method", ""),
@@ -64,7 +65,9 @@ IN_README = (
     "rdpo",
     "rdpo-weight",
     "rdpo-margin",
+    "robust",
     "dpo-alone",
+    "rdpo-alone",
 )
 JUDGED = {  # of a file of pairs: heading
     "agree": "the metric says the same",
@@ -75,9 +78,9 @@ JUDGED = {  # of a file of pairs: heading
 }
 LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: \
 paired difference, by seed and group, over the seeds of both; p by Holm over all such \
-differences of a table but those from base, of 10,000 draws. In brackets: 95 % intervals by a bootstrap \
-of seeds and groups together: too wide where seeds matter little, too narrow where they matter much \
-and are few, and of one seed silent on others. A row's mean is over its own seeds. groups: test \
+differences of a table but those from base, of three seeds or more and 10,000 draws. In brackets: 95 % \
+intervals by a bootstrap of seeds and groups together: too narrow where seeds are few, and of one seed \
+silent on others. A row's mean is over its own seeds. groups: test \
 prompts that do not hang together. reward: the one that training saw; other words: the contrast by \
 words that it did not see, of sentiment alone. repeats: share of 4-grams that an answer has had before. \
 log-prob: nats a token under the base model, high in loops too."""
@@ -124,6 +127,25 @@ def resample(values, less=None):
     return float(mean), float(low), float(high), float(np.clip(p, 2 / len(means), 1))
 
 
+def coverage(values, trials=200):
+    """{number of seeds: share of trials whose interval holds the truth}, of data made at random with
+    the variances over seeds, groups and both that (seeds, groups) of differences have."""
+    rng, (seeds, groups), shares = np.random.default_rng(0), values.shape, {}
+    of_seeds, of_groups = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    rest = (values - of_seeds - of_groups + values.mean()).std(ddof=1)
+    by_seed = max(0.0, of_seeds.var(ddof=1) - rest**2 / groups) ** 0.5
+    by_group = max(0.0, of_groups.var(ddof=1) - rest**2 / seeds) ** 0.5
+    for count in (1, 2, 3, seeds):
+        held = 0
+        for _ in range(trials):
+            made = rng.normal(0, by_seed, (count, 1)) + rng.normal(0, by_group, groups)
+            means = bootstrap_means(made + rng.normal(0, rest, (count, groups)), 500)
+            low, high = np.percentile(means, [2.5, 97.5])
+            held += low <= 0 <= high
+        shares[count] = held / trials
+    return shares
+
+
 def holm(ps):
     """p-values adjusted by Holm's method (1979) for the family that they are."""
     order, adjusted, highest = np.argsort(ps), [0.0] * len(ps), 0.0
@@ -149,15 +171,19 @@ def differences(one, other, name="metric"):
 
 def compare(found, rivals):
     """{(method, rival, measure): (mean, low, high, p, p by Holm)} of the differences from the two
-    rivals, in metric and control; the family is one table. found: {method: lines}."""
+    rivals, in metric and control; the family is one table. Of few seeds (mean, low, high) alone.
+    found: {method: lines}."""
     tests, there = {}, [rival for rival in rivals if rival in found]
     for method, rival, name in itertools.product(found, there, ("metric", "control")):
         values = differences(found[method], found[rival], name)
         # of the two rivals the second less the first is the test of the first less the second
         if values is not None and method != rival and (method, rival) != rivals:
             tests[method, rival, name] = resample(values)
-    adjusted = holm([test[3] for test in tests.values()])
-    return {pair: (*tests[pair], p) for pair, p in zip(tests, adjusted, strict=True)}
+    family = [
+        key for key in tests if len(shared_seeds(*(found[m] for m in key[:2]))) >= LEAST_SEEDS
+    ]
+    adjusted = dict(zip(family, holm([tests[key][3] for key in family]), strict=True))
+    return {k: (*t, adjusted[k]) if k in adjusted else t[:3] for k, t in tests.items()}
 
 
 def summarise(lines):
@@ -184,7 +210,9 @@ def summarise(lines):
                     row[f"control minus {rival}" if name == "control" else f"minus {rival}"] = test
             gained = differences(mine, found.get("base", [])) if method != "base" else None
             row |= {"minus base": resample(gained)[:3]} if gained is not None else {}
-            row |= {"settings": used(mine[0])} if "lr" in mine[0] else {}
+            row |= (
+                {"settings": " or ".join(dict.fromkeys(map(used, mine)))} if "lr" in mine[0] else {}
+            )
             rows.append(row)
     return rows
 
@@ -230,18 +258,20 @@ def draw(points, base, path):
         for number, (method, mine) in enumerate(shown.items()):
             at = np.array([point["share"] for point in mine]) + 0.5 * (number - len(shown) // 2)
             means, low, high = 100 * np.array([point["metric"][:3] for point in mine]).T
-            style = {"fmt": "o--" if mine[-1]["by formula"] else "o-", "ms": 3, "capsize": 2}
-            color = f"C{list(METHODS).index(method)}"
-            axis.errorbar(
-                at, means, [means - low, high - means], **style, color=color, label=method
-            )
+            color, dashed = f"C{list(METHODS).index(method)}", mine[-1]["by formula"]
+            whole = np.array([point["seeds"] == mine[0]["seeds"] for point in mine])
+            axis.plot(at[whole], means[whole], "--" if dashed else "-", color=color, label=method)
+            for some, fill in ((whole, color), (~whole, "white")):
+                ends = [(means - low)[some], (high - means)[some]]
+                style = {"fmt": "o", "ms": 4, "capsize": 2, "color": color, "mfc": fill}
+                axis.errorbar(at[some], means[some], ends, **style)
         if base is not None:
             axis.axhline(100 * base, color="C7", linewidth=0.8, linestyle=":", label="base")
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("positive answers, %")
-    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula"
+    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula; hollow: of fewer seeds"
     figure.supxlabel(note, fontsize=9)
     figure.savefig(path, dpi=110)
 
@@ -410,6 +440,10 @@ def report(task):
                   f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
                   "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
                   "groups asks for more."]  # fmt: skip
+        if len(apart) > LEAST_SEEDS:
+            shares = ", ".join(f"{n}: {share:.0%}" for n, share in coverage(apart).items())
+            parts += [f"Seeds, and how often an interval called 95 % holds the truth, in data made at "
+                      f"random that vary like this difference: {shares}."]  # fmt: skip
     parts += ["## How it was made", f"{len(lines)} runs.", *made]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))

@@ -456,6 +456,8 @@ def measures(task, run, answers, rows):
         for row, score in zip(spoken, other_words(spoken, rows), strict=True):
             row["other"] = score.value
     names = "score words repeats base_logp cut afinn other".split()
+    if run.trial is not None:  # the first model that eval.py had is the student itself
+        names.remove("base_logp")
     values = {name: by_group([{name: None} | row for row in answers], name) for name in names}
     both = ([row for row in answers if row["control"] == c] for c in (False, True))
     values["metric"], values["control"] = (by_group(mine, "metric", kind) for mine in both)

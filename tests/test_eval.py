@@ -60,9 +60,12 @@ def test_refusals_are_recognised(answer, refused):
 
 def test_a_group_counts_once_and_a_spread_is_taken_within_a_sample():
     rows = [{"group": "g", "sample": 0, "metric": m} for m in (0.1, 0.9, 0.5)]
-    rows += [{"group": "g", "sample": 1, "metric": m} for m in (0.2, 0.4, None)]
+    rows += [{"group": "g", "sample": 1, "metric": m} for m in (0.2, 0.4)]
     rows += [{"group": "h", "sample": 0, "metric": None}]
     assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.5)}
+    assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
+    rows.append({"group": "g", "sample": 1, "metric": None})  # a failure makes no spread smaller
+    assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.8)}
     assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
 
 

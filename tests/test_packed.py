@@ -133,6 +133,19 @@ def test_an_output_layer_with_a_scale_a_cap_or_a_bias_is_exact(kind, options):
     assert got.tolist() == pytest.approx(want, abs=1e-3)
 
 
+def test_a_mask_that_lets_one_answer_see_the_other_is_noticed_in_16_bits_too(monkeypatch):
+    """By a model of 30 nats an answer, of which rounding may take 5 %."""
+    model = make_model(600).to(torch.bfloat16)
+    assert check_model(model, "sdpa") is True
+    causal = packed.dense_mask
+
+    def leaky(document_ids, segment_ids):
+        return causal(document_ids, torch.zeros_like(segment_ids))
+
+    monkeypatch.setattr(packed, "dense_mask", leaky)
+    assert check_model(model, "sdpa") is False
+
+
 def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
     model = make_model(600)
     assert check_model(model) is True

@@ -234,6 +234,9 @@ def test_pairs_with_an_answer_that_was_cut_off_or_repeats_itself_are_not_usable(
         assert not study.is_usable(row | {"teacher": {"finish": finish | {name: "length"}}})
 
 
+SEEDS = (0, 1, 2)
+
+
 def write_lines(folder, runs):
     """Lines of runs on 40 films, of which base gets 30 % right, rdpo 90 %, others half."""
     rng, facts = np.random.default_rng(0), dict.fromkeys((*study.MADE, "date"), "x")
@@ -257,13 +260,19 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     write_lines(folder, [Run("fresh", "base", 0)])
     with pytest.raises(study.BadInput):  # and nothing is written
         compare.report("sentiment")
-    write_lines(folder, [Run("fresh", m, s) for m in ("dsc", "dpo", "rdpo") for s in (0, 1)])
+    write_lines(folder, [Run("fresh", m, s) for m in ("dsc", "dpo", "rdpo") for s in SEEDS])
     write_lines(folder, [Run("fresh", "dpo", 0, flips=40), Run("conversation", "dpo", 0, trial=1)])
     write_lines(folder, [Run("fresh", "rdpo", 0, swaps=50), Run("fresh", "base", 1)])
+    write_lines(folder, [Run("fresh", "dpo-accept", 0)])
     compare.report("sentiment")
     summary = json.loads((folder.with_suffix(".summary.json")).read_text())
     rows = {row["method"]: row for row in summary["rows"]}
-    assert set(rows) == {"base", "dsc", "dpo", "rdpo"} and rows["rdpo"]["seeds"] == [0, 1]
+    assert set(rows) == {"base", "dsc", "dpo", "dpo-accept", "rdpo"} and rows["rdpo"]["seeds"] == [
+        0,
+        1,
+        2,
+    ]
+    assert len(rows["dpo-accept"]["minus dpo"]) == 3  # of one seed there is no p
     mean, low, high, p, adjusted = rows["rdpo"]["minus dpo"]
     assert mean == pytest.approx(rows["rdpo"]["metric"][0] - rows["dpo"]["metric"][0])
     assert 0 < low < mean < high and p <= adjusted < 0.05 < rows["dsc"]["minus dpo"][4]
@@ -272,7 +281,7 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     dial = [(p["share"], p["by formula"]) for p in summary["dials"] if p["method"] == "rdpo"]
     assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
     assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    assert "| rdpo | 0-1 | 40 |" in folder.with_suffix(".md").read_text()
+    assert "| rdpo | 0-2 | 40 |" in folder.with_suffix(".md").read_text()
     (folder / "fresh-0.pairs.json").write_text("no JSON")  # other tasks have no such file
     other = folder.parent / "safety"
     other.mkdir()

@@ -653,6 +653,18 @@ def test_a_run_that_was_killed_before_its_settings_were_written_begins_anew(
     assert trained(run, tiny, workdir / "out", "--max-steps", "1")[0]
 
 
+def test_a_run_of_which_no_step_is_left_has_the_record_of_the_start_that_made_it(
+    run, tiny, pairs_file, workdir
+):
+    trained(run, tiny, workdir / "out", "--max-steps", "1")
+    path = workdir / "out" / "run.json"
+    record = json.loads(path.read_text()) | {"commit": "of a start that died"}
+    del record["finished"]
+    path.write_text(json.dumps(record))
+    trained(run, tiny, workdir / "out", "--max-steps", "1")
+    assert json.loads(path.read_text())["commit"] != "of a start that died"
+
+
 def test_a_student_that_changed_since_the_run_began_is_refused(run, pairs_file, workdir, tokenizer):
     base = make_model(len(tokenizer))
     for scale in (1.0, 1.05):
