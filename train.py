@@ -1,7 +1,7 @@
 """Stage 3 of 4: a student learns from the scored pairs.
 
     python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
-    torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-6
+    torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-5
     python train.py --task sycophancy --loss dpo --sft-weight 1   # the same, but scores are ignored
     python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
     python train.py --model runs/sycophancy/sft-accept --lr 5e-6                  # and rDPO from there
@@ -485,7 +485,7 @@ def parse_args():
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models (default, for the embedded one alone: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
+    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -500,9 +500,7 @@ def parse_args():
     # fmt: on
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":
-        raise BadInput(
-            "--lr: has a default for the embedded model only; 7B models have 5e-7 to 1e-6"
-        )
+        raise BadInput("--lr: has a default for the embedded model only; see --help")
     args.lr = args.lr or {"rdpo-margin": 8e-5, "sft": 2e-5}.get(args.loss, 4e-5)
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
