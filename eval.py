@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from generate import LocalModel, Rows, encode, make_parser, model_folder, provenance, run
-from kernels.packed import all_logps
+from kernels.packed import all_logps, check_model
 from prompts import BadInput, as_messages, load_task, read_rows
 from score import add_reward_flags, make_reward, repetition
 
@@ -240,8 +240,11 @@ def take_reward_of(rows, args):
     made = next((row["reward"] for row in rows if row.get("reward")), {})
     args.reward = args.reward or made.get("kind", "contrast")
     made = made if args.reward == made.get("kind") else {}
-    if args.reward == "judge" and made and "dtype" not in made and not args.api_base:
-        raise BadInput("--api-base: the judge of the pairs was on a server; name it, or a --reward")
+    local = args.api_base or args.reward_model or "dtype" in made  # which a server's has not
+    if args.reward == "judge" and made and not local:
+        raise BadInput(
+            "--api-base: the judge of the pairs was on a server; name it, or another reward"
+        )
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
 
@@ -299,7 +302,7 @@ def add_logps(answered, rows, chat):
     pairs = [encode(chat.tokenizer, *both) for both in zip(prompts, texts, strict=True)]
     for row, (_, tokens) in zip(answered, pairs, strict=True):
         del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end of turn
-    logps = all_logps(chat.model, pairs).tolist()
+    logps = all_logps(chat.model, pairs, check_model(chat.model)).tolist()
     for row, (_, tokens), logp in zip(answered, pairs, logps, strict=True):
         row["base_logp"] = logp / len(tokens)
 
@@ -325,6 +328,7 @@ def main():
     folder = Path(args.out or path.parent)
     rows = read_rows(path, "id", "group", "prompt", *task["columns"])
     rows = [row for row in rows if row.get("split") == "test"][: args.limit]
+    # a spread over the variants of a text needs all of them
     broken = {row["group"] for row in rows if row.get("error") or "chosen" not in row}
     refined = [row for row in rows if row["group"] not in broken]
     if not rows:
@@ -349,10 +353,8 @@ def main():
     output.resume("settings", settings, jobs, others=True)
     for model, name in zip(args.models, names, strict=True):
         mine = [job for job in jobs if job["model"] == name]
-        batches, chat = (
-            output.batches(mine, args.batch_size),
-            None,
-        )  # the last model's memory is free
+        chat = None  # frees the model before
+        batches = output.batches(mine, args.batch_size)
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
@@ -363,9 +365,10 @@ def main():
     answers = [output.rows[job["id"]] for job in jobs]
     for row in answers:  # by the metric as it is now, for old answers too
         add_measures(row, by_id[row["prompt_id"]], task["metric"])
-    new = [row for row in answers if row.get("base") != names[0]]
+    first, chat = [names[0], jobs[0]["weights"]], None
+    new = [row for row in answers if row.get("base") != first]
     for row in new:
-        row |= {"base": names[0], "base_logp": None}
+        row |= {"base": first, "base_logp": None}
     if new and names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
         add_logps(new, by_id, chat)

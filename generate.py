@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from kernels.logps import multiplies_bf16
+from kernels.packed import UnsupportedModel
 from prompts import FOLDER, BadInput, fill, load_task, read_prompts
 
 transformers.utils.logging.disable_progress_bar()
@@ -55,9 +56,7 @@ def refine(rows, form, ask, seed_by="id"):
     """
     facts = Reply._fields[1:]  # what is kept of a call beside its text
     pairs = [{**row, "teacher": {fact: {} for fact in facts}} for row in rows]
-    texts = [
-        {} for _ in rows
-    ]  # of each row: answer, critique and revision, as far as they are made
+    texts = [{} for _ in rows]  # answer, critique and revision of each, as far as they are made
     for name, call in CALLS.items():
         live = [i for i, pair in enumerate(pairs) if "error" not in pair]
         conversations = [fill(form[call], pairs[i], **texts[i]) for i in live]
@@ -473,7 +472,7 @@ def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
-    except (BadInput, NotImplementedError, TemplateError) as error:  # or a model cannot do it
+    except (BadInput, UnsupportedModel, TemplateError) as error:  # the template's: of a chat
         message = error
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from generate import Rows, digest_of, encode, load_model, make_parser, open_chat, pick_device, run
-from kernels.packed import all_logps
+from kernels.packed import all_logps, check_model
 from prompts import BadInput, as_messages, fill, load_task, read_rows
 
 SIDES = ("chosen", "rejected")
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 # ---- the three rewards ---------------------------------------------------------------------------
 
 
-def contrast_reward(rows, answers, model, tokenizer, table):
+def contrast_reward(rows, answers, model, tokenizer, packs, table):
     """A Score for each answer, in nats a token:
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
@@ -57,7 +57,7 @@ def contrast_reward(rows, answers, model, tokenizer, table):
             sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
-    good, bad = all_logps(model, both).double().chunk(2)
+    good, bad = all_logps(model, both, packs).double().chunk(2)
     gaps, scores = (good - bad).tolist(), []
     for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
         # equal prompts have the score 0 by definition, not the rounding noise of two sums
@@ -120,9 +120,12 @@ def rating_of(text, finish, scale):
     -3.0
     >>> rating_of("Rating (1 to 10): 8", "stop", (1, 10))
     8.0
+    >>> rating_of("Rating (8). 1. Good.", "stop", (1, 10))
     >>> rating_of("Rating: 40", "stop", (-5, 5))
     """
-    found = re.findall(r"(?i)rating(?: \([^)]*\))?[\s:*_=`\"[]*([-+\u2212]?\d+(?:\.\d+)?)", text)
+    found = re.findall(
+        r"(?i)rating(?: \([^)]*[^)\d][^)]*\))?[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", text
+    )
     if not found or finish == "length":
         return None
     rating = float(found[-1].replace("\u2212", "-"))
@@ -152,7 +155,8 @@ def make_reward(args, task, journal):
     settings["dtype"] = str(dtype)
     if kind == "contrast":
         model, tokenizer = load_model(name, device, dtype)
-        reward = functools.partial(contrast_reward, table=task["contrast"])
+        more = {"packs": check_model(model), "table": task["contrast"]}
+        reward = functools.partial(contrast_reward, **more)
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
         labels = model.config.label2id

@@ -77,13 +77,13 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     ipo          (h - 1 / (2 beta))^2, h = z / beta with means         arXiv 2310.12036, eq. 17
     sft          -log pi(chosen) / tokens
 
-    A failed revision (delta < 0, p < 1/2): rdpo-margin has almost no gradient once z exceeds
-    delta / tau < 0, and at z = 0 its gradient has the weight p, near 0; rdpo flips the label, so
-    that z falls to delta / tau; rdpo-weight ignores the pair. A tie (p = 1/2): rdpo-margin is dpo;
-    rdpo pulls z to 0; rdpo-weight ignores the pair.
+    A failed revision (delta < 0, p < 1/2): rdpo-margin's gradient has the weight p at z = 0, and
+    half its greatest weight where z is delta / tau; rdpo flips the label, so that z falls to
+    delta / tau; rdpo-weight ignores the pair. A tie (p = 1/2): rdpo-margin is dpo; rdpo pulls z
+    to 0; rdpo-weight ignores the pair.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
-    dpo. Without scores that is chosen's; the rdpo losses take p times chosen's and 1 - p times
+    dpo. That is chosen's for losses that ignore scores; the rdpo losses take p times chosen's and 1 - p times
     rejected's, also of pairs that rdpo-weight ignores. Without this term the log-probs of both
     answers fall, and with them that of the end of the turn.
 
@@ -490,7 +490,7 @@ def parse_args():
     add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type="count", help="optimizer steps in all, over which the learning rate falls to 0 (default: as many as the epochs have)")
+    add("--max-steps", type="count", help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
     add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
@@ -529,7 +529,7 @@ def note(file, step, row, part=None):
 
 def main():
     args = parse_args()
-    if WORLD > 1 and torch.cuda.is_available():
+    if WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on the first one
     device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
@@ -547,7 +547,7 @@ def main():
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
-        raise BadInput(f"{source}: no pair to train on; left out: {left_out} (see --loss)")
+        raise BadInput(f"{source}: no pair to train on; left out: {left_out}; see --loss")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     if args.loss in SCORED_LOSSES:
@@ -614,6 +614,5 @@ if __name__ == "__main__":
     if WORLD > 1:
         barrier()  # no process leaves while another still saves
         dist.destroy_process_group()
-        os._exit(
-            0
-        )  # Gloo's threads may abort while Python shuts down (pytorch pull request 179291)
+        # Gloo's threads may abort while Python shuts down, as in pytorch's pull request 179291
+        os._exit(0)

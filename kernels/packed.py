@@ -25,6 +25,10 @@ from kernels.logps import linear_logps
 PACK_TOKENS = 4096 if torch.cuda.is_available() else 1024  # of a packed sequence, by default
 
 
+class UnsupportedModel(Exception):
+    """A model whose log-probs would come out wrong here."""
+
+
 class Packed(NamedTuple):
     """What collate returns; T tokens in all, N completion tokens, S completions; all int64."""
 
@@ -127,9 +131,9 @@ def micro_batches(costs, budget):
 
 
 @torch.no_grad()
-def all_logps(model, sequences, budget=PACK_TOKENS):
+def all_logps(model, sequences, packs=True, budget=PACK_TOKENS):
     """completion_logps of any number of sequences, `budget` tokens at a time: (S,), on the CPU."""
-    packs, logps = check_model(model), [torch.zeros(0)]
+    logps = [torch.zeros(0)]
     for batch in micro_batches([len(prompt) + len(tokens) for prompt, tokens in sequences], budget):
         logps.append(completion_logps(model, [sequences[i] for i in batch], packs).cpu())
     return torch.cat(logps)
@@ -139,7 +143,7 @@ def all_logps(model, sequences, budget=PACK_TOKENS):
 def check_model(model, attention=None):
     """Whether packed sequences give the log-probs of a model's own logits. If so, the model is set
     to `attention`, where that does too. False for recurrent layers, sliding windows. Raises
-    NotImplementedError where single sequences differ as well, by an output layer of another form.
+    UnsupportedModel where single sequences differ as well, by an output layer of another form.
     """
     sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
     known = []
@@ -157,9 +161,8 @@ def check_model(model, attention=None):
         return apart and torch.allclose(logps.double(), known, rtol, 1e-2)
 
     if not exact(packs=False):
-        raise NotImplementedError(
-            "the log-probs are not those of the model's logits: not supported here"
-        )
+        reason = "its log-probs are not those of its logits; it is not supported here"
+        raise UnsupportedModel(f"{model.name_or_path}: {reason}")
     config, usual = model.config.get_text_config(), model.config._attn_implementation
     layers = set(getattr(config, "layer_types", None) or [])
     if layers - {"full_attention"} or getattr(config, "sliding_window", None):

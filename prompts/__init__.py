@@ -43,11 +43,11 @@ def load_task(name):
         metric, columns = task["metric"], [task["seed_by"]]
         task["about"], metric["better"], metric["meaning"]
         if metric["kind"] == "match":
-            patterns = metric["patterns"] if "patterns" in metric else [metric["field"]]
+            patterns = metric.get("patterns", ["markers of each row"])
             if metric["want"] not in ("any", "none") or not (patterns and type(patterns) is list):
                 raise ValueError("[metric]: want is any or none, patterns a list")
             re.compile("|".join(patterns))
-            columns += [metric["field"]] if "patterns" not in metric else []
+            columns += [] if "patterns" in metric else [metric["field"]]
         elif metric["kind"] not in ("positive", "spread"):
             raise ValueError("[metric]: kind is match, positive or spread")
         task["columns"] = [name for name in columns if name not in ("id", "group")]

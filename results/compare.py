@@ -33,7 +33,7 @@ from eval import interval
 from generate import run as run_stage
 from prompts import BadInput, load_task, read_prompts
 
-LEAST_SEEDS = 3  # that a p-value is of
+LEAST_SEEDS = 3  # for a p-value
 RIVALS = {"base": ("dpo", "dsc"), "dsc": ("dpo", "dsc, the start")}  # of methods trained from there
 SHOWN = {  # key of a row: heading, format
     "method": ("method", ""),
@@ -77,10 +77,10 @@ JUDGED = {  # of a file of pairs: heading
     "preferred positive": "positive ones that the reward prefers",
 }
 LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: \
-paired difference, by seed and group, over the seeds of both; p by Holm over all such \
-differences of a table but those from base, of three seeds or more and 10,000 draws. In brackets: 95 % \
-intervals by a bootstrap of seeds and groups together: too narrow where seeds are few, and of one seed \
-silent on others. A row's mean is over its own seeds. groups: test \
+paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
+from 10,000 draws, by Holm over a table, without those from base. In brackets: 95 % intervals by a \
+bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they matter \
+much and are few, and so is p; of one seed silent on others. A row's mean is over its own seeds. groups: test \
 prompts that do not hang together. reward: the one that training saw; other words: the contrast by \
 words that it did not see, of sentiment alone. repeats: share of 4-grams that an answer has had before. \
 log-prob: nats a token under the base model, high in loops too."""
@@ -128,11 +128,12 @@ def resample(values, less=None):
 
 
 def coverage(values, trials=200):
-    """{number of seeds: share of trials whose interval holds the truth}, of data made at random with
-    the variances over seeds, groups and both that (seeds, groups) of differences have."""
+    """{number of seeds: share of trials whose 95 % interval holds the truth}, of data made at random
+    with the variances over seeds, groups and both that (seeds, groups) of differences have."""
     rng, (seeds, groups), shares = np.random.default_rng(0), values.shape, {}
     of_seeds, of_groups = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
-    rest = (values - of_seeds - of_groups + values.mean()).std(ddof=1)
+    rest = values - of_seeds - of_groups + values.mean()
+    rest = (np.sum(rest**2) / (seeds - 1) / (groups - 1)) ** 0.5
     by_seed = max(0.0, of_seeds.var(ddof=1) - rest**2 / groups) ** 0.5
     by_group = max(0.0, of_groups.var(ddof=1) - rest**2 / seeds) ** 0.5
     for count in (1, 2, 3, seeds):
@@ -144,6 +145,19 @@ def coverage(values, trials=200):
             held += low <= 0 <= high
         shares[count] = held / trials
     return shares
+
+
+def coverage_of(lines):
+    """The table of coverage() for three differences."""
+    rows, seeds = [], []
+    for one, other in (("rdpo-margin", "dpo"), ("rdpo-margin", "dsc"), ("rdpo", "dpo")):
+        values = differences(*(pick(lines, "conversation", method) for method in (one, other)))
+        if values is not None and len(values) > 1:
+            shares = coverage(values)
+            rows.append({"difference": f"{one} minus {other}"})
+            rows[-1] |= {str(count): f"{share:.0%}" for count, share in shares.items()}
+            seeds = seeds or list(rows[-1])[1:]
+    return table_of(rows, {name: (name, "") for name in ("difference", *seeds)}) if rows else "-"
 
 
 def holm(ps):
@@ -199,7 +213,10 @@ def summarise(lines):
         for method in ("dsc", "rdpo"):
             trained[f"{method}, AFINN as reward"] = pick(lines, kind, method, start, reward="afinn")
         found = {method: mine for method, mine in (found | trained).items() if mine}
-        tests = compare(found, RIVALS[start])
+        # tests of untrained ones are in the table of training from base
+        tests = compare(
+            {m: found[m] for m in found if start == "base" or m not in UNTRAINED}, RIVALS[start]
+        )
         for method, mine in found.items():
             row = {"kind": kind, "start": start, "method": method}
             row |= {"seeds": [line["seed"] for line in mine]}
@@ -210,9 +227,8 @@ def summarise(lines):
                     row[f"control minus {rival}" if name == "control" else f"minus {rival}"] = test
             gained = differences(mine, found.get("base", [])) if method != "base" else None
             row |= {"minus base": resample(gained)[:3]} if gained is not None else {}
-            row |= (
-                {"settings": " or ".join(dict.fromkeys(map(used, mine)))} if "lr" in mine[0] else {}
-            )
+            if "lr" in mine[0]:
+                row["settings"] = " or ".join(dict.fromkeys(map(used, mine)))
             rows.append(row)
     return rows
 
@@ -271,7 +287,7 @@ def draw(points, base, path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("positive answers, %")
-    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula; hollow: of fewer seeds"
+    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula; hollow: of other seeds"
     figure.supxlabel(note, fontsize=9)
     figure.savefig(path, dpi=110)
 
@@ -440,10 +456,8 @@ def report(task):
                   f"{np.nanstd(apart):.2f} a prompt; so {answers:.0f} answers of each tell 10 points "
                   "(power 80 %, level 5 %) by a test over prompts alone; the bootstrap of seeds and "
                   "groups asks for more."]  # fmt: skip
-        if len(apart) > LEAST_SEEDS:
-            shares = ", ".join(f"{n}: {share:.0%}" for n, share in coverage(apart).items())
-            parts += [f"Seeds, and how often an interval called 95 % holds the truth, in data made at "
-                      f"random that vary like this difference: {shares}."]  # fmt: skip
+        parts += ["How often a 95 % interval holds the truth, in data made at random that vary as these "
+                  "differences do, by the number of seeds (200 trials)", coverage_of(lines)]  # fmt: skip
     parts += ["## How it was made", f"{len(lines)} runs.", *made]
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))

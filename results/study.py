@@ -62,6 +62,7 @@ sys.path.insert(0, str(ROOT))
 from eval import by_group, measure  # noqa: E402
 from generate import Rows, lines_of, load_model, pick_device, provenance  # noqa: E402
 from generate import run as run_stage  # noqa: E402
+from kernels.packed import check_model  # noqa: E402
 from prompts import BadInput, load_task, read_prompts, read_rows  # noqa: E402
 from score import SIDES, contrast_reward, repetition, text_of  # noqa: E402
 
@@ -473,7 +474,8 @@ def measures(task, run, answers, rows):
 @functools.cache
 def judge_of_other_words():
     model, tokenizer = load_model("smollm2", *pick_device())
-    return functools.partial(contrast_reward, model=model, tokenizer=tokenizer, table=OTHER_WORDS)
+    more = {"packs": check_model(model), "table": OTHER_WORDS}
+    return functools.partial(contrast_reward, model=model, tokenizer=tokenizer, **more)
 
 
 def other_words(answers, rows):

@@ -4,7 +4,7 @@ import gc
 import json
 
 import pytest
-from conftest import make_model, make_tokenizer, pair_row, write_jsonl
+from conftest import CHATML, make_model, make_tokenizer, pair_row, write_jsonl
 from transformers import LlamaForSequenceClassification
 
 GOOD = pair_row(0, "Lovely.", "Bad.")
@@ -61,6 +61,8 @@ CASES = [
          "its weights lack", GOOD),
     case("no classifier", "score", [*IN, "--reward", "classifier", "--model", "smollm2"],
          "its weights lack", GOOD),
+    case("a template that takes no system message", "generate",
+         ["--model", "STRICT", "--form", "fresh", "--limit", "1", "--max-tokens", "2"], "no system here"),
     case("a dead server", "generate", ["--api-base", DEAD], f"--api-base {DEAD}"),
     case("a dead judge", "score", [*IN, "--reward", "judge", "--api-base", DEAD],
          f"--api-base {DEAD}", GOOD),
@@ -120,7 +122,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny):
-    """{name: folder} of a chat model, one without a chat template, and a classifier."""
+    """{name: folder} of a chat model, one without a chat template, one whose template refuses system
+    messages, and a classifier."""
     folder, plain = tmp_path_factory.mktemp("other"), make_tokenizer(template=None)
     base = make_model(len(plain))
     base.save_pretrained(folder / "base")
@@ -128,7 +131,13 @@ def models(tmp_path_factory, tiny):
     classifier = LlamaForSequenceClassification(base.config)
     classifier.save_pretrained(folder / "classifier")
     make_tokenizer().save_pretrained(folder / "classifier")
-    return {"TINY": tiny, "BASE": f"{folder}/base", "CLASSIFIER": f"{folder}/classifier"}
+    base.save_pretrained(folder / "strict")
+    refuse = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    )
+    make_tokenizer(template=refuse + CHATML).save_pretrained(folder / "strict")
+    others = {name: f"{folder}/{name.lower()}" for name in ("BASE", "STRICT", "CLASSIFIER")}
+    return {"TINY": tiny} | others
 
 
 def contents(folder):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, HostileServer, pair_row, read_rows, write_jsonl
+from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
 from eval import bootstrap, by_group, difference, draw, make_table, measure, summarise
@@ -147,7 +147,7 @@ def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(wor
 
 
 def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
-    """As a user would: four processes, no flag that the README does not show but small sizes."""
+    """Four processes, no flag that the README does not show but small sizes and a rate."""
 
     def stage(name, *argv):
         command = list(map(str, [sys.executable, ROOT / f"{name}.py", *argv]))
@@ -215,6 +215,32 @@ def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     assert len(HostileServer.asked) == 5
     assert [row["prompt_id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in their order
     assert not (workdir / "runs/safety/eval.jsonl.calls").exists()
+
+
+def test_log_probs_are_those_under_the_first_model_as_it_is_now(run, tiny, workdir, tokenizer):
+    rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    argv = ["--models", workdir / "first", tiny, "--reward", "contrast", "--reward-model", tiny]
+    model = make_model(len(tokenizer))
+    for scale in (1.0, 1.5):
+        model.model.embed_tokens.weight.data *= scale
+        model.save_pretrained(workdir / "first")
+        tokenizer.save_pretrained(workdir / "first")
+        assert run("eval", *argv, "--max-tokens", "4")[0] == 0
+    assert run("eval", *argv, "--max-tokens", "4", "--out", "afresh")[0] == 0
+    here, afresh = (read_rows(f"{d}/eval.jsonl") for d in ("runs/sentiment", "afresh"))
+    for one, other in zip(here, afresh, strict=True):
+        assert one["base_logp"] == pytest.approx(other["base_logp"], abs=1e-3)
+
+
+def test_a_judge_of_the_pairs_that_was_on_a_server_is_asked_for(run, tiny, workdir):
+    made = {"kind": "judge", "model": "big"}
+    row = pair_row(0, "good", "poor", split="test") | {"task": "safety", "reward": made}
+    write_jsonl(workdir / "runs/safety/scored.jsonl", [row])
+    argv = ["--task", "safety", "--models", tiny, "--max-tokens", "4", "--judge-tokens", "4"]
+    status, _, err = run("eval", *argv)
+    assert status == 2 and "the judge of the pairs was on a server" in err
+    assert run("eval", *argv, "--reward-model", tiny)[0] == 1  # a judge without a rating
 
 
 def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):

@@ -59,7 +59,9 @@ def test_log_probs_are_the_sums_by_hand_over_the_answer_alone(model):
 def test_log_probs_do_not_depend_on_what_they_are_packed_with(model):
     together = completion_logps(model, SEQUENCES).tolist()
     for budget in (1, 20, 1000):  # one by one, two and one, all at once
-        assert all_logps(model, SEQUENCES, budget).tolist() == pytest.approx(together, abs=1e-4)
+        assert all_logps(model, SEQUENCES, True, budget).tolist() == pytest.approx(
+            together, abs=1e-4
+        )
 
 
 def test_micro_batches_hold_neighbours_up_to_the_budget_and_at_least_one():
@@ -157,7 +159,7 @@ def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(NotImplementedError, match="not those of the model"):
+    with pytest.raises(packed.UnsupportedModel, match="not those of its logits"):
         check_model(model)
 
 

@@ -1,5 +1,6 @@
 """train.py: the losses against closed forms and limits, the data, the loop, what it saves."""
 
+import itertools
 import json
 import math
 import os
@@ -573,6 +574,7 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(tiny, pairs_file, 
 
     whole, cut = workdir / "whole", workdir / "cut"
     start(whole).communicate()
+    dates, kept = [], []
     for lines in (1, 4, 8):  # before the first checkpoint, and between others
         process = start(cut)
         for said in process.stdout:
@@ -580,12 +582,17 @@ def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(tiny, pairs_file, 
                 break
         process.send_signal(signal.SIGKILL)
         process.wait()
+        dates.append(json.loads((cut / "run.json").read_text())["date"])
+        kept.append(bool(train.checkpoints(cut)))
         assert "finished" not in json.loads((cut / "run.json").read_text())
     (cut / "checkpoint.part").mkdir(exist_ok=True)  # as a kill amid the writing leaves it
     start(cut).communicate()
     assert steps_of(whole) == steps_of(cut) and len(steps_of(cut)) == 24 + 8
     one, other = ((out / "model.safetensors").read_bytes() for out in (whole, cut))
     assert one == other and not train.checkpoints(cut)
+    # the record is that of the start that made the first step which counts
+    dates.append(json.loads((cut / "run.json").read_text())["date"])
+    assert [one == next_ for one, next_ in itertools.pairwise(dates)] == kept and any(kept)
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
