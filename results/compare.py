@@ -56,19 +56,7 @@ SHOWN = {  # key of a row: heading, format
     "cut": ("cut off", ".0%"),
     "settings": ("learning rate, beta, epsilon", ""),
 }
-IN_README = (
-    *UNTRAINED,
-    "sft",
-    "dsc",
-    "dpo",
-    "dpo-accept",
-    "rdpo",
-    "rdpo-weight",
-    "rdpo-margin",
-    "robust",
-    "dpo-alone",
-    "rdpo-alone",
-)
+IN_README = (*UNTRAINED, "sft", "dsc", "dpo", "dpo-accept", "rdpo", "rdpo-weight", "rdpo-margin")
 JUDGED = {  # of a file of pairs: heading
     "agree": "the metric says the same",
     "afinn agree": "AFINN and VADER say the same",

@@ -29,7 +29,7 @@ prompts tell 17 points. Methods named -alone and pooled pairs take the settings 
 student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
 sentiment's settings: there the teacher is too weak.
 
-A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's far more often
+A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's more often
 than the contrast does, takes the place of an external reward that is good. What a student then gains
 by the metric is in part the lexicons' likeness; the contrast is what it did not see.
 
