@@ -16,8 +16,8 @@ of TRL's format or UltraFeedback's.
 
 Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand. Its abstract asks
 for a loss that generalises DPO, takes the scores of an external reward model in, and is robust to
-noise. Three readings of that are here: rdpo-margin, best in our study of sentiment, rdpo and
-rdpo-weight.
+noise. Three readings of that are here: rdpo-margin, in our study of sentiment the best whose answers
+end, rdpo and rdpo-weight.
 """
 
 import functools
