@@ -83,9 +83,9 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     to 0; rdpo-weight ignores the pair.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
-    dpo. That is chosen's for losses that ignore scores; the rdpo losses take p times chosen's and 1 - p times
-    rejected's, also of pairs that rdpo-weight ignores. Without this term the log-probs of both
-    answers fall, and with them that of the end of the turn.
+    dpo. That is chosen's for losses that ignore scores; the rdpo losses take p times chosen's and
+    1 - p times rejected's, also of pairs that rdpo-weight ignores. Without this term the log-probs
+    of both answers fall, and with them that of the end of the turn.
 
     ipo takes means over tokens, as its authors ran it (they told TRL's authors): with sums the
     squared loss would depend on length.
