@@ -299,7 +299,8 @@ class Server:
         seeds = [seed_of(self.args.seed, *key) >> 32 for key in keys]  # 31 bits suit all servers
         both = zip(conversations, seeds, strict=True)
         bodies = [{**self.settings, "messages": m, "seed": seed} for m, seed in both]
-        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
+        digests = [digest_of(body) for body in bodies]
+        calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
         pool = ThreadPoolExecutor(self.args.concurrency, "calls")
         try:
             replies = pool.map(self.call, calls, calls.values())
@@ -307,7 +308,7 @@ class Server:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         replies = dict(zip(calls, replies, strict=True))
-        return [replies[digest_of(body)] for body in bodies]
+        return [replies[digest] for digest in digests]
 
     def call(self, digest, body):
         """The Reply to one request, from the journal or else the server."""

@@ -175,15 +175,13 @@ def compare(found, rivals):
     """{(method, rival, measure): (mean, low, high, p, p by Holm)} of the differences from the two
     rivals, in metric and control; the family is one table. Of few seeds (mean, low, high) alone.
     found: {method: lines}."""
-    tests, there = {}, [rival for rival in rivals if rival in found]
+    tests, family, there = {}, [], [rival for rival in rivals if rival in found]
     for method, rival, name in itertools.product(found, there, ("metric", "control")):
         values = differences(found[method], found[rival], name)
         # of the two rivals the second less the first is the test of the first less the second
         if values is not None and method != rival and (method, rival) != rivals:
             tests[method, rival, name] = resample(values)
-    family = [
-        key for key in tests if len(shared_seeds(*(found[m] for m in key[:2]))) >= LEAST_SEEDS
-    ]
+            family += [(method, rival, name)] if len(values) >= LEAST_SEEDS else []
     adjusted = dict(zip(family, holm([tests[key][3] for key in family]), strict=True))
     return {k: (*t, adjusted[k]) if k in adjusted else t[:3] for k, t in tests.items()}
 
