@@ -64,6 +64,7 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
+TRIED = ("metric", "words", "cut")  # what is shown of a trial
 LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: \
 paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
 from 10,000 draws, by Holm over a table, without those from base. In brackets: 95 % intervals by a \
@@ -320,7 +321,7 @@ def tried_of(lines):
         best = best_settings(Run("conversation", line["method"], 0), shares)
         chosen = best and best[0] == line["lr"] and best[1] in (None, line["beta"])
         row = {"method": line["method"], "settings": used(line), "chosen": "yes" if chosen else ""}
-        rows.append(row | {m: resample(matrix([line], m))[:3] for m in ("metric", "words")})
+        rows.append(row | {m: resample(matrix([line], m))[:3] for m in TRIED})
     return rows
 
 
@@ -410,7 +411,7 @@ def report(task):
         columns["by formula"] = ("as at 0 %, by its formula", "")
         parts += [table_of(points, columns)]
     if tried := tried_of(lines):
-        columns = {key: SHOWN[key] for key in ("method", "settings", "metric", "words")}
+        columns = {key: SHOWN[key] for key in ("method", "settings", *TRIED)}
         parts += [
             "## Settings that were tried",
             table_of(tried, columns | {"chosen": ("chosen", "")}),

@@ -25,9 +25,9 @@ rule: of the settings in TRIALS, those whose student, trained on the conversatio
 gives the largest share of positive answers to the training prompts on films that no such pair is of;
 of equals the first. Rates of preference losses are doubled as long as the last one is the best; sft
 and dsc have three. So the test prompts have no part in the choice; it is a coarse one, since 114
-prompts tell 17 points. Methods named -alone and pooled pairs take the settings so found. From dSC's
-student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
-sentiment's settings: there the teacher is too weak.
+prompts tell 17 points. Pooled pairs take the settings so found. From dSC's student on, the learning
+rate is half as large. Other tasks than sentiment have few runs, with sentiment's settings: there the
+teacher is too weak.
 
 A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's more often
 than the contrast does, takes the place of an external reward that is good. What a student then gains
@@ -79,6 +79,7 @@ METHODS = {  # flags of train.py
     "rdpo-margin": ["--loss", "rdpo-margin"],
     "rdpo-weight": ["--loss", "rdpo-weight"],
     "dpo-alone": ["--loss", "dpo", "--sft-weight", 0],
+    "rdpo-margin-alone": ["--loss", "rdpo-margin", "--sft-weight", 0],
     "rdpo-alone": ["--loss", "rdpo", "--sft-weight", 0],
 }
 IMITATION, UNTRAINED = ("sft", "dsc"), ("base", "self-refine")
@@ -145,7 +146,8 @@ def plan_of(task, seeds):
     def trials(method):
         return [Run("conversation", method, 0, trial=i) for i in range(len(settings_of(method)))]
 
-    alone = ("dpo-alone", "rdpo-alone")  # on conversation pairs, from the base model
+    # on conversation pairs, from the base model
+    alone = [method for method in METHODS if method.endswith("-alone")]
     full = [method for method in METHODS if method not in (*SHORT, *alone)]
     runs = [trial for method in SHORT for trial in trials(method)]
     for seed in seeds:
@@ -156,7 +158,8 @@ def plan_of(task, seeds):
         ]
         runs += [Run("fresh", m, seed, swaps=s) for m in SHORT[1:] for s in SWAPS[m][:2]]
         runs += [Run("conversation", m, seed, reward="afinn") for m in ("rdpo", "dsc")]
-        runs += [Run("conversation", m, seed) for m in alone]
+    for seed, method in itertools.product(seeds, alone):
+        runs += [*trials(method), Run("conversation", method, seed)]
     for seed, method in itertools.product(seeds, full):
         runs += [*trials(method), Run("conversation", method, seed)]
     for seed in seeds:
@@ -430,7 +433,7 @@ def next_trial(method, shares):
 def best_settings(run, shares):
     """(learning rate, beta) of a run, by the rule of this file's beginning; None where a trial is
     missing, or the run a trial that is not wanted."""
-    method, number = run.method.removesuffix("-alone"), run.trial
+    method, number = run.method, run.trial
     if number is None:
         if next_trial(method, shares) is not None:
             return None

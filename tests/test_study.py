@@ -47,8 +47,7 @@ def test_the_plan_makes_each_run_once_and_the_start_before_what_goes_on_from_it(
     plan = study.plan_of("sentiment", [0])
     assert {run.flips for run in plan if run.method == "cdpo"} == {0, 10, 20, 30, 40}
     assert {run.swaps for run in plan if run.method == "rdpo"} == {0, 10, 25, 40, 50}
-    tried = {run.method for run in plan if run.trial is not None}
-    assert tried == {method for method in study.METHODS if not method.endswith("alone")}
+    assert {run.method for run in plan if run.trial is not None} == study.METHODS.keys()
 
 
 def test_rdpo_does_not_change_where_labels_are_exchanged_with_their_scores():
