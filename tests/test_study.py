@@ -242,6 +242,7 @@ def write_lines(folder, runs):
     for run in runs:
         likely = {"base": 0.3, "rdpo": 0.9}.get(run.method, 0.5)
         values = {"metric": [float(x) for x in rng.random(40) < likely], "words": [60] * 40}
+        values["cut"] = [0.0] * 40
         values["control"] = [1 - value for value in values["metric"]]
         line = {"id": run.name, **run._asdict(), "seconds": 1, "threads": "1", "made": facts}
         line |= {"lr": 1e-5, "beta": 0.1, "pairs": 9, "won": 0.5, "lost": 0.3, "samples": {}}
