@@ -47,6 +47,7 @@ SHOWN = {  # key of a row: heading, format
     "control": ("control", ".0%"),
     "control minus dpo": ("control minus dpo", "+.0%"),
     "control minus dsc": ("control minus dsc", "+.0%"),
+    "long": ("of long answers", ".0%"),
     "afinn": ("AFINN positive", ".0%"),
     "other": ("other words", ".3f"),
     "reward": ("reward", ".3f"),
@@ -65,7 +66,8 @@ JUDGED = {  # of a file of pairs: heading
     "preferred positive": "positive ones that the reward prefers",
 }
 TRIED = ("metric", "words", "cut")  # what is shown of a trial
-LEGEND = """metric: {meaning} ({better} is better); learning rate and beta {chosen}. minus: \
+LEGEND = """metric: {meaning} ({better} is better); of long answers: the \
+metric of those that have at least half the words of the base model's answer; learning rate and beta {chosen}. minus: \
 paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
 from 10,000 draws, by Holm over a table, without those from base. In brackets: 95 % intervals by a \
 bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they matter \
@@ -83,6 +85,18 @@ def pick(lines, kind, method, start="base", flips=0, swaps=0, reward="contrast")
     # lines of before there was a second reward do not name it
     found = [line for line in lines if wanted.items() <= ({"reward": "contrast"} | line).items()]
     return sorted(found, key=lambda line: line["seed"])
+
+
+def add_long(lines):
+    """Adds the measure long: the metric of answers of at least half the words that the base model's
+    answer to the same prompt has, by the same seed; None for others."""
+    base = {line["seed"]: line["values"]["words"] for line in lines if line["method"] == "base"}
+    for line in lines:
+        if line["trial"] is None and line["seed"] in base:
+            own, usual = line["values"]["words"], base[line["seed"]]
+            short = [w is None or w < b / 2 for w, b in zip(own, usual, strict=True)]
+            both = zip(line["values"]["metric"], short, strict=True)
+            line["values"]["long"] = [None if cut else value for value, cut in both]
 
 
 def matrix(lines, name):
@@ -207,7 +221,8 @@ def summarise(lines):
         for method, mine in found.items():
             row = {"kind": kind, "start": start, "method": method}
             row |= {"seeds": [line["seed"] for line in mine]}
-            row |= {m: resample(matrix(mine, m)) for m in SHOWN if m in mine[0]["values"]}
+            there = [m for m in SHOWN if all(m in line["values"] for line in mine)]
+            row |= {m: resample(matrix(mine, m)) for m in there}
             row["groups"] = int((~np.isnan(matrix(mine, "metric"))).any(0).sum())
             for (one, rival, name), test in tests.items():
                 if one == method:
@@ -349,18 +364,26 @@ def other_differences(lines):
     found = {method: pick(lines, "conversation", method) for method in METHODS}
     folder = ROOT / "results/study/sentiment/again-on-cpu"
     again = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
+    add_long([*again, *pick(lines, "conversation", "base")])
     found["dpo, again on a CPU"] = again = pick(again, "conversation", "dpo")
     on_cpu = [line for line in found["dpo"] if "cores" in line["made"]["hardware"]]
     found["dpo, all on a CPU"] = on_cpu + again
     found["rdpo, AFINN as reward"] = pick(lines, "conversation", "rdpo", reward="afinn")
     pairs = [("rdpo-margin", other) for other in ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone")]
-    pairs += [("rdpo", "dpo-accept"), ("rdpo-weight", "dpo"), ("rdpo, AFINN as reward", "rdpo")]
+    pairs += [
+        ("rdpo-margin", "dpo"),
+        ("rdpo", "dpo-accept"),
+        ("rdpo-weight", "dpo"),
+        ("rdpo, AFINN as reward", "rdpo"),
+    ]
     pairs += [("dpo, again on a CPU", "dpo"), ("rdpo-margin", "dpo, all on a CPU")]
     rows = []
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
-            gained = resample(differences(found[one], found[other]))[:3]
-            rows.append({"method": f"{one} minus {other}", "seeds": shared, "metric": gained})
+            row = {"method": f"{one} minus {other}", "seeds": shared}
+            for name in ("metric", "long"):
+                row[name] = resample(differences(found[one], found[other], name))[:3]
+            rows.append(row)
     return rows
 
 
@@ -382,7 +405,10 @@ def told_apart(lines):
 def report(task):
     """TASK.md, TASK.png and TASK.summary.json, and the table of the README."""
     lines, path = lines_of_study(task), ROOT / f"results/study/{task}"
-    rows, points, metric = summarise(lines), dials_of(lines), load_task(task)["metric"]
+    metric = load_task(task)["metric"]
+    if metric["kind"] != "spread":  # which is of several answers
+        add_long(lines)
+    rows, points = summarise(lines), dials_of(lines)
     if not rows:
         raise BadInput(f"{path}: has no line of a trained student yet; results/study.py makes them")
     command = f"python results/compare.py --task {task}"
@@ -418,7 +444,7 @@ def report(task):
         ]
     if others := other_differences(lines) if task == "sentiment" else ():
         columns = {"method": ("conversation pairs", ""), "seeds": ("seeds", "")}
-        columns["metric"] = ("metric", "+.0%")
+        columns |= {name: (SHOWN[name][0], "+.0%") for name in ("metric", "long")}
         parts += ["## Other differences, outside Holm's family", table_of(others, columns)]
     if task == "safety":
         columns = {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}

@@ -291,6 +291,15 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     assert "are those chosen for sentiment" in text and "VADER" not in text
 
 
+def test_long_answers_have_half_the_words_of_the_base_models_by_the_same_seed():
+    values = {"words": [40, 40, 40, 80], "metric": [1.0, 1.0, 1.0, 1.0]}
+    base = {"method": "base", "seed": 0, "trial": None, "values": values}
+    mine = {"words": [19, 20, None, 30], "metric": [0.0, 1.0, None, 1.0]}
+    line = base | {"method": "dpo", "values": mine}
+    compare.add_long([base, line, other := line | {"seed": 1, "values": {}}])
+    assert line["values"]["long"] == [None, 1.0, None, None] and other["values"] == {}
+
+
 def test_lines_of_other_test_prompts_are_not_compared():
     lines = [{"groups": [g], "kind": "fresh", "seed": 0, "id": "dpo", "values": {}} for g in "ab"]
     with pytest.raises(study.BadInput):
