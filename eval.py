@@ -60,13 +60,30 @@ def whole_words(pattern):
     return f"{start}(?:{pattern}){end}"
 
 
-def add_measures(row, given, metric):
-    """Adds metric, words, repeats and cut to a row of eval.jsonl; None where nothing came back."""
-    answer, error = row["answer"], row["finish"].startswith("error")
-    row["metric"] = None if error else measure(metric, given, answer)
-    row["words"] = None if error else len(answer.split())
-    row["repeats"] = None if error else repetition(answer)
-    row["cut"] = None if error else float(row["finish"] == "length")
+def add_measures(rows, prompts, metric, reward, base):
+    """Adds all measures to one model's rows of eval.jsonl; None where there is no answer.
+
+    prompts: {id: row} of the test prompts. reward: of make_reward. base: the chat model whose
+    log-prob of the answers, in nats a token, is base_logp, or None.
+    """
+    for row in rows:
+        answer, failed = row["answer"], "error" in row
+        row["metric"] = None if failed else measure(metric, prompts[row["prompt_id"]], answer)
+        row["words"] = None if failed else len(answer.split())
+        row["repeats"] = None if failed else repetition(answer)
+        row["cut"] = None if failed else float(row["finish"] == "length")
+        row |= {"score": None, "base_logp": None}
+    rows = [row for row in rows if row["answer"]]
+    given, answers = [prompts[row["prompt_id"]] for row in rows], [row["answer"] for row in rows]
+    for row, score in zip(rows, reward(given, answers), strict=True):
+        row["score"] = score.finite
+    if base:
+        pairs = [encode(base.tokenizer, row["prompt"], row["answer"]) for row in rows]
+        for row, (_, tokens) in zip(rows, pairs, strict=True):
+            del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end
+        logps = all_logps(base.model, pairs, check_model(base.model)).tolist()
+        for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
+            row["base_logp"] = logp / len(tokens)
 
 
 def by_group(rows, field, kind="mean"):
@@ -269,11 +286,11 @@ def jobs_of(models, names, rows, refined, samples):
     return jobs
 
 
-def add_answers(jobs, rows, chat, seed_by):
+def add_answers(jobs, prompts, chat, seed_by):
     """Adds answers of a chat model to the jobs; without one, the teacher's revisions.
 
-    rows: {id: row} of the test prompts."""
-    given = [rows[job["prompt_id"]] for job in jobs]
+    prompts: {id: row} of the test prompts."""
+    given = [prompts[job["prompt_id"]] for job in jobs]
     if chat is None:
         ends = [(row.get("teacher") or {}).get("finish", {}) for row in given]
         texts = [as_messages(row["chosen"])[-1]["content"] for row in given]
@@ -282,29 +299,8 @@ def add_answers(jobs, rows, chat, seed_by):
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
-        job |= {"answer": answer, "finish": finish, "score": None}
+        job |= {"answer": answer, "finish": finish}
         job |= {"error": finish} if finish.startswith("error") else {}
-
-
-def score_answers(jobs, rows, reward):
-    """Adds the scores of their answers to the jobs; an empty answer has none."""
-    spoken = [job for job in jobs if job["answer"]]
-    given, answers = [rows[job["prompt_id"]] for job in spoken], [job["answer"] for job in spoken]
-    for job, score in zip(spoken, reward(given, answers), strict=True):
-        job |= {"score": score.finite} | ({"error": score.said} if score.failed else {})
-
-
-def add_logps(answered, rows, chat):
-    """Adds base_logp, the answers' log-prob under the chat model, in nats a token."""
-    answered = [row for row in answered if row["answer"]]
-    prompts = [rows[row["prompt_id"]]["prompt"] for row in answered]
-    texts = [row["answer"] for row in answered]
-    pairs = [encode(chat.tokenizer, *both) for both in zip(prompts, texts, strict=True)]
-    for row, (_, tokens) in zip(answered, pairs, strict=True):
-        del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end of turn
-    logps = all_logps(chat.model, pairs, check_model(chat.model)).tolist()
-    for row, (_, tokens), logp in zip(answered, pairs, logps, strict=True):
-        row["base_logp"] = logp / len(tokens)
 
 
 def main():
@@ -343,8 +339,8 @@ def main():
     out = folder / "eval.jsonl"
     reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    settings = {**sampling, "seed": args.seed, "reward": reward_settings}
-    by_id = {row["id"]: row for row in rows}
+    settings = {**sampling, "seed": args.seed}
+    prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
     for job in jobs:  # a student that was trained anew answers anew
@@ -352,30 +348,22 @@ def main():
             del output.rows[job["id"]]
     output.resume("settings", settings, jobs, others=True)
     for model, name in zip(args.models, names, strict=True):
-        mine = [job for job in jobs if job["model"] == name]
         chat = None  # frees the model before
-        batches = output.batches(mine, args.batch_size)
+        batches = output.batches([job for job in jobs if job["model"] == name], args.batch_size)
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
-            add_answers(batch, by_id, chat, task["seed_by"])
-            new = [job for job in batch if job["id"] not in output.done]
-            score_answers(new if args.api_base else batch, by_id, reward)  # a judge is paid
+            add_answers(batch, prompts, chat, task["seed_by"])
             output.add(*(job | {"settings": settings} for job in batch))
-    answers = [output.rows[job["id"]] for job in jobs]
-    for row in answers:  # by the metric as it is now, for old answers too
-        add_measures(row, by_id[row["prompt_id"]], task["metric"])
-    first, chat = [names[0], jobs[0]["weights"]], None
-    new = [row for row in answers if row.get("base") != first]
-    for row in new:
-        row |= {"base": first, "base_logp": None}
-    if new and names[0] != SELF_REFINE:
-        chat = LocalModel(args.models[0], args, **sampling)
-        add_logps(new, by_id, chat)
+    # the measures are taken anew each time: of the metric, reward and first model as they are now
+    answers, chat = [output.rows[job["id"]] for job in jobs], None
+    base = None if names[0] == SELF_REFINE else LocalModel(args.models[0], args, **sampling)
+    for name in tqdm(names, "measures", unit="model"):
+        mine = [row for row in answers if row["model"] == name]
+        add_measures(mine, prompts, task["metric"], reward, base)
     output.close(jobs)
-    failed = sum("error" in row for row in answers)
     if args.api_base:
-        judge.close(not failed)
+        judge.close(False)  # its journal stays, since no rating of it is asked for again
     table = summarise(names, answers, task["metric"]["kind"])
     lines, facts = make_table(table, task["metric"]), provenance(args.device)
     report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]
@@ -383,7 +371,7 @@ def main():
     draw(folder / "report.png", table, task["metric"])
     print(f"\n{lines}\n\n{make_samples(answers, names, 3)}\n\n{folder / 'report.md'}, {out}")
     unscored = any(row["answer"] and row["score"] is None for row in answers)
-    raise SystemExit(failed > 0 or unscored)
+    raise SystemExit(unscored or any("error" in row for row in answers))
 
 
 if __name__ == "__main__":

@@ -208,13 +208,12 @@ def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     status, _, _ = run("eval", *argv)
     assert status == 1
     rows = read_rows("runs/safety/eval.jsonl")
-    assert [row["score"] for row in rows if "error" not in row] == [6.0] * 3 and len(rows) == 4
+    assert sorted(str(row["score"]) for row in rows) == ["6.0"] * 3 + ["None"]
     status, _, _ = run("eval", *argv)
     rows = read_rows("runs/safety/eval.jsonl")
     assert status == 0 and [row["score"] for row in rows] == [6.0] * 4
-    assert len(HostileServer.asked) == 5
+    assert run("eval", *argv)[0] == 0 and len(HostileServer.asked) == 5
     assert [row["prompt_id"] for row in rows] == [f"row-{i}" for i in range(4)]  # in their order
-    assert not (workdir / "runs/safety/eval.jsonl.calls").exists()
 
 
 def test_log_probs_are_those_under_the_first_model_as_it_is_now(run, tiny, workdir, tokenizer):
