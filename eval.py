@@ -257,11 +257,6 @@ def take_reward_of(rows, args):
     made = next((row["reward"] for row in rows if row.get("reward")), {})
     args.reward = args.reward or made.get("kind", "contrast")
     made = made if args.reward == made.get("kind") else {}
-    local = args.api_base or args.reward_model or "dtype" in made  # which a server's has not
-    if args.reward == "judge" and made and not local:
-        raise BadInput(
-            "--api-base: the judge of the pairs was on a server; name it, or another reward"
-        )
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
 

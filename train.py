@@ -537,9 +537,6 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
-    student_in = [Path(args.model).resolve(), *Path(args.model).resolve().parents]
-    if out.resolve() in student_in or Path(f"{out}.bak").resolve() in student_in:
-        raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
 
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args, device, dtype)

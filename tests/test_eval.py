@@ -232,14 +232,13 @@ def test_log_probs_are_those_under_the_first_model_as_it_is_now(run, tiny, workd
         assert one["base_logp"] == pytest.approx(other["base_logp"], abs=1e-3)
 
 
-def test_a_judge_of_the_pairs_that_was_on_a_server_is_asked_for(run, tiny, workdir):
-    made = {"kind": "judge", "model": "big"}
+def test_the_reward_is_that_of_the_pairs_and_one_without_scores_gives_status_1(run, tiny, workdir):
+    made = {"kind": "judge", "model": tiny}
     row = pair_row(0, "good", "poor", split="test") | {"task": "safety", "reward": made}
     write_jsonl(workdir / "runs/safety/scored.jsonl", [row])
     argv = ["--task", "safety", "--models", tiny, "--max-tokens", "4", "--judge-tokens", "4"]
-    status, _, err = run("eval", *argv)
-    assert status == 2 and "the judge of the pairs was on a server" in err
-    assert run("eval", *argv, "--reward-model", tiny)[0] == 1  # a judge without a rating
+    assert run("eval", *argv)[0] == 1  # a judge without a rating
+    assert "judge reward of" in (workdir / "runs/safety/report.md").read_text()
 
 
 def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):
