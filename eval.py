@@ -332,7 +332,7 @@ def main():
         raise BadInput("--models: two have the same last name; rename one of the folders")
     take_reward_of(rows, args)
     out = folder / "eval.jsonl"
-    reward, reward_settings, judge = make_reward(args, task, f"{out}.calls")
+    reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed}
     prompts = {row["id"]: row for row in rows}
@@ -357,8 +357,6 @@ def main():
         mine = [row for row in answers if row["model"] == name]
         add_measures(mine, prompts, task["metric"], reward, base)
     output.close(jobs)
-    if args.api_base:
-        judge.close(False)  # its journal stays, since no rating of it is asked for again
     table = summarise(names, answers, task["metric"]["kind"])
     lines, facts = make_table(table, task["metric"]), provenance(args.device)
     report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]

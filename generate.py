@@ -271,8 +271,8 @@ class Server:
     """Chat completions of an OpenAI-compatible server.
 
     urllib3 repeats a try that failed for a passing reason, after Retry-After or a growing, jittered
-    pause. Each answer is a line of the journal before it is used, so that a call that was answered
-    is not made again. The key comes from the environment.
+    pause. Each answer is a line of the journal before it is used, and the journal stays, so that a
+    call that was answered is not made again. The key comes from the environment.
     """
 
     def __init__(self, name, args, journal, **sampling):
@@ -308,6 +308,9 @@ class Server:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         replies = dict(zip(calls, replies, strict=True))
+        paid = [row["reply"] for row in self.journal.rows.values()]
+        prompts, completions = (sum(reply[k] for reply in paid) for k in (2, 3))
+        tqdm.write(f"{prompts:,} prompt and {completions:,} completion tokens so far")
         return [replies[digest] for digest in digests]
 
     def call(self, digest, body):
@@ -337,14 +340,6 @@ class Server:
             return Reply((text or "").strip(), finish or "stop", *counts)
         except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
             return Reply("", f"error: {type(error).__name__}")  # or no chat completion
-
-    def close(self, whole):
-        """Says what was paid. The journal goes where the output is whole: all answers are in it."""
-        replies = [row["reply"] for row in self.journal.rows.values()]
-        prompts, completions = (sum(reply[k] for reply in replies) for k in (2, 3))
-        print(f"{prompts:,} prompt and {completions:,} completion tokens")
-        if whole:
-            os.remove(self.journal.path)
 
 
 def open_chat(name, args, journal, **sampling):
@@ -572,8 +567,6 @@ def main():
     ends = [row["teacher"]["finish"] for row in whole]
     cut = sum("length" in (end["answer"], end["revision"]) for end in ends)
     print(f"{out}: {len(whole)} pairs, {cut} of them cut off, {len(rows) - len(whole)} failed")
-    if args.api_base:
-        teacher.close(len(whole) == len(rows))
     raise SystemExit(len(whole) < len(rows))
 
 

@@ -133,7 +133,7 @@ def rating_of(text, finish, scale):
 
 
 def make_reward(args, task, journal):
-    """(reward: (rows, answers) -> Scores, settings that they hang on, chat model of a judge or None).
+    """(reward: (rows, answers) -> Scores, settings that they hang on).
 
     args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
     """
@@ -150,7 +150,7 @@ def make_reward(args, task, journal):
         chat = open_chat(name, args, journal, **sampling)
         settings |= {"samples": args.judge_samples, **chat.settings}
         more = {"ask": chat.ask, "table": task["judge"], "samples": args.judge_samples}
-        return functools.partial(judge_reward, **more), settings, chat
+        return functools.partial(judge_reward, **more), settings
     device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
@@ -163,7 +163,7 @@ def make_reward(args, task, journal):
         if len(labels) > 1 and args.label not in labels:
             raise BadInput(f"--label: {name} has the labels {', '.join(labels)}; name the good one")
         reward = functools.partial(classifier_reward, label=args.label)
-    return functools.partial(reward, model=model, tokenizer=tokenizer), settings, None
+    return functools.partial(reward, model=model, tokenizer=tokenizer), settings
 
 
 def add_scores(rows, reward, settings):
@@ -267,7 +267,7 @@ def main():
     rows = source[: args.limit]
 
     args.reward_model = args.model
-    reward, settings, judge = make_reward(args, task, f"{out}.calls")
+    reward, settings = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
     output.resume("reward", settings, source)
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
@@ -279,8 +279,6 @@ def main():
             raise BadInput(f"{path}: rows {names}: {error}") from None
     rows = output.close(source)
     print(f"{out}:\n{audit(rows)}")
-    if args.api_base:
-        judge.close(not any(row.get("error") for row in rows))
     raise SystemExit(not all(is_scored(row) for row in rows))
 
 

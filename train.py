@@ -297,7 +297,8 @@ def split_row(row):
     prompt, sides = as_messages(prompt) if prompt else [], [as_messages(side) for side in sides]
     sides = [prompt + side if side[0]["role"] == "assistant" else side for side in sides]
     (*context, chosen), (*other, rejected) = sides
-    behind = context and context == other and context[: len(prompt)] == prompt
+    # whole conversations may have a system message that the prompt lacks
+    behind = context and context == other and all(message in context for message in prompt)
     if not behind or {chosen["role"], rejected["role"]} != {"assistant"}:
         raise ValueError("its answers must be the last messages, behind the same prompt")
     return context, chosen["content"], rejected["content"]

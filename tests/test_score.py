@@ -162,7 +162,7 @@ def test_a_score_that_is_not_finite_becomes_null_and_leaves_the_audit(
         return [Score(value) for value in [*given, *[1.0] * (len(answers) - 4)]]
 
     settings = {"kind": "contrast", "model": "x"}
-    monkeypatch.setattr(score, "make_reward", lambda *args: (broken, settings, None))
+    monkeypatch.setattr(score, "make_reward", lambda *args: (broken, settings))
     status, rows, said = scored(run, tiny)
     assert rows[0]["score_chosen"] is None and rows[0]["score_rejected"] == 1.0
     assert rows[1]["score_chosen"] == 1.0 and rows[1]["score_rejected"] is None

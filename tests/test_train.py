@@ -244,8 +244,10 @@ def test_all_turns_before_the_answer_are_its_context(tokenizer):
         {"prompt": turns, "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": [USER], "chosen": [BAD, MORE, GOOD], "rejected": [BAD, MORE, BAD]},
         {"prompt": [USER], "chosen": [*turns, GOOD], "rejected": [*turns, BAD]},
+        {"prompt": MORE["content"], "chosen": [*turns, GOOD], "rejected": [*turns, BAD]},
     ]
     pairs, _, _ = load(forms, tokenizer)
+    assert pairs[0][1:] == pairs[3][1:]
     assert pairs[0][1:] == pairs[1][1:] == pairs[2][1:]
     said = tokenizer.decode(pairs[0].prompt)
     assert all(message["content"] in said for message in turns)
