@@ -93,8 +93,6 @@ class LocalModel:
     def __init__(self, name, args, **sampling):
         """sampling: max_tokens, temperature, top_p."""
         self.model, self.tokenizer = load_model(name, *pick_device(args.device, args.dtype))
-        if not self.tokenizer.chat_template:
-            raise BadInput(f"--model {name}: has no chat template; take its instruct version")
         self.sampling = sampling
         self.settings = {"model": name, "dtype": str(self.model.dtype)}
         self.settings |= {"seed": args.seed, **sampling}
@@ -177,7 +175,7 @@ def encode(tokenizer, prompt, completion=None):
         prompt_ids, whole = (i[:-1] if i[-1:] == [tokenizer.eos_token_id] else i for i in ids)
         whole = whole if completion is None else [*whole, tokenizer.eos_token_id]
     elif not tokenizer.chat_template:
-        raise BadInput("the model has no chat template, so it takes text, not messages")
+        raise BadInput("the model has no chat template for messages; take its instruct version")
     else:  # the template writes BOS where the model wants one, and nothing adds a second
         template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
         prompt_ids = whole = template(prompt, add_generation_prompt=True)

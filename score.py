@@ -10,6 +10,7 @@ runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen
 """
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -32,7 +33,6 @@ class Score(NamedTuple):
 
     value: float | None
     said: str = ""
-    failed: bool = False
 
     @property
     def finite(self):
@@ -109,7 +109,7 @@ def judge_reward(rows, answers, ask, table, samples):
         ratings = [rating for rating in ratings if rating is not None and not errors]
         said = errors or [reply.text for reply in mine]
         value = np.mean(ratings).item() if ratings else None
-        scores.append(Score(value, "\n----\n".join(said), bool(errors)))
+        scores.append(Score(value, "\n----\n".join(said)))
     return scores
 
 
@@ -180,8 +180,6 @@ def add_scores(rows, reward, settings):
             row[f"score_{side}"] = score.finite
             if score.said:
                 row["reward"][f"said_{side}"] = score.said
-            if score.failed:
-                row["error"] = f"judge: {score.said}"
     return rows
 
 
@@ -260,16 +258,15 @@ def main():
     source = read_rows(path, "id", "prompt", *SIDES)
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")
-    for row in source:  # what an earlier reward said of them goes
-        judged = str(row.get("error")).startswith("judge:")
-        for name in ("score_chosen", "score_rejected", "reward", *["error"] * judged):
-            row.pop(name, None)
+    for row, name in itertools.product(source, ("score_chosen", "score_rejected", "reward")):
+        row.pop(name, None)  # what an earlier reward said
     rows = source[: args.limit]
 
     args.reward_model = args.model
     reward, settings = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
     output.resume("reward", settings, source)
+    output.done = {key for key in output.done if is_scored(output.rows[key])}
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
     for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
         try:

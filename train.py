@@ -321,9 +321,6 @@ class Student(torch.nn.Module):
         flash = device.type == "cuda" and dtype != torch.float32
         attention = "packed" if flash or device.type == "cpu" else None
         self.packs = check_model(model, attention)
-        if self.packs and flash and model.device.type == "cuda":  # fp32 weights do not meet Flash
-            with torch.autocast("cuda", dtype):
-                self.packs = check_model(model, attention)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
@@ -383,13 +380,13 @@ def open_run(out, record, overwrite):
         out.rename(f"{out}.bak")
         out.mkdir()
         held = lock(out / "log.jsonl")
-    if overwrite or not path.exists():
-        write_record(out, record)
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text()) if path.exists() and not overwrite else record
     for key in SAME:
         if before.get(key) != record[key]:
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
+    if not (checkpoints(out) or before.get("finished")):
+        write_record(out, record)  # it says who made the first step that counts
     return held
 
 
@@ -560,8 +557,8 @@ def main():
     if RANK == 0:
         _held = open_run(out, record, args.overwrite)
     barrier()
-    begun = json.loads((out / "run.json").read_text())
-    if begun.get("finished"):
+    record = json.loads((out / "run.json").read_text())
+    if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
     options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
@@ -571,9 +568,6 @@ def main():
         say("reference log-probs ...")
         reference = pair_logps(student, train + held_out, args)
     start = load_checkpoint(out, model, optimizer)
-    record = begun if start else record  # says who made the first step that counts
-    if RANK == 0:
-        write_record(out, record)
     log = open(out / "log.jsonl", "a" if start else "w") if RANK == 0 else None
 
     for step in range(start, steps):

@@ -299,7 +299,7 @@ def test_several_ratings_are_averaged_and_those_outside_the_scale_left_out(
 
 
 @pytest.mark.parametrize(("samples", "good"), [(1, 0), (2, 0), (2, 1)])
-def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(
+def test_a_call_that_failed_leaves_its_row_without_a_score_and_is_asked_again(
     run, server, workdir, monkeypatch, samples, good
 ):
     """Of several ratings of an answer any may be the one that fails."""
@@ -307,7 +307,7 @@ def test_a_call_that_failed_is_an_error_of_its_row_and_is_asked_again(
     flags = ["--judge-samples", samples, "--concurrency", "1"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
     assert status == 1 and rows[0]["score_chosen"] is None and "error" not in rows[1]
-    assert "status 413" in rows[0].get("error", "")
+    assert "status 413" in rows[0]["reward"]["said_chosen"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
     assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
     assert len(HostileServer.asked) == 4 * samples + 1  # what was answered was not asked again
