@@ -338,10 +338,12 @@ def main():
     prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    for job in jobs:  # a student that was trained anew answers anew
-        if output.rows.get(job["id"], job)["weights"] != job["weights"]:
-            del output.rows[job["id"]]
-    output.resume("settings", settings, jobs, others=True)
+    wanted = {job["id"]: job for job in jobs}
+    others = [row for key, row in output.rows.items() if key not in wanted]
+    for key in wanted.keys() & output.rows.keys():  # a student that was trained anew answers anew
+        if output.rows[key]["weights"] != wanted[key]["weights"]:
+            del output.rows[key]
+    output.resume("settings", settings, jobs + others)
     for model, name in zip(args.models, names, strict=True):
         chat = None  # frees the model before
         batches = output.batches([job for job in jobs if job["model"] == name], args.batch_size)

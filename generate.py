@@ -384,34 +384,30 @@ class Rows:
         self.file.write(lines_of(rows))
         self.file.flush()
 
-    def resume(self, made_by, settings, source, others=False):
+    def resume(self, made_by, settings, source):
         """Takes the rows without `error` as done. Raises BadInput where one was made with other
-        settings, or from another row of the input.
+        settings, or from none of the rows of the input, as they are now.
 
-        made_by: the field that holds a row's settings. source: all rows of the input. others:
-        whether rows that are made of none of them may stay.
+        made_by: the field that holds a row's settings. source: all rows of the input.
         """
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
         done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in done.items():
-            made, origin = row.get(made_by, {}), origins.get(key)
+            made, origin = row.get(made_by, {}), origins.get(key, {"id": None})
             changed = [name for name in settings if made.get(name) != settings[name]]
-            changed += [name for name in origin or () if row.get(name) != origin[name]]
-            changed += ["id"] if origin is None and not others else []
+            changed += [name for name in origin if row.get(name) != origin[name]]
             if changed:
                 mend = "go back to it, choose another --out, or pass --overwrite"
                 found = f"row {key} was made with another '{changed[0]}'"
                 raise BadInput(f"{self.path}: {found}; {mend}")
         self.done = set(done)
 
-    def batches(self, rows, size, paid=False):
-        """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
-        computes the same ones. Calls that are paid are one batch of the rows that are left."""
-        if paid:
-            rows = [row for row in rows if row["id"] not in self.done]
-            return [rows] if rows else []
+    def batches(self, rows, size=None):
+        """Lists of `size` rows, or of all, that are not all done. They are cut from all rows, so
+        that a continued run computes the same ones."""
+        size = size or len(rows)
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
         return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
 
@@ -557,7 +553,8 @@ def main():
     output = Rows(out, args.overwrite)
     output.resume("teacher", settings, source)
     print(f"{args.model} ({name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
-    for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
+    size = None if args.api_base else args.batch_size
+    for batch in tqdm(output.batches(rows, size), unit="batch"):
         pairs = refine(batch, form, teacher.ask, seed_by)
         output.add(*({**pair, "teacher": pair["teacher"] | settings} for pair in pairs))
     rows = output.close(source)

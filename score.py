@@ -268,7 +268,8 @@ def main():
     output.resume("reward", settings, source)
     output.done = {key for key in output.done if is_scored(output.rows[key])}
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
-    for batch in tqdm(output.batches(rows, args.batch_size, args.api_base), unit="batch"):
+    size = None if args.api_base else args.batch_size
+    for batch in tqdm(output.batches(rows, size), unit="batch"):
         try:
             output.add(*add_scores(batch, reward, settings))
         except (ValueError, TypeError, LookupError) as error:
