@@ -22,12 +22,12 @@ All methods have STEPS steps of PAIRS_A_STEP pairs (fewer at an epoch's end), an
 SFT term of RECIPE (results/pilots.md says why), but for those named -alone. cdpo and robust are told
 the share of pairs that lost by the reward. Learning rate and beta are chosen for each method by one
 rule: of the settings in TRIALS, those whose student, trained on the conversation pairs of seed 0
-(methods named -alone: of seed 9), gives the largest share of positive answers to the training prompts on films that no such pair is of;
-of equals the first. Rates of preference losses are doubled as long as the last one is the best; sft
-and dsc have three. So the test prompts have no part in the choice; it is a coarse one, since 114
-prompts tell 17 points. Pooled pairs take the settings so found. From dSC's student on, the learning
-rate is half as large. Other tasks than sentiment have few runs, with sentiment's settings: there the
-teacher is too weak.
+(methods named -alone: of seed 9), gives the largest share of positive answers to the training prompts
+on films that no such pair is of; of equals the first. Rates of preference losses are doubled as long
+as the last one is the best; sft and dsc have three. So the test prompts have no part in the choice;
+it is a coarse one, since 114 prompts tell 17 points. Pooled pairs take the settings so found. From
+dSC's student on, the learning rate is half as large. Other tasks than sentiment have few runs, with
+sentiment's settings: there the teacher is too weak.
 
 A second reward, on conversation pairs: the lexicon AFINN, which agrees with the metric's more often
 than the contrast does, takes the place of an external reward that is good. What a student then gains
