@@ -4,7 +4,8 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo-margin --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, the table and answers side by side; report.png.
+with its scores; report.md, the table and answers side by side; report.png. Answers are kept, and
+measured anew each time, so another reward needs no new ones.
 
 Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
@@ -15,6 +16,7 @@ not independent.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -61,10 +63,10 @@ def whole_words(pattern):
 
 
 def add_measures(rows, prompts, metric, reward, base):
-    """Adds all measures to one model's rows of eval.jsonl; None where there is no answer.
+    """Adds all measures to rows of eval.jsonl; None where there is no answer.
 
-    prompts: {id: row} of the test prompts. reward: of make_reward. base: the chat model whose
-    log-prob of the answers, in nats a token, is base_logp, or None.
+    prompts: {id: row} of the test prompts. reward: of make_reward. base: (chat model, what
+    check_model says of it), by which base_logp is the answers' log-prob in nats a token; or None.
     """
     for row in rows:
         answer, failed = row["answer"], "error" in row
@@ -78,10 +80,11 @@ def add_measures(rows, prompts, metric, reward, base):
     for row, score in zip(rows, reward(given, answers), strict=True):
         row["score"] = score.finite
     if base:
-        pairs = [encode(base.tokenizer, row["prompt"], row["answer"]) for row in rows]
+        chat, packs = base
+        pairs = [encode(chat.tokenizer, row["prompt"], row["answer"]) for row in rows]
         for row, (_, tokens) in zip(rows, pairs, strict=True):
             del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end
-        logps = all_logps(base.model, pairs, check_model(base.model)).tolist()
+        logps = all_logps(chat.model, pairs, packs).tolist()
         for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
             row["base_logp"] = logp / len(tokens)
 
@@ -340,10 +343,13 @@ def main():
     output = Rows(out, args.overwrite)
     wanted = {job["id"]: job for job in jobs}
     others = [row for key, row in output.rows.items() if key not in wanted]
+    for row, name in itertools.product(others, ("metric", *SIDE_MEASURES)):
+        row.pop(name, None)  # they may be of another reward or first model
     for key in wanted.keys() & output.rows.keys():  # a student that was trained anew answers anew
         if output.rows[key]["weights"] != wanted[key]["weights"]:
             del output.rows[key]
     output.resume("settings", settings, jobs + others)
+    print(f"{args.reward} of {args.reward_model}, {len(jobs)} answers, {len(output.done)} done")
     for model, name in zip(args.models, names, strict=True):
         chat = None  # frees the model before
         batches = output.batches([job for job in jobs if job["model"] == name], args.batch_size)
@@ -353,11 +359,15 @@ def main():
             add_answers(batch, prompts, chat, task["seed_by"])
             output.add(*(job | {"settings": settings} for job in batch))
     # the measures are taken anew each time: of the metric, reward and first model as they are now
-    answers, chat = [output.rows[job["id"]] for job in jobs], None
-    base = None if names[0] == SELF_REFINE else LocalModel(args.models[0], args, **sampling)
-    for name in tqdm(names, "measures", unit="model"):
-        mine = [row for row in answers if row["model"] == name]
-        add_measures(mine, prompts, task["metric"], reward, base)
+    answers, chat, base = [output.rows[job["id"]] for job in jobs], None, None
+    if names[0] != SELF_REFINE:
+        chat = LocalModel(args.models[0], args, **sampling)
+        base = chat, check_model(chat.model)
+    size = len(answers) if args.api_base else args.batch_size
+    mine = [[row for row in answers if row["model"] == name] for name in names]
+    batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
+    for batch in tqdm(batches, "measures", unit="batch"):
+        add_measures(batch, prompts, task["metric"], reward, base)
     output.close(jobs)
     table = summarise(names, answers, task["metric"]["kind"])
     lines, facts = make_table(table, task["metric"]), provenance(args.device)

@@ -175,7 +175,7 @@ def encode(tokenizer, prompt, completion=None):
         prompt_ids, whole = (i[:-1] if i[-1:] == [tokenizer.eos_token_id] else i for i in ids)
         whole = whole if completion is None else [*whole, tokenizer.eos_token_id]
     elif not tokenizer.chat_template:
-        raise BadInput("the model has no chat template for messages; take its instruct version")
+        raise BadInput(f"{tokenizer.name_or_path}: has no chat template; take an instruct version")
     else:  # the template writes BOS where the model wants one, and nothing adds a second
         template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
         prompt_ids = whole = template(prompt, add_generation_prompt=True)
@@ -405,9 +405,11 @@ class Rows:
         self.done = set(done)
 
     def batches(self, rows, size=None):
-        """Lists of `size` rows, or of all, that are not all done. They are cut from all rows, so
-        that a continued run computes the same ones."""
-        size = size or len(rows)
+        """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
+        computes the same ones. Without a size, all rows that are not done, as calls are paid."""
+        if size is None:
+            rows = [row for row in rows if row["id"] not in self.done]
+            size = len(rows) or 1
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
         return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
 

@@ -265,8 +265,9 @@ def main():
     args.reward_model = args.model
     reward, settings = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
+    for key in [k for k, row in output.rows.items() if "reward" in row and not is_scored(row)]:
+        del output.rows[key]  # a judge is asked again
     output.resume("reward", settings, source)
-    output.done = {key for key in output.done if is_scored(output.rows[key])}
     print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
     size = None if args.api_base else args.batch_size
     for batch in tqdm(output.batches(rows, size), unit="batch"):

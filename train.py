@@ -321,6 +321,9 @@ class Student(torch.nn.Module):
         flash = device.type == "cuda" and dtype != torch.float32
         attention = "packed" if flash or device.type == "cpu" else None
         self.packs = check_model(model, attention)
+        if self.packs and flash and model.device.type == "cuda":  # fp32 weights do not meet Flash
+            with torch.autocast("cuda", dtype):
+                self.packs = check_model(model, attention)
         digest = hashlib.sha256()
         for parameter in model.parameters():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
@@ -535,6 +538,9 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
+    student_in = [Path(args.model).resolve(), *Path(args.model).resolve().parents]
+    if out.resolve() in student_in or Path(f"{out}.bak").resolve() in student_in:
+        raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
 
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args, device, dtype)

@@ -94,7 +94,7 @@ def add_long(lines):
     for line in lines:
         if line["trial"] is None and line["seed"] in base:
             own, usual = line["values"]["words"], base[line["seed"]]
-            short = [w is None or w < b / 2 for w, b in zip(own, usual, strict=True)]
+            short = [None in both or both[0] < both[1] / 2 for both in zip(own, usual, strict=True)]
             both = zip(line["values"]["metric"], short, strict=True)
             line["values"]["long"] = [None if cut else value for value, cut in both]
 
@@ -382,7 +382,8 @@ def other_differences(lines):
         if shared := shared_seeds(found[one], found[other]):
             row = {"method": f"{one} minus {other}", "seeds": shared}
             for name in ("metric", "long"):
-                row[name] = resample(differences(found[one], found[other], name))[:3]
+                if (gained := differences(found[one], found[other], name)) is not None:
+                    row[name] = resample(gained)[:3]
             rows.append(row)
     return rows
 

@@ -535,7 +535,7 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     runs = [run for run in plan_of(args.task, args.seeds) if run.kind in args.kinds]
-    runs = [run for run in runs if run.seed in args.seeds]
+    runs = [run for run in runs if run.seed in args.seeds or run.trial is not None]
     if unknown := set(args.only or []) - {run.name for run in runs}:
         raise BadInput(f"--only: there is no run {', '.join(sorted(unknown))}")
     runs = [run for run in runs if run.name in (args.only or [run.name])]

@@ -193,6 +193,27 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert set(changed) == {"rdpo-margin"} and len(changed) == len(rows) // 3
 
 
+def test_answers_of_models_that_are_not_asked_for_stay_without_measures(run, tiny, workdir):
+    rows = [pair_row(i, "good", "poor", split="test") for i in range(5)]
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    argv = [
+        "--reward",
+        "contrast",
+        "--reward-model",
+        tiny,
+        "--max-tokens",
+        "4",
+        "--batch-size",
+        "2",
+    ]
+    assert run("eval", "--models", tiny, "self-refine", *argv)[0] == 0
+    assert all("score" in row for row in read_rows("runs/sentiment/eval.jsonl"))
+    assert run("eval", "--models", tiny, *argv)[0] == 0
+    asked, others = (read_rows("runs/sentiment/eval.jsonl")[k : k + 5] for k in (0, 5))
+    assert all("score" in row for row in asked) and not any("score" in row for row in others)
+    assert all(row["answer"] == "good" for row in others)
+
+
 def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     run, tiny, server, workdir, monkeypatch
 ):

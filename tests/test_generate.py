@@ -399,6 +399,13 @@ def test_overwrite_asks_again_and_keeps_what_was_there(run, server, workdir):
     assert len(HostileServer.asked) == 9 and len(read_rows(PAIRS)) == 1
 
 
+def test_more_rows_cost_their_own_calls_alone_even_without_the_journal(run, server, workdir):
+    assert ask(run, server, "--limit", "2")[0] == 0
+    (workdir / f"{PAIRS}.calls").unlink()
+    assert ask(run, server, "--limit", "3")[0] == 0
+    assert len(HostileServer.asked) == 9 and len(read_rows(PAIRS)) == 3
+
+
 def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     HostileServer.script = ["length"]
     status, said, _ = ask(run, server, "--limit", "1")

@@ -313,6 +313,22 @@ def test_a_call_that_failed_leaves_its_row_without_a_score_and_is_asked_again(
     assert len(HostileServer.asked) == 4 * samples + 1  # what was answered was not asked again
 
 
+def test_rows_without_a_score_bind_nobody_to_their_settings(run, server, workdir, monkeypatch):
+    HostileServer.script = [400] * 50
+    assert judged(run, server, monkeypatch, lambda text: "Rating: 5")[0] == 1
+    HostileServer.script = []
+    flags = ["--judge-tokens", "200"]
+    status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
+    assert status == 0 and rows[0]["score_chosen"] == 5
+
+
+def test_pairs_are_not_overwritten_by_scores_of_others(run, tiny, pairs, workdir):
+    write_jsonl(workdir / "other.jsonl", [pair_row(0, "a", "b") | {"prompt": "Other."}])
+    before = pairs.read_bytes()
+    status, _, err = run("score", "--model", tiny, "--in", "other.jsonl", "--out", pairs)
+    assert status == 2 and "was made with another 'kind'" in err and pairs.read_bytes() == before
+
+
 def test_a_judge_whose_words_begin_with_error_has_not_failed(run, server, workdir, monkeypatch):
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "error-free. Rating: 9")
     assert status == 0 and "error" not in rows[0] and rows[0]["score_chosen"] == 9

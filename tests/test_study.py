@@ -191,6 +191,13 @@ def test_a_run_with_other_settings_than_the_trials_say_is_refused(cell, monkeypa
         study.main()
 
 
+def test_trials_are_made_whatever_the_seeds(cell, monkeypatch):
+    argv = "study.py --seeds 0 --kinds conversation --only dpo-alone-trial0"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    study.main()
+    assert "dpo-alone-trial0" in study.Cell("sentiment", "conversation", study.LATER).made()
+
+
 def test_what_goes_on_from_dsc_takes_its_student_and_half_the_rate(cell):
     cell.make(Run("conversation", "rdpo", 0, "dsc"), EQUAL)
     first, second = [flags for script, *flags in cell.calls if script == "train.py"]
@@ -296,6 +303,8 @@ def test_long_answers_have_half_the_words_of_the_base_models_by_the_same_seed():
     base = {"method": "base", "seed": 0, "trial": None, "values": values}
     mine = {"words": [19, 20, None, 30], "metric": [0.0, 1.0, None, 1.0]}
     line = base | {"method": "dpo", "values": mine}
+    values["words"][0] = None
+    mine["words"][0] = 21
     compare.add_long([base, line, other := line | {"seed": 1, "values": {}}])
     assert line["values"]["long"] == [None, 1.0, None, None] and other["values"] == {}
 

@@ -716,13 +716,17 @@ def test_a_second_process_in_the_same_run_directory_is_refused(run, tiny, pairs_
             assert status == 2 and "another process" in err
 
 
-def test_a_student_s_own_folder_is_no_output(run, tiny, pairs_file, workdir):
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_student_s_own_folder_is_no_output(run, tiny, pairs_file, workdir, more):
     out = workdir / "runs" / "sentiment" / "rdpo-margin"
     trained(run, tiny, out, "--max-steps", "1")
     before = {path: path.read_bytes() for path in out.iterdir()}
-    status, _, err = run("train", "--model", out, *FAST)
-    assert status == 2 and "was trained with weights" in err
+    status, _, err = run("train", "--model", out, *FAST, *more)
+    assert status == 2 and "holds the student itself" in err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert run("train", "--model", out, *FAST, "--max-steps", "1", "--overwrite")[0] == 0
-    for path, content in before.items():  # and the old one is kept
-        assert (out.with_name("rdpo-margin.bak") / path.name).read_bytes() == content
+    assert not out.with_name("rdpo-margin.bak").exists()
+    status, _, err = run("train", "--model", out, "--out", workdir / "x", *FAST, "--max-steps", "1")
+    assert status == 0, err
+    (workdir / "x").rename(workdir / "y.bak")
+    argv = ["--model", workdir / "y.bak", "--out", workdir / "y", *FAST, "--overwrite"]
+    assert run("train", *argv)[0] == 2 and (workdir / "y.bak" / "run.json").exists()
