@@ -217,11 +217,12 @@ class Cell:
         if not ready.exists():
             with claim(self.folder / "pairs.claim") as mine:
                 if mine:
-                    parts = range(POOLED * self.seed, POOLED * (self.seed + 1))
-                    parts = [Cell(self.task, "conversation", seed) for seed in parts]
-                    if self.kind == "pooled" and not all([part.prepare() for part in parts]):
+                    seeds = range(POOLED * self.seed, POOLED * (self.seed + 1))
+                    seeds = seeds if self.kind == "pooled" else ()
+                    parts = [Cell(self.task, "conversation", seed) for seed in seeds]
+                    if not all([part.prepare() for part in parts]):
                         return False
-                    self.pool(parts) if self.kind == "pooled" else self.make_pairs()
+                    self.pool(parts) if parts else self.make_pairs()
                     self.call("eval.py", *self.asking("test"), "--models", "smollm2")
         return ready.exists()
 
