@@ -304,10 +304,11 @@ def table_of(rows, columns):
 
 
 def cell(value, form):
-    """A value, or a mean with its interval and, where there is one, p by Holm. Seeds: 0-8."""
+    """A value, or a mean with its interval and, where there is one, p by Holm. Seeds: 0-8, 10."""
     if isinstance(value, list):
-        whole = value == list(range(value[0], value[-1] + 1)) and len(value) > 1
-        return f"{value[0]}-{value[-1]}" if whole else ", ".join(map(str, value))
+        runs = itertools.groupby(enumerate(value), lambda pair: pair[1] - pair[0])
+        runs = [[seed for _, seed in run] for _, run in runs]
+        return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     if not isinstance(value, tuple):
         return "-" if value is None else str(value)
     if len(value) < 5:

@@ -309,6 +309,10 @@ def test_long_answers_have_half_the_words_of_the_base_models_by_the_same_seed():
     assert line["values"]["long"] == [None, 1.0, None, None] and other["values"] == {}
 
 
+def test_seeds_are_written_as_ranges():
+    assert compare.cell([0, 1, 2, 8, 10, 11], "") == "0-2, 8, 10-11"
+
+
 def test_lines_of_other_test_prompts_are_not_compared():
     lines = [{"groups": [g], "kind": "fresh", "seed": 0, "id": "dpo", "values": {}} for g in "ab"]
     with pytest.raises(study.BadInput):
