@@ -4,8 +4,8 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo-margin --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, the table and answers side by side; report.png. Answers are kept, and
-measured anew each time, so another reward needs no new ones.
+with its scores; report.md, the table and answers side by side; report.png. Answers are kept: another
+reward needs no new ones.
 
 Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
@@ -16,7 +16,6 @@ not independent.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -343,8 +342,6 @@ def main():
     output = Rows(out, args.overwrite)
     wanted = {job["id"]: job for job in jobs}
     others = [row for key, row in output.rows.items() if key not in wanted]
-    for row, name in itertools.product(others, ("metric", *SIDE_MEASURES)):
-        row.pop(name, None)  # they may be of another reward or first model
     for key in wanted.keys() & output.rows.keys():  # a student that was trained anew answers anew
         if output.rows[key]["weights"] != wanted[key]["weights"]:
             del output.rows[key]
@@ -358,16 +355,21 @@ def main():
         for batch in tqdm(batches, name, unit="batch"):
             add_answers(batch, prompts, chat, task["seed_by"])
             output.add(*(job | {"settings": settings} for job in batch))
-    # the measures are taken anew each time: of the metric, reward and first model as they are now
+    # measured are new answers, and all after a change of the metric, reward or first model
+    measured_by = json.dumps([task["metric"], reward_settings, names[0], jobs[0]["weights"]])
+    measured_by = hashlib.sha256(measured_by.encode()).hexdigest()[:16]
     answers, chat, base = [output.rows[job["id"]] for job in jobs], None, None
     if names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
         base = chat, check_model(chat.model)
     size = len(answers) if args.api_base else args.batch_size
-    mine = [[row for row in answers if row["model"] == name] for name in names]
+    left = [r for r in answers if r.get("measured_by") != measured_by or r["score"] is None]
+    mine = [[row for row in left if row["model"] == name] for name in names]
     batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
     for batch in tqdm(batches, "measures", unit="batch"):
         add_measures(batch, prompts, task["metric"], reward, base)
+        for row in batch:
+            row["measured_by"] = measured_by
     output.close(jobs)
     table = summarise(names, answers, task["metric"]["kind"])
     lines, facts = make_table(table, task["metric"]), provenance(args.device)

@@ -179,7 +179,7 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert stage("eval", "--max-tokens", "8").returncode == 0  # nothing is asked twice
     assert (folder / "eval.jsonl").read_bytes() == before
     # a metric that changed since is that of the old answers too
-    write_jsonl(folder / "eval.jsonl", [row | {"metric": 7.0} for row in rows])
+    write_jsonl(folder / "eval.jsonl", [row | {"metric": 7.0, "measured_by": "x"} for row in rows])
     assert stage("eval", "--max-tokens", "8").returncode == 0
     assert (folder / "eval.jsonl").read_bytes() == before
     # a report somewhere else is on the same students
@@ -193,25 +193,19 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     assert set(changed) == {"rdpo-margin"} and len(changed) == len(rows) // 3
 
 
-def test_answers_of_models_that_are_not_asked_for_stay_without_measures(run, tiny, workdir):
+def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):
     rows = [pair_row(i, "good", "poor", split="test") for i in range(5)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
-    argv = [
-        "--reward",
-        "contrast",
-        "--reward-model",
-        tiny,
-        "--max-tokens",
-        "4",
-        "--batch-size",
-        "2",
-    ]
-    assert run("eval", "--models", tiny, "self-refine", *argv)[0] == 0
-    assert all("score" in row for row in read_rows("runs/sentiment/eval.jsonl"))
-    assert run("eval", "--models", tiny, *argv)[0] == 0
-    asked, others = (read_rows("runs/sentiment/eval.jsonl")[k : k + 5] for k in (0, 5))
-    assert all("score" in row for row in asked) and not any("score" in row for row in others)
-    assert all(row["answer"] == "good" for row in others)
+    make_model(len(tokenizer), seed=1).save_pretrained(workdir / "other")
+    tokenizer.save_pretrained(workdir / "other")
+    argv = ["--models", tiny, "--reward", "contrast", "--max-tokens", "4", "--batch-size", "2"]
+    made = []
+    for judge in (tiny, tiny, workdir / "other"):
+        assert run("eval", *argv, "--reward-model", judge)[0] == 0
+        made.append(read_rows("runs/sentiment/eval.jsonl"))
+    assert made[0] == made[1]
+    for row, other in zip(made[0], made[2], strict=True):
+        assert row["answer"] == other["answer"] and row["score"] != other["score"]
 
 
 def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
