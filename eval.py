@@ -359,11 +359,11 @@ def main():
     measured_by = json.dumps([task["metric"], reward_settings, names[0], jobs[0]["weights"]])
     measured_by = hashlib.sha256(measured_by.encode()).hexdigest()[:16]
     answers, chat, base = [output.rows[job["id"]] for job in jobs], None, None
-    if names[0] != SELF_REFINE:
+    left = [r for r in answers if r.get("measured_by") != measured_by or r["score"] is None]
+    if left and names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
         base = chat, check_model(chat.model)
     size = len(answers) if args.api_base else args.batch_size
-    left = [r for r in answers if r.get("measured_by") != measured_by or r["score"] is None]
     mine = [[row for row in left if row["model"] == name] for name in names]
     batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
     for batch in tqdm(batches, "measures", unit="batch"):
