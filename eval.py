@@ -300,6 +300,11 @@ def add_answers(jobs, prompts, chat, seed_by):
         job |= {"error": finish} if finish.startswith("error") else {}
 
 
+def lacks_score(row):
+    """Whether a row has an answer that was given no score."""
+    return bool(row["answer"]) and row["score"] is None
+
+
 def main():
     parser = make_parser(__doc__, reads="scored.jsonl")
     add = parser.add_argument
@@ -359,7 +364,7 @@ def main():
     measured_by = json.dumps([task["metric"], reward_settings, names[0], jobs[0]["weights"]])
     measured_by = hashlib.sha256(measured_by.encode()).hexdigest()[:16]
     answers, chat, base = [output.rows[job["id"]] for job in jobs], None, None
-    left = [r for r in answers if r.get("measured_by") != measured_by or r["score"] is None]
+    left = [row for row in answers if row.get("measured_by") != measured_by or lacks_score(row)]
     if left and names[0] != SELF_REFINE:
         chat = LocalModel(args.models[0], args, **sampling)
         base = chat, check_model(chat.model)
@@ -377,8 +382,7 @@ def main():
     (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])
     print(f"\n{lines}\n\n{make_samples(answers, names, 3)}\n\n{folder / 'report.md'}, {out}")
-    unscored = any(row["answer"] and row["score"] is None for row in answers)
-    raise SystemExit(unscored or any("error" in row for row in answers))
+    raise SystemExit(any("error" in row or lacks_score(row) for row in answers))
 
 
 if __name__ == "__main__":

@@ -152,15 +152,16 @@ def coverage(values, trials=200):
 
 def coverage_of(lines):
     """The table of coverage() for three differences."""
-    rows, seeds = [], []
+    rows, counts = [], set()
     for one, other in (("rdpo-margin", "dpo"), ("rdpo-margin", "dsc"), ("rdpo", "dpo")):
         values = differences(*(pick(lines, "conversation", method) for method in (one, other)))
         if values is not None and len(values) > 1:
             shares = coverage(values)
             rows.append({"difference": f"{one} minus {other}"})
-            rows[-1] |= {str(count): f"{share:.0%}" for count, share in shares.items()}
-            seeds = seeds or list(rows[-1])[1:]
-    return table_of(rows, {name: (name, "") for name in ("difference", *seeds)}) if rows else "-"
+            rows[-1] |= {count: f"{share:.0%}" for count, share in shares.items()}
+            counts |= shares.keys()
+    columns = {name: (str(name), "") for name in ("difference", *sorted(counts))}
+    return table_of(rows, columns) if rows else "-"
 
 
 def holm(ps):
