@@ -228,19 +228,23 @@ class Cell:
 
     def make_pairs(self):
         """Scored training pairs, and what students are asked, in trials and at last."""
+        file = pairs_file(self.task, self.kind, self.seed)
+        there = json.loads(file.read_text()) if file.exists() else {}
+        # batches of another size round otherwise, and sample other words within some sentences
+        size = there.get("batch_size", ROWS)
         form = ["--form", self.kind, "--seed", self.seed, "--limit", LIMIT[self.kind]]
-        self.call("generate.py", *form, "--batch-size", ROWS, "--out", self.folder / "pairs.jsonl")
+        self.call("generate.py", *form, "--batch-size", size, "--out", self.folder / "pairs.jsonl")
         made = {row["id"]: row for row in read_rows(self.folder / "pairs.jsonl", "id")}
         usable = [row for row in made.values() if row["split"] == "train" and is_usable(row)]
         source, scored = (self.folder / f"{name}.jsonl" for name in ("usable", "scored"))
         write(source, usable)
         self.call("score.py", "--in", source, "--out", scored, "--batch-size", 64)
-        file = pairs_file(self.task, self.kind, self.seed)
         if self.task in FACTS:
             facts = FACTS[self.task](read_rows(scored, "id"))
-            if not file.exists():
-                file.write_text(json.dumps({"made": provenance()} | facts, indent=1) + "\n")
-            elif (there := json.loads(file.read_text())) | facts != there:
+            if not there:
+                said = {"made": provenance(), "batch_size": size} | facts
+                file.write_text(json.dumps(said, indent=1) + "\n")
+            elif there | facts != there:
                 raise BadInput(f"{file}: is of other pairs than {scored}; take other --seeds")
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
