@@ -27,6 +27,7 @@ from study import (
     pairs_file,
     read_lines,
     shares_of_trials,
+    whole,
 )
 
 from eval import interval
@@ -47,6 +48,7 @@ SHOWN = {  # key of a row: heading, format
     "control": ("control", ".0%"),
     "control minus dpo": ("control minus dpo", "+.0%"),
     "control minus dsc": ("control minus dsc", "+.0%"),
+    "whole": ("positive and ended", ".0%"),
     "long": ("of long answers", ".0%"),
     "afinn": ("AFINN positive", ".0%"),
     "other": ("other words", ".3f"),
@@ -65,9 +67,9 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
-TRIED = ("metric", "words", "cut")  # what is shown of a trial
-LEGEND = """metric: {meaning} ({better} is better); of long answers: the \
-metric of those that have at least half the words of the base model's answer; learning rate and beta {chosen}. minus: \
+TRIED = ("metric", "whole", "words", "cut")  # what is shown of a trial
+LEGEND = """metric: {meaning} ({better} is better); positive and ended: the same, not counting \
+answers that were cut off; of long answers: the metric of those that have at least half the words of the base model's answer; learning rate and beta {chosen}. minus: \
 paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
 from 10,000 draws, by Holm over a table, without those from base. In brackets: 95 % intervals by a \
 bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they matter \
@@ -367,6 +369,8 @@ def other_differences(lines):
     folder = ROOT / "results/study/sentiment/again-on-cpu"
     again = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
     add_long([*again, *pick(lines, "conversation", "base")])
+    for line in again:
+        line["values"]["whole"] = whole(line)
     found["dpo, again on a CPU"] = again = pick(again, "conversation", "dpo")
     on_cpu = [line for line in found["dpo"] if "cores" in line["made"]["hardware"]]
     found["dpo, all on a CPU"] = on_cpu + again
@@ -383,7 +387,7 @@ def other_differences(lines):
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
             row = {"method": f"{one} minus {other}", "seeds": shared}
-            for name in ("metric", "long"):
+            for name in ("metric", "whole", "long"):
                 if (gained := differences(found[one], found[other], name)) is not None:
                     row[name] = resample(gained)[:3]
             rows.append(row)
@@ -411,6 +415,8 @@ def report(task):
     metric = load_task(task)["metric"]
     if metric["kind"] != "spread":  # which is of several answers
         add_long(lines)
+    for line in lines if task == "sentiment" else ():
+        line["values"]["whole"] = whole(line)
     rows, points = summarise(lines), dials_of(lines)
     if not rows:
         raise BadInput(f"{path}: has no line of a trained student yet; results/study.py makes them")
@@ -447,7 +453,7 @@ def report(task):
         ]
     if others := other_differences(lines) if task == "sentiment" else ():
         columns = {"method": ("conversation pairs", ""), "seeds": ("seeds", "")}
-        columns |= {name: (SHOWN[name][0], "+.0%") for name in ("metric", "long")}
+        columns |= {name: (SHOWN[name][0], "+.0%") for name in ("metric", "whole", "long")}
         parts += ["## Other differences, outside Holm's family", table_of(others, columns)]
     if task == "safety":
         columns = {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
@@ -484,7 +490,17 @@ def write_readme(rows):
     """The README's table: pairs of one conversation, training from the base model."""
     mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
     mine = [row for row in mine if row["method"] in IN_README]
-    columns = ("method", "seeds", "metric", "minus dpo", "minus dsc", "afinn", "words", "cut")
+    columns = (
+        "method",
+        "seeds",
+        "metric",
+        "minus dpo",
+        "minus dsc",
+        "whole",
+        "afinn",
+        "words",
+        "cut",
+    )
     table = table_of(mine, {key: SHOWN[key] for key in columns})
     mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
     before, _, after = readme.read_text().split(mark)
