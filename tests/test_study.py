@@ -164,6 +164,17 @@ def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(ce
     assert train[train.index("--max-steps") + 1] == "72"
 
 
+def test_level_pairs_are_a_seed_s_own_and_the_base_model_is_not_asked_again(cell):
+    level = study.Cell("sentiment", "level", 0)
+    assert level.prepare() and len(level.rows("scored")) == 36
+    level.make(Run("level", "dpo", 0), EQUAL)
+    (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
+    assert train[train.index("--max-length-ratio") + 1] == "1.5"
+    assert train[train.index("--max-steps") + 1] == "24"
+    copied = [row["id"] for row in study.read_rows(level.folder / "test/eval.jsonl", "id")]
+    assert copied[0] == "smollm2/t0/0"
+
+
 def test_rates_are_doubled_as_long_as_the_last_is_the_best():
     shares = {"dpo": {}}
     for i, share in enumerate([0.4, 0.5, 0.4, 0.6, 0.7, 0.8]):
