@@ -383,6 +383,9 @@ def other_differences(lines):
         ("rdpo, AFINN as reward", "rdpo"),
     ]
     pairs += [("dpo, again on a CPU", "dpo"), ("rdpo-margin", "dpo, all on a CPU")]
+    for method in METHODS:
+        found[f"{method}, level pairs"] = pick(lines, "level", method)
+        pairs.append((f"{method}, level pairs", method))
     rows = []
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
