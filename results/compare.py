@@ -7,6 +7,7 @@ the table in README.md. Methods are compared prompt by prompt; the intervals are
 """
 
 import argparse
+import functools
 import itertools
 import json
 
@@ -113,11 +114,16 @@ def matrix(lines, name):
 def bootstrap_means(values, draws=10_000):
     """(draws,): means over seeds and groups that are drawn with replacement, the same ones of arrays
     of one shape."""
-    rng, there = np.random.default_rng(0), ~np.isnan(values)
-    # how often each seed and each group is drawn, (draws, seeds) and (draws, groups)
-    seeds, groups = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in values.shape)
+    (seeds, groups), there = drawn(values.shape, draws), ~np.isnan(values)
     sums, counts = (((seeds @ part) * groups).sum(1) for part in (np.nan_to_num(values), there))
     return sums / np.maximum(counts, 1)
+
+
+@functools.cache
+def drawn(shape, draws):
+    """How often each seed and each group is drawn: (draws, seeds) and (draws, groups)."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(n, np.full(n, 1 / n), draws) for n in shape]
 
 
 def resample(values, less=None):
