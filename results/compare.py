@@ -16,6 +16,7 @@ from study import (
     FLIPS,
     IMITATION,
     KINDS,
+    LEVEL,
     LIMIT,
     MADE,
     METHODS,
@@ -442,7 +443,9 @@ def report(task):
     parts = [f"# The study of the task {task}", f"Made by `{command}`.", legend]
     if task == "sentiment":
         parts += [f"self-refine on conversation pairs has the test prompts of the first "
-                  f"{LIMIT['conversation']} instructions alone, and its differences are over these."]  # fmt: skip
+                  f"{LIMIT['conversation']} instructions alone, and its differences are over these. "
+                  f"level: conversation pairs whose longer answer has at most {LEVEL} times the "
+                  "other's tokens; pooled: those of three seeds."]  # fmt: skip
     for (kind, start), mine in itertools.groupby(rows, lambda row: (row["kind"], row["start"])):
         parts += [f"## Pairs: {kind}; training from: {start}", table_of(list(mine), shown)]
     if any(point["share"] and not point["by formula"] for point in points):
