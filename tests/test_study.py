@@ -149,10 +149,13 @@ def test_the_base_model_answers_once_and_pairs_are_made_by_one_process(cell):
     assert other.prepare()
     (other.folder / "test/report.md").unlink()  # as on another machine
     facts = json.loads(study.pairs_file("sentiment", "conversation", 1).read_text())
-    text = json.dumps(facts | {"pairs": 30})
+    text = json.dumps(facts | {"pairs": 30, "batch_size": 7})
     study.pairs_file("sentiment", "conversation", 1).write_text(text)
     with pytest.raises(BadInput, match="of other pairs"):
         other.prepare()
+    made = [flags for flags in cell.calls if flags[0] == "generate.py"]
+    sizes = [flags[flags.index("--batch-size") + 1] for flags in made]
+    assert sizes == [str(study.ROWS)] * 2 + ["7"] and facts["batch_size"] == study.ROWS
 
 
 def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(cell):
@@ -173,6 +176,16 @@ def test_level_pairs_are_a_seed_s_own_and_the_base_model_is_not_asked_again(cell
     assert train[train.index("--max-steps") + 1] == "24"
     copied = [row["id"] for row in study.read_rows(level.folder / "test/eval.jsonl", "id")]
     assert copied[0] == "smollm2/t0/0"
+
+
+def test_without_the_sft_term_the_answers_that_are_positive_and_end_choose():
+    lines = [{"method": m, "trial": i} for m in ("dpo", "dpo-alone") for i in range(2)]
+    for line, cut in zip(lines, ([0, 0], [1, 0]) * 2, strict=True):
+        metric = [1.0, float(line["trial"])]
+        line["values"] = {"metric": [*metric, None], "cut": [*cut, 0]}
+    shares = study.shares_of_trials(lines)
+    assert shares["dpo"] == {0: 0.5, 1: 1.0} and shares["dpo-alone"] == {0: 0.5, 1: 0.5}
+    assert study.whole(lines[1]) == [0.0, 1.0, None]
 
 
 def test_rates_are_doubled_as_long_as_the_last_is_the_best():
