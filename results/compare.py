@@ -70,9 +70,10 @@ JUDGED = {  # of a file of pairs: heading
     "preferred positive": "positive ones that the reward prefers",
 }
 TRIED = ("metric", "whole", "words", "cut")  # what is shown of a trial
+DIFFERING = {"metric": "+.0%", "whole": "+.0%", "long": "+.0%", "words": "+.0f"}  # of two methods
 LEGEND = """metric: {meaning} ({better} is better); positive and ended: the same, not counting \
-answers that were cut off; of long answers: the metric of those that have at least half the words of the base model's answer; learning rate and beta {chosen}. minus: \
-paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
+answers that were cut off; of long answers: the metric of those that have at least half the words of \
+the base model's answer; learning rate and beta {chosen}. minus: paired difference, by seed and group, over the seeds of both; p, of differences over three seeds or more, \
 from 10,000 draws, by Holm over a table, without those from base. In brackets: 95 % intervals by a \
 bootstrap of seeds and groups together: too wide where seeds matter little, too narrow where they matter \
 much and are few, and so is p; of one seed silent on others. A row's mean is over its own seeds. groups: test \
@@ -91,11 +92,14 @@ def pick(lines, kind, method, start="base", flips=0, swaps=0, reward="contrast")
     return sorted(found, key=lambda line: line["seed"])
 
 
-def add_long(lines):
-    """Adds the measure long: the metric of answers of at least half the words that the base model's
-    answer to the same prompt has, by the same seed; None for others."""
+def add_derived(task, lines):
+    """Adds the measures that follow from others. whole, of sentiment: see study.py. long: the metric
+    of answers of at least half the words that the base model's answer to the same prompt has, by the
+    same seed; None for others."""
     base = {line["seed"]: line["values"]["words"] for line in lines if line["method"] == "base"}
     for line in lines:
+        if task == "sentiment":
+            line["values"]["whole"] = whole(line)
         if line["trial"] is None and line["seed"] in base:
             own, usual = line["values"]["words"], base[line["seed"]]
             short = [None in both or both[0] < both[1] / 2 for both in zip(own, usual, strict=True)]
@@ -375,9 +379,7 @@ def other_differences(lines):
     found = {method: pick(lines, "conversation", method) for method in METHODS}
     folder = ROOT / "results/study/sentiment/again-on-cpu"
     again = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
-    add_long([*again, *pick(lines, "conversation", "base")])
-    for line in again:
-        line["values"]["whole"] = whole(line)
+    add_derived("sentiment", [*again, *pick(lines, "conversation", "base")])
     found["dpo, again on a CPU"] = again = pick(again, "conversation", "dpo")
     on_cpu = [line for line in found["dpo"] if "cores" in line["made"]["hardware"]]
     found["dpo, all on a CPU"] = on_cpu + again
@@ -397,7 +399,7 @@ def other_differences(lines):
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
             row = {"method": f"{one} minus {other}", "seeds": shared}
-            for name in ("metric", "whole", "long"):
+            for name in DIFFERING:
                 if (gained := differences(found[one], found[other], name)) is not None:
                     row[name] = resample(gained)[:3]
             rows.append(row)
@@ -424,9 +426,7 @@ def report(task):
     lines, path = lines_of_study(task), ROOT / f"results/study/{task}"
     metric = load_task(task)["metric"]
     if metric["kind"] != "spread":  # which is of several answers
-        add_long(lines)
-    for line in lines if task == "sentiment" else ():
-        line["values"]["whole"] = whole(line)
+        add_derived(task, lines)
     rows, points = summarise(lines), dials_of(lines)
     if not rows:
         raise BadInput(f"{path}: has no line of a trained student yet; results/study.py makes them")
@@ -465,7 +465,7 @@ def report(task):
         ]
     if others := other_differences(lines) if task == "sentiment" else ():
         columns = {"method": ("conversation pairs", ""), "seeds": ("seeds", "")}
-        columns |= {name: (SHOWN[name][0], "+.0%") for name in ("metric", "whole", "long")}
+        columns |= {name: (SHOWN[name][0], form) for name, form in DIFFERING.items()}
         parts += ["## Other differences, outside Holm's family", table_of(others, columns)]
     if task == "safety":
         columns = {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
@@ -502,17 +502,8 @@ def write_readme(rows):
     """The README's table: pairs of one conversation, training from the base model."""
     mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
     mine = [row for row in mine if row["method"] in IN_README]
-    columns = (
-        "method",
-        "seeds",
-        "metric",
-        "minus dpo",
-        "minus dsc",
-        "whole",
-        "afinn",
-        "words",
-        "cut",
-    )
+    columns = ["method", "seeds", "metric", "minus dpo", "minus dsc"]
+    columns += ["whole", "afinn", "words", "cut"]
     table = table_of(mine, {key: SHOWN[key] for key in columns})
     mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
     before, _, after = readme.read_text().split(mark)

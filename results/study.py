@@ -221,9 +221,8 @@ class Cell:
         if not ready.exists():
             with claim(self.folder / "pairs.claim") as mine:
                 if mine:
-                    seeds = {"level": [self.seed]}
-                    seeds["pooled"] = range(POOLED * self.seed, POOLED * (self.seed + 1))
-                    seeds = seeds.get(self.kind, ())
+                    three = range(POOLED * self.seed, POOLED * (self.seed + 1))
+                    seeds = {"level": [self.seed], "pooled": three}.get(self.kind, ())
                     parts = [Cell(self.task, "conversation", seed) for seed in seeds]
                     if not all([part.prepare() for part in parts]):
                         return False
@@ -305,8 +304,8 @@ class Cell:
         line |= measures(self.task, run, answers, {row["id"]: row for row in asked})
         self.add(line)
         print(f"{time.strftime('%H:%M:%S')} {self.kind} {self.seed} {run.name}: "
-              f"{line['seconds']} s, metric {mean(line, 'metric'):.3f}, "
-              f"words {mean(line, 'words'):.0f}", flush=True)  # fmt: skip
+              f"{line['seconds']} s, metric {mean(line['values']['metric']):.3f}, "
+              f"words {mean(line['values']['words']):.0f}", flush=True)  # fmt: skip
         if run.method in METHODS and run != Run(
             self.kind, "dsc", self.seed
         ):  # others go on from it
@@ -439,9 +438,9 @@ def shares_of_trials(lines):
     shares = {method: {} for method in METHODS}
     trials = [line for line in lines if line["trial"] is not None]
     for line in sorted(trials, key=lambda line: line["trial"]):
-        method, values = line["method"], line["values"]["metric"]
-        values = whole(line) if method.endswith("-alone") else values
-        shares[method][line["trial"]] = float(np.mean([v for v in values if v is not None]))
+        method = line["method"]
+        values = whole(line) if method.endswith("-alone") else line["values"]["metric"]
+        shares[method][line["trial"]] = mean(values)
     return shares
 
 
@@ -511,8 +510,9 @@ def other_words(answers, rows):
     return judge_of_other_words()([rows[row["prompt_id"]] for row in answers], texts)
 
 
-def mean(line, name):
-    return float(np.mean([value for value in line["values"][name] if value is not None]))
+def mean(values):
+    """The mean of those that are there."""
+    return float(np.mean([value for value in values if value is not None]))
 
 
 def lines_of_study(task):

@@ -329,7 +329,7 @@ def test_long_answers_have_half_the_words_of_the_base_models_by_the_same_seed():
     line = base | {"method": "dpo", "values": mine}
     values["words"][0] = None
     mine["words"][0] = 21
-    compare.add_long([base, line, other := line | {"seed": 1, "values": {}}])
+    compare.add_derived("safety", [base, line, other := line | {"seed": 1, "values": {}}])
     assert line["values"]["long"] == [None, 1.0, None, None] and other["values"] == {}
 
 
