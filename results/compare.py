@@ -27,7 +27,6 @@ from study import (
     best_settings,
     lines_of_study,
     pairs_file,
-    read_lines,
     shares_of_trials,
     whole,
 )
@@ -374,15 +373,8 @@ def pairs_of(task, lines):
 
 
 def other_differences(lines):
-    """Rows of differences on conversation pairs that the tables do not have; dpo made again on a CPU
-    stands beside the lines of rdpo-margin, all of which a CPU made."""
+    """Rows of differences on conversation pairs that the tables do not have."""
     found = {method: pick(lines, "conversation", method) for method in METHODS}
-    folder = ROOT / "results/study/sentiment/again-on-cpu"
-    again = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
-    add_derived("sentiment", [*again, *pick(lines, "conversation", "base")])
-    found["dpo, again on a CPU"] = again = pick(again, "conversation", "dpo")
-    on_cpu = [line for line in found["dpo"] if "cores" in line["made"]["hardware"]]
-    found["dpo, all on a CPU"] = on_cpu + again
     found["rdpo, AFINN as reward"] = pick(lines, "conversation", "rdpo", reward="afinn")
     pairs = [("rdpo-margin", other) for other in ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone")]
     pairs += [
@@ -391,7 +383,6 @@ def other_differences(lines):
         ("rdpo-weight", "dpo"),
         ("rdpo, AFINN as reward", "rdpo"),
     ]
-    pairs += [("dpo, again on a CPU", "dpo"), ("rdpo-margin", "dpo, all on a CPU")]
     for method in METHODS:
         found[f"{method}, level pairs"] = pick(lines, "level", method)
         pairs.append((f"{method}, level pairs", method))
