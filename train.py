@@ -276,9 +276,6 @@ def make_pair(row, name, tokenizer, args):
         return "that repeat themselves"
     prompt, chosen = encode(tokenizer, context, chosen)
     _, rejected = encode(tokenizer, context, rejected)
-    lengths = len(chosen), len(rejected)
-    if max(lengths) > args.max_length_ratio * min(lengths):
-        return "of unequal lengths"
     room = args.max_length - len(prompt)
     if room <= 0 or not prompt:
         return f"with a prompt of 0 or of more than {args.max_length - 1} tokens"
@@ -485,7 +482,6 @@ def parse_args():
     add("--loss", default="rdpo-margin", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
-    add("--max-length-ratio", type="positive", default=math.inf, help="leave out pairs of which one answer has more than this many times the other's tokens; else small students learn to be short, or long (default: %(default)s, which is none)")
     add("--beta", type="positive", default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")

@@ -16,7 +16,6 @@ from study import (
     FLIPS,
     IMITATION,
     KINDS,
-    LEVEL,
     LIMIT,
     MADE,
     METHODS,
@@ -383,9 +382,6 @@ def other_differences(lines):
         ("rdpo-weight", "dpo"),
         ("rdpo, AFINN as reward", "rdpo"),
     ]
-    for method in METHODS:
-        found[f"{method}, level pairs"] = pick(lines, "level", method)
-        pairs.append((f"{method}, level pairs", method))
     rows = []
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
@@ -435,8 +431,7 @@ def report(task):
     if task == "sentiment":
         parts += [f"self-refine on conversation pairs has the test prompts of the first "
                   f"{LIMIT['conversation']} instructions alone, and its differences are over these. "
-                  f"level: conversation pairs whose longer answer has at most {LEVEL} times the "
-                  "other's tokens; pooled: those of three seeds."]  # fmt: skip
+                  "pooled: the conversation pairs of three seeds."]  # fmt: skip
     for (kind, start), mine in itertools.groupby(rows, lambda row: (row["kind"], row["start"])):
         parts += [f"## Pairs: {kind}; training from: {start}", table_of(list(mine), shown)]
     if any(point["share"] and not point["by formula"] for point in points):

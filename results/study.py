@@ -13,8 +13,7 @@ that no other makes. Two are a third faster on two cores than one; a GPU has roo
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
 the first LIMIT instructions only, since it takes three times as long. pooled: the conversation pairs
-of three seeds (of seed 0: of seeds 0, 1, 2, and so on), and three times the steps. level: the
-conversation pairs whose longer answer has at most LEVEL times the other's tokens. Pairs with an
+of three seeds (of seed 0: of seeds 0, 1, 2, and so on), and three times the steps. Pairs with an
 answer that was cut off, or a revision that repeats itself, are left out for all methods; sft imitates
 all others, dsc and dpo-accept have those that won, and preference losses those that are no copy of
 the draft.
@@ -48,7 +47,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -95,8 +93,7 @@ ALWAYS = 5
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644}  # instructions
-KINDS = ("conversation", "level", "pooled", "fresh")
-LEVEL = 1.5  # see train.py --max-length-ratio
+KINDS = ("conversation", "pooled", "fresh")
 ROWS = 256 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "rdpo-margin", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
@@ -157,7 +154,6 @@ def plan_of(task, seeds):
     runs = [trial for method in SHORT for trial in trials(method)]
     for seed in seeds:
         runs += [Run("conversation", m, seed) for m in (*UNTRAINED, *SHORT)]
-        runs += [Run("level", m, seed) for m in (*SHORT, "dpo-accept")]
         runs += [Run("fresh", m, seed) for m in SHORT]
         runs += [
             Run("fresh", m, seed, flips=f) for m in ("dpo", "rdpo-margin") for f in FLIPS[m][:2]
@@ -221,9 +217,9 @@ class Cell:
         if not ready.exists():
             with claim(self.folder / "pairs.claim") as mine:
                 if mine:
-                    three = range(POOLED * self.seed, POOLED * (self.seed + 1))
-                    seeds = {"level": [self.seed], "pooled": three}.get(self.kind, ())
-                    parts = [Cell(self.task, "conversation", seed) for seed in seeds]
+                    seeds = range(POOLED * self.seed, POOLED * (self.seed + 1))
+                    pooled = seeds if self.kind == "pooled" else ()
+                    parts = [Cell(self.task, "conversation", seed) for seed in pooled]
                     if not all([part.prepare() for part in parts]):
                         return False
                     self.pool(parts) if parts else self.make_pairs()
@@ -259,13 +255,11 @@ class Cell:
         write(self.folder / "test.jsonl", [made.get(row["id"], row) for row in test])
 
     def pool(self, parts):
-        """The pairs of one or several seeds as one; the prompts of the first."""
+        """The pairs of several seeds as one; the prompts of the first."""
         rows = [row | {"id": f"{row['id']} {p.seed}"} for p in parts for row in p.rows("scored")]
         write(self.folder / "scored.jsonl", rows)
         for name in ("trial", "test"):
             write(self.folder / f"{name}.jsonl", parts[0].rows(name))
-        if parts[0].seed == self.seed:  # the base model has answered
-            shutil.copytree(parts[0].folder / "test", self.folder / "test", dirs_exist_ok=True)
 
     @functools.cache  # noqa: B019, the cells live as long as the process
     def rows(self, name):
@@ -326,7 +320,6 @@ class Cell:
         flags += [] if run.method in IMITATION else ["--beta", beta, *RECIPE]
         flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
         flags += [*METHODS[run.method], "--seed", self.seed, "--batch-size", PAIRS_A_STEP]
-        flags += ["--max-length-ratio", LEVEL] if run.kind == "level" else []
         steps = STEPS * POOLED if run.kind == "pooled" else STEPS
         flags += f"--max-steps {steps} --epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         seconds = self.call("train.py", *flags)

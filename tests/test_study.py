@@ -167,17 +167,6 @@ def test_pooled_pairs_are_those_of_three_seeds_and_have_three_times_the_steps(ce
     assert train[train.index("--max-steps") + 1] == "72"
 
 
-def test_level_pairs_are_a_seed_s_own_and_the_base_model_is_not_asked_again(cell):
-    level = study.Cell("sentiment", "level", 0)
-    assert level.prepare() and len(level.rows("scored")) == 36
-    level.make(Run("level", "dpo", 0), EQUAL)
-    (train,) = [flags for script, *flags in cell.calls if script == "train.py"]
-    assert train[train.index("--max-length-ratio") + 1] == "1.5"
-    assert train[train.index("--max-steps") + 1] == "24"
-    copied = [row["id"] for row in study.read_rows(level.folder / "test/eval.jsonl", "id")]
-    assert copied[0] == "smollm2/t0/0"
-
-
 def test_without_the_sft_term_the_answers_that_are_positive_and_end_choose():
     lines = [{"method": m, "trial": i} for m in ("dpo", "dpo-alone") for i in range(2)]
     for line, cut in zip(lines, ([0, 0], [1, 0]) * 2, strict=True):

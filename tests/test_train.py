@@ -210,8 +210,7 @@ MORE = {"role": "user", "content": "Really?"}
 
 
 def load(rows, tokenizer, **options):
-    args = {"loss": "dpo", "accept": False, "max_length": 512}
-    args |= {"max_repeats": 1.0, "max_length_ratio": math.inf} | options
+    args = {"loss": "dpo", "accept": False, "max_length": 512, "max_repeats": 1.0} | options
     return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
 
 
@@ -305,15 +304,6 @@ def test_pairs_whose_chosen_answer_repeats_itself_are_left_out_on_demand(tokeniz
     assert len(load(rows, tokenizer)[0]) == 2
     (pair,), _, counts = load(rows, tokenizer, max_repeats=0.0)
     assert pair.id == "row-1" and counts == {"that repeat themselves": 1}
-
-
-def test_pairs_of_unequal_lengths_are_left_out_on_demand(tokenizer):
-    rows = [pair_row(0, "a b c d e f", "a"), pair_row(1, "a", "b c d e f g"), pair_row(2, "a", "b")]
-    sizes = [(len(p.chosen), len(p.rejected)) for p in load(rows, tokenizer)[0]]
-    ratio = max(sizes[0]) / min(sizes[0])
-    assert len(load(rows, tokenizer, max_length_ratio=ratio)[0]) == 3  # as many times is allowed
-    (pair,), _, counts = load(rows, tokenizer, max_length_ratio=ratio - 0.01)
-    assert pair.id == "row-2" and counts == {"of unequal lengths": 2}
 
 
 def test_answers_that_differ_only_beyond_max_length_are_left_out_as_identical(tokenizer):
