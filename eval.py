@@ -61,31 +61,30 @@ def whole_words(pattern):
     return f"{start}(?:{pattern}){end}"
 
 
-def add_measures(rows, prompts, metric, reward, base):
+def add_measures(rows, prompts, metric, reward, base, packs):
     """Adds all measures to rows of eval.jsonl; None where there is no answer.
 
-    prompts: {id: row} of the test prompts. reward: of make_reward. base: (chat model, what
-    check_model says of it), by which base_logp is the answers' log-prob in nats a token; or None.
+    prompts: {id: row} of the test prompts. reward: of make_reward. base: the first model, a
+    LocalModel, under which base_logp is an answer's log-prob in nats a token; packs: what
+    check_model says of it.
     """
     for row in rows:
-        answer, failed = row["answer"], "error" in row
-        row["metric"] = None if failed else measure(metric, prompts[row["prompt_id"]], answer)
-        row["words"] = None if failed else len(answer.split())
-        row["repeats"] = None if failed else repetition(answer)
-        row["cut"] = None if failed else float(row["finish"] == "length")
-        row |= {"score": None, "base_logp": None}
+        row |= dict.fromkeys(("metric", *SIDE_MEASURES))
+        if "error" not in row:
+            row["metric"] = measure(metric, prompts[row["prompt_id"]], row["answer"])
+            row["words"] = len(row["answer"].split())
+            row["repeats"] = repetition(row["answer"])
+            row["cut"] = float(row["finish"] == "length")
     rows = [row for row in rows if row["answer"]]
     given, answers = [prompts[row["prompt_id"]] for row in rows], [row["answer"] for row in rows]
     for row, score in zip(rows, reward(given, answers), strict=True):
         row["score"] = score.finite
-    if base:
-        chat, packs = base
-        pairs = [encode(chat.tokenizer, row["prompt"], row["answer"]) for row in rows]
-        for row, (_, tokens) in zip(rows, pairs, strict=True):
-            del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end
-        logps = all_logps(chat.model, pairs, packs).tolist()
-        for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
-            row["base_logp"] = logp / len(tokens)
+    pairs = [encode(base.tokenizer, row["prompt"], row["answer"]) for row in rows]
+    for row, (_, tokens) in zip(rows, pairs, strict=True):
+        del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end
+    logps = all_logps(base.model, pairs, packs).tolist()
+    for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
+        row["base_logp"] = logp / len(tokens)
 
 
 def by_group(rows, field, kind="mean"):
@@ -169,26 +168,26 @@ def make_table(table, metric):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def make_samples(rows, names, count):
-    """First answers of all models to the first `count` prompts, side by side, in Markdown."""
+def make_samples(rows):
+    """First answers of all models to the first six prompts, side by side, in Markdown."""
     by_prompt = {}
     for row in rows:
         if row["sample"] == 0:
-            by_prompt.setdefault(row["prompt_id"], {})[row["model"]] = row
+            by_prompt.setdefault(row["prompt_id"], []).append(row)
     parts = []
-    for answers in list(by_prompt.values())[:count]:
-        prompt = as_messages(next(iter(answers.values()))["prompt"])
+    for answers in list(by_prompt.values())[:6]:
+        prompt = as_messages(answers[0]["prompt"])
         parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
-        for name in filter(answers.get, names):
-            score, text = answers[name]["score"], answers[name]["answer"].replace("\n", "\n> ")
+        for row in answers:
+            score, text = row["score"], row["answer"].replace("\n", "\n> ")
             reward = "no score" if score is None else f"reward {score:+.2f}"
-            parts.append(f"> **{name}** ({reward}): {text}")
+            parts.append(f"> **{row['model']}** ({reward}): {text}")
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, lines, samples, reward, facts):
+def make_report(args, task, table, lines, samples, reward):
     """Text of report.md. lines: the table in Markdown. reward: its settings."""
-    count, first = table[0]["groups"], table[0]["model"]
+    count, first, facts = table[0]["groups"], table[0]["model"], provenance(args.device)
     few = " So few groups say little." if count < 10 else ""
     return f"""# Task {args.task}: {task["about"]}
 
@@ -205,7 +204,7 @@ that look harmful; there lower is better. **difference**: from {first}, paired.
 token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts.
 
-![metric and reward of every model](report.png)
+![metric of every model](report.png)
 
 ## Answers side by side
 
@@ -217,25 +216,19 @@ torch {facts["torch"]}, transformers {facts["transformers"]}.
 
 
 def draw(path, table, metric):
-    """report.png: metric and reward of every model, with their intervals."""
+    """report.png: the metric of every model, with its interval."""
     from matplotlib.figure import Figure  # slow to import, and needed at the end alone
 
-    figure = Figure((10, 0.35 * len(table) + 1.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = {"metric": f"task metric ({metric['better']} is better)", "score": "mean reward"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for y, line in enumerate(table):
-            if line[key]:  # a model may have no scored answer
-                mean, *ends = line[key]
-                axis.plot(ends, [y, y], "C0-|", mean, y, "C0o")
-        if table[0][key]:
-            axis.axvline(table[0][key][0], color="C7", linewidth=0.8, linestyle=":")
-        axis.set_title(title, fontsize=10)
-        axis.locator_params(axis="x", nbins=6)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(table)), [line["model"] for line in table])
-    axes[0].invert_yaxis()
-    figure.supxlabel("95 % bootstrap intervals over groups; dotted: the first model", fontsize=9)
+    figure = Figure((8, 0.35 * len(table) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    for y, line in enumerate(table):
+        if line["metric"]:  # a model may have no answer
+            mean, *ends = line["metric"]
+            axis.plot(ends, [y, y], "C0-|", mean, y, "C0o")
+    axis.set_yticks(range(len(table)), [line["model"] for line in table])
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel(f"metric ({metric['better']} is better), 95 % bootstrap intervals over groups")
     figure.savefig(path, dpi=150)
 
 
@@ -300,11 +293,6 @@ def add_answers(jobs, prompts, chat, seed_by):
         job |= {"error": finish} if finish.startswith("error") else {}
 
 
-def lacks_score(row):
-    """Whether a row has an answer that was given no score."""
-    return bool(row["answer"]) and row["score"] is None
-
-
 def main():
     parser = make_parser(__doc__, reads="scored.jsonl")
     add = parser.add_argument
@@ -345,12 +333,11 @@ def main():
     prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    wanted = {job["id"]: job for job in jobs}
-    others = [row for key, row in output.rows.items() if key not in wanted]
-    for key in wanted.keys() & output.rows.keys():  # a student that was trained anew answers anew
-        if output.rows[key]["weights"] != wanted[key]["weights"]:
-            del output.rows[key]
-    output.resume("settings", settings, jobs + others)
+    for job in jobs:  # a student that was trained anew answers anew
+        if output.rows.get(job["id"], job)["weights"] != job["weights"]:
+            del output.rows[job["id"]]
+    others = output.rows.keys() - {job["id"] for job in jobs}
+    output.resume("settings", settings, jobs + [output.rows[key] for key in others])
     print(f"{args.reward} of {args.reward_model}, {len(jobs)} answers, {len(output.done)} done")
     for model, name in zip(args.models, names, strict=True):
         chat = None  # frees the model before
@@ -360,29 +347,23 @@ def main():
         for batch in tqdm(batches, name, unit="batch"):
             add_answers(batch, prompts, chat, task["seed_by"])
             output.add(*(job | {"settings": settings} for job in batch))
-    # measured are new answers, and all after a change of the metric, reward or first model
-    measured_by = json.dumps([task["metric"], reward_settings, names[0], jobs[0]["weights"]])
-    measured_by = hashlib.sha256(measured_by.encode()).hexdigest()[:16]
-    answers, chat, base = [output.rows[job["id"]] for job in jobs], None, None
-    left = [row for row in answers if row.get("measured_by") != measured_by or lacks_score(row)]
-    if left and names[0] != SELF_REFINE:
-        chat = LocalModel(args.models[0], args, **sampling)
-        base = chat, check_model(chat.model)
-    size = len(answers) if args.api_base else args.batch_size
-    mine = [[row for row in left if row["model"] == name] for name in names]
-    batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
-    for batch in tqdm(batches, "measures", unit="batch"):
-        add_measures(batch, prompts, task["metric"], reward, base)
-        for row in batch:
-            row["measured_by"] = measured_by
+    # all are measured anew, since metric, reward and first model may have changed
+    answers, chat = [output.rows[job["id"]] for job in jobs], None
+    base = LocalModel(args.models[0], args, **sampling)
+    packs = check_model(base.model)
+    for name in tqdm(names, "measures", unit="model"):
+        mine = [row for row in answers if row["model"] == name]
+        for i in range(0, len(mine), args.batch_size):
+            batch = mine[i : i + args.batch_size]
+            add_measures(batch, prompts, task["metric"], reward, base, packs)
     output.close(jobs)
     table = summarise(names, answers, task["metric"]["kind"])
-    lines, facts = make_table(table, task["metric"]), provenance(args.device)
-    report = [args, task, table, lines, make_samples(answers, names, 6), reward_settings, facts]
-    (folder / "report.md").write_text(make_report(*report), encoding="utf-8")
+    lines, samples = make_table(table, task["metric"]), make_samples(answers)
+    report = make_report(args, task, table, lines, samples, reward_settings)
+    (folder / "report.md").write_text(report, encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])
-    print(f"\n{lines}\n\n{make_samples(answers, names, 3)}\n\n{folder / 'report.md'}, {out}")
-    raise SystemExit(any("error" in row or lacks_score(row) for row in answers))
+    print(f"\n{lines}\n\n{samples}\n\n{folder / 'report.md'}, {out}")
+    raise SystemExit(any("error" in r or (r["answer"] and r["score"] is None) for r in answers))
 
 
 if __name__ == "__main__":

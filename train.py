@@ -41,7 +41,6 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 
 from generate import digest_of, encode, load_model, lock, make_parser, pick_device, provenance, run
 from kernels.packed import PACK_TOKENS, check_model, completion_logps, micro_batches
@@ -63,32 +62,16 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums over tokens in
     nats (for sft (B, 1), chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2).
     settings: beta; tau, in units of delta; epsilon, the assumed share of flipped labels;
-    mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight, see below.
+    mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight.
 
-    With z = beta (log-ratio of chosen - log-ratio of rejected), log-ratio = policy - reference,
-    s = sigmoid and the preference probability p = s(delta / tau):
-
-    rdpo-margin  -log s(z - delta / tau)     the reward gap as a margin, as in arXiv 2402.10571
-    rdpo         -p log s(z) - (1 - p) log s(-z)               least at z = delta / tau
-    rdpo-weight  -w log s(z), w = max(0, 2p - 1) / mean_weight
-    dpo          -log s(z)                                             arXiv 2305.18290, eq. 7
-    cdpo         -(1 - e) log s(z) - e log s(-z)             Mitchell, note on noisy preferences
-    robust       [-(1 - e) log s(z) + e log s(-z)] / (1 - 2e)          arXiv 2403.00409, eq. 12
-    ipo          (h - 1 / (2 beta))^2, h = z / beta with means         arXiv 2310.12036, eq. 17
-    sft          -log pi(chosen) / tokens
-
-    A failed revision (delta < 0, p < 1/2): rdpo-margin's gradient has the weight p at z = 0, and
-    half its greatest weight where z is delta / tau; rdpo flips the label, so that z falls to
-    delta / tau; rdpo-weight ignores the pair. A tie (p = 1/2): rdpo-margin is dpo; rdpo pulls z
-    to 0; rdpo-weight ignores the pair.
+    p = sigmoid(delta / tau) is the probability that chosen is the better answer. Where the revision
+    failed (delta < 0, p < 1/2) rdpo-margin gives the pair's gradient the weight p, at z = 0; rdpo
+    flips the label, so that z falls to delta / tau; rdpo-weight ignores the pair. At a tie
+    rdpo-margin is dpo, and rdpo pulls z to 0.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
-    dpo. That is chosen's for losses that ignore scores; the rdpo losses take p times chosen's and
-    1 - p times rejected's, also of pairs that rdpo-weight ignores. Without this term the log-probs
-    of both answers fall, and with them that of the end of the turn.
-
-    ipo takes means over tokens, as its authors ran it (they told TRL's authors): with sums the
-    squared loss would depend on length.
+    dpo. Without this term the log-probs of both answers fall, and with them that of the end of the
+    turn.
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
@@ -96,24 +79,23 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     log_ratios = policy_logps - reference_logps
     z = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     p = torch.sigmoid(delta / tau)
-    if kind == "rdpo-margin":
+    if kind == "rdpo-margin":  # the reward gap as a margin, as in arXiv 2402.10571
         losses = -F.logsigmoid(z - delta / tau)
-    elif kind == "rdpo":
+    elif kind == "rdpo":  # least at z = delta / tau
         losses = -p * F.logsigmoid(z) - (1 - p) * F.logsigmoid(-z)
     elif kind == "rdpo-weight":
         losses = -(2 * p - 1).clamp(min=0) / settings["mean_weight"] * F.logsigmoid(z)
-    elif kind == "dpo":
+    elif kind == "dpo":  # arXiv 2305.18290, eq. 7
         losses = -F.logsigmoid(z)
-    elif kind == "cdpo":
+    elif kind == "cdpo":  # Mitchell, A note on DPO with noisy preferences
         losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
-    elif kind == "robust":
+    elif kind == "robust":  # arXiv 2403.00409, eq. 12
         losses = (epsilon * F.logsigmoid(-z) - (1 - epsilon) * F.logsigmoid(z)) / (1 - 2 * epsilon)
-    elif kind == "ipo":
+    else:  # ipo, arXiv 2310.12036, eq. 17; means over tokens, as its authors run it
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     if settings["sft_weight"]:
+        # better is chosen; the rdpo losses take p times chosen and 1 - p times rejected
         better = p if kind in SCORED_LOSSES else torch.ones_like(p)
         weights = torch.stack([better, 1 - better], 1)  # of chosen and rejected
         losses = losses - settings["sft_weight"] * (weights * policy_logps / tokens).sum(1)
@@ -163,7 +145,9 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
         raise BadInput(f"the gradient's norm is {norm}, so training stops; look at pairs {names}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return all_reduce(policy_logps), norm
+    if WORLD > 1:
+        dist.all_reduce(policy_logps)
+    return policy_logps, norm
 
 
 def metrics_of(policy_logps, reference_logps, pairs, args, settings):
@@ -192,7 +176,9 @@ def pair_logps(student, pairs, args):
     logps = torch.zeros(len(pairs), len(student.sides), device=student.device)
     for indices, weight in micro_batches_of(pairs, student, args):
         logps[indices] += weight * student([pairs[i] for i in indices])
-    return all_reduce(logps)
+    if WORLD > 1:
+        dist.all_reduce(logps)
+    return logps
 
 
 def micro_batches_of(pairs, student, args):
@@ -203,10 +189,9 @@ def micro_batches_of(pairs, student, args):
     """
     costs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
     shares, budget = [], args.pack_tokens if student.packs else 0
-    for rank in range(WORLD):
-        mine = range(rank, len(pairs), WORLD)
-        batches = micro_batches([costs[i] for i in mine], budget)
-        shares.append([[mine[k] for k in batch] for batch in batches])
+    for rank in range(WORLD):  # which takes every WORLD-th pair
+        mine = micro_batches(costs[rank::WORLD], budget)
+        shares.append([[rank + WORLD * k for k in batch] for batch in mine])
     padding = max(map(len, shares)) - len(shares[RANK])
     return [(indices, 1.0) for indices in shares[RANK]] + [([0], 0.0)] * padding
 
@@ -216,13 +201,6 @@ def tensors_of(pairs, device):
     delta = torch.tensor([pair.delta for pair in pairs], device=device)
     tokens = [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
     return delta, torch.tensor(tokens, device=device)
-
-
-def all_reduce(tensor):
-    """The sum over all processes, in place."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -316,7 +294,6 @@ class Student(torch.nn.Module):
     def __init__(self, model, device, dtype, sides):
         super().__init__()
         self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
-        self.saved_as = AutoConfig.from_pretrained(model.name_or_path).dtype or torch.float32
         # in 16 bits on a GPU Flash Attention, on a CPU PackedAttention, else SDPA with a mask
         flash = device.type == "cuda" and dtype != torch.float32
         attention = "packed" if flash or device.type == "cpu" else None
@@ -342,7 +319,7 @@ def load_student(args, device, dtype):
     moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
     for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
-        barrier()
+        dist.barrier()
     model, tokenizer = load_model(args.model, here, torch.float32)
     sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
     student = Student(model, device, dtype, sides)
@@ -358,8 +335,8 @@ def load_student(args, device, dtype):
     elif here.type == "cpu" and model.config.tie_word_embeddings:
         # its gradient is added to the head's in place, without another matrix of that size
         model.get_input_embeddings().sparse = True
-    for _ in range(LOCAL_RANK, LOCAL_WORLD):
-        barrier()
+    for _ in range(LOCAL_RANK + 1, LOCAL_WORLD):
+        dist.barrier()
     return student, tokenizer
 
 
@@ -416,7 +393,8 @@ def save_checkpoint(out, step, model, optimizer):
     part = out / "checkpoint.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
-    barrier()
+    if WORLD > 1:
+        dist.barrier()
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
     if RANK == 0:
@@ -448,8 +426,9 @@ def load_checkpoint(out, model, optimizer):
 
 
 def save_student(student, tokenizer, out, record):
-    """Saves the student as transformers does; sharded weights meet in the first process."""
-    model = student.model.to(student.saved_as)  # training is over
+    """Saves the student in fp32, as transformers does: bf16 would lose changes below 1/512 of a
+    weight. Sharded weights meet in the first process."""
+    model = student.model
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(model, options=options)
     if RANK == 0:
@@ -461,12 +440,6 @@ def save_student(student, tokenizer, out, record):
         write_record(out, record | {"finished": True})
         for folder in checkpoints(out):
             shutil.rmtree(folder)
-
-
-def barrier():
-    """Waits for all processes."""
-    if WORLD > 1:
-        dist.barrier()
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -525,7 +498,6 @@ def note(file, step, row, part=None):
     say(f"{part or 'step':8} {step:4d} | {values}")
     if RANK == 0:
         file.write(json.dumps({"step": step, **({part: row} if part else row)}) + "\n")
-        file.flush()
 
 
 def main():
@@ -558,11 +530,12 @@ def main():
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
     record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
-    record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
-    record |= {"processes": WORLD, **provenance(args.device)}
+    record |= {"held_out": len(held_out), "left_out": counts, "processes": WORLD}
+    record |= provenance(args.device)
     if RANK == 0:
         _held = open_run(out, record, args.overwrite)
-    barrier()
+    if WORLD > 1:
+        dist.barrier()
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
@@ -574,7 +547,8 @@ def main():
         say("reference log-probs ...")
         reference = pair_logps(student, train + held_out, args)
     start = load_checkpoint(out, model, optimizer)
-    log = open(out / "log.jsonl", "a" if start else "w") if RANK == 0 else None
+    # line by line, so that a killed run keeps what it printed
+    log = open(out / "log.jsonl", "a" if start else "w", buffering=1) if RANK == 0 else None
 
     for step in range(start, steps):
         began = time.perf_counter()
@@ -583,8 +557,7 @@ def main():
         order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
         batch, batch_reference = [train[i] for i in picks], reference[picks]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
         policy, norm = training_step(student, optimizer, batch, batch_reference, args, settings)
 
         # the rest is diagnostics and saving
@@ -610,7 +583,7 @@ def main():
 if __name__ == "__main__":
     run(main)
     if WORLD > 1:
-        barrier()  # no process leaves while another still saves
+        dist.barrier()  # no process leaves while another still saves
         dist.destroy_process_group()
         # Gloo's threads may abort while Python shuts down, as in pytorch's pull request 179291
         os._exit(0)
