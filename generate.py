@@ -276,6 +276,7 @@ class Server:
     def __init__(self, name, args, journal, **sampling):
         """journal: path of a JSONL file. sampling: max_tokens, temperature, top_p."""
         self.args, self.where = args, f"--api-base {args.api_base}"
+        self.url = f"{args.api_base.rstrip('/')}/chat/completions"
         self.settings = {"model": name, "seed": args.seed, **sampling}
         self.key = os.environ.get(args.api_key_env, "").strip()
         self.session = requests.Session()
@@ -312,19 +313,11 @@ class Server:
         return [replies[digest] for digest in digests]
 
     def call(self, digest, body):
-        """The Reply to one request, from the journal or else the server."""
+        """The Reply of the journal or the server; its finish is "error: ..." without an answer."""
         if digest in self.journal.rows:
             return Reply(*self.journal.rows[digest]["reply"])
-        reply = self.post(body)
-        if reply.text or reply.completion_tokens:  # else that was no answer
-            self.journal.add({"id": digest, "reply": reply})
-        return reply
-
-    def post(self, body):
-        """The Reply to a request; its finish is "error: ..." where there was no answer."""
-        url = f"{self.args.api_base.rstrip('/')}/chat/completions"
         try:
-            response = self.session.post(url, json=body, timeout=(10, self.args.timeout))
+            response = self.session.post(self.url, json=body, timeout=(10, self.args.timeout))
             if response.status_code != 200:
                 fault = f"error: status {response.status_code}: {response.text}"
                 fault = fault.replace(self.key or "\0", "[key]")[:200]  # it may be sent back
@@ -335,9 +328,12 @@ class Server:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             text, finish = choice["message"].get("content"), choice.get("finish_reason")
             counts = (usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens"))
-            return Reply((text or "").strip(), finish or "stop", *counts)
+            reply = Reply((text or "").strip(), finish or "stop", *counts)
         except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
             return Reply("", f"error: {type(error).__name__}")  # or no chat completion
+        if reply.text or reply.completion_tokens:  # else that was no answer
+            self.journal.add({"id": digest, "reply": reply})
+        return reply
 
 
 def open_chat(name, args, journal, **sampling):
@@ -512,10 +508,11 @@ def at_least(low, value):
     return value
 
 
-def show_plan(calls, max_tokens):
-    """--dry-run: the first of the calls, lists of messages, and the tokens of all of them."""
+def show_plan(rows, form, max_tokens):
+    """--dry-run: the first call, and all tokens, of 4 characters each, with the longest answers."""
+    texts = dict.fromkeys(("answer", "critique"), 4 * max_tokens * "?")
+    calls = [fill(form[call], row, **texts) for row in rows for call in CALLS.values()]
     print("\n".join(f"[{message['role']}] {message['content']}" for message in calls[0]))
-    # a token is taken for 4 characters, an answer for as many tokens as it may have
     prompts = sum(len(message["content"]) for call in calls for message in call) // 4
     most = len(calls) * max_tokens
     print(f"{len(calls):,} calls, about {prompts:,} prompt and {most:,} completion tokens at most")
@@ -545,9 +542,7 @@ def main():
         raise BadInput(f"prompts/{args.task}.toml: has no [{name}]; write it, or pass --form")
     form, seed_by = task[name], task["seed_by"]
     if args.dry_run:
-        texts = dict.fromkeys(("answer", "critique"), 4 * args.max_tokens * "?")
-        calls = [fill(form[call], row, **texts) for row in rows for call in CALLS.values()]
-        return show_plan(calls, args.max_tokens)
+        return show_plan(rows, form, args.max_tokens)
 
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     teacher = open_chat(args.model, args, f"{out}.calls", **sampling)

@@ -93,23 +93,17 @@ def classifier_reward(rows, answers, model, tokenizer, label):
     return scores
 
 
-def judge_reward(rows, answers, ask, table, samples):
-    """A Score for each answer: the mean rating that a chat model gives it by the rubric of [judge].
+def judge_reward(rows, answers, ask, table):
+    """A Score for each answer: the rating that a chat model gives it by the rubric of [judge].
 
-    ask: as refine() of generate.py has it. samples: ratings of an answer.
+    ask: as refine() of generate.py has it.
     """
-    both = [pair for pair in zip(rows, answers, strict=True) for _ in range(samples)]
+    both = zip(rows, answers, strict=True)
     conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
-    keys = [(row["id"], "judge", k) for row in rows for k in range(samples)]
-    replies, scores = ask(conversations, keys), []
-    for start in range(0, len(replies), samples):
-        mine = replies[start : start + samples]
-        errors = [reply.finish for reply in mine if reply.finish.startswith("error")]
-        ratings = [rating_of(reply.text, reply.finish, table["scale"]) for reply in mine]
-        ratings = [rating for rating in ratings if rating is not None and not errors]
-        said = errors or [reply.text for reply in mine]
-        value = np.mean(ratings).item() if ratings else None
-        scores.append(Score(value, "\n----\n".join(said)))
+    scores = []
+    for reply in ask(conversations, [(row["id"], "judge") for row in rows]):
+        rating = rating_of(reply.text, reply.finish, table["scale"])
+        scores.append(Score(rating, reply.text or reply.finish))  # of a failed call, why it failed
     return scores
 
 
@@ -145,12 +139,10 @@ def make_reward(args, task, journal):
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
     settings["prompt_text"] = digest_of(task.get(kind))
     if kind == "judge":
-        temperature = float(args.judge_samples > 1)  # equal ratings need no mean
-        sampling = {"max_tokens": args.judge_tokens, "temperature": temperature, "top_p": 1.0}
+        sampling = {"max_tokens": args.judge_tokens, "temperature": 0.0, "top_p": 1.0}
         chat = open_chat(name, args, journal, **sampling)
-        settings |= {"samples": args.judge_samples, **chat.settings}
-        more = {"ask": chat.ask, "table": task["judge"], "samples": args.judge_samples}
-        return functools.partial(judge_reward, **more), settings
+        reward = functools.partial(judge_reward, ask=chat.ask, table=task["judge"])
+        return reward, settings | chat.settings
     device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
@@ -234,7 +226,6 @@ def add_reward_flags(parser, kind=None):
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
     add("--label", help="label of a classifier of several labels that counts as good")
-    add("--judge-samples", type="count", default=1, help="ratings of an answer, at temperature 1 if more than one; their mean is the score (default: %(default)s)")
     add("--judge-tokens", type="count", default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on
 
@@ -244,7 +235,7 @@ def main():
     add = parser.add_argument
     add_reward_flags(parser, "contrast")
     # fmt: off
-    add("--model", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
     add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
@@ -262,13 +253,13 @@ def main():
         row.pop(name, None)  # what an earlier reward said
     rows = source[: args.limit]
 
-    args.reward_model = args.model
     reward, settings = make_reward(args, task, f"{out}.calls")
     output = Rows(out, args.overwrite)
     for key in [k for k, row in output.rows.items() if "reward" in row and not is_scored(row)]:
         del output.rows[key]  # a judge is asked again
     output.resume("reward", settings, source)
-    print(f"{args.reward} of {args.model}, {len(rows)} pairs, {len(output.done)} done -> {out}")
+    reward_of, done = f"{args.reward} of {args.reward_model}", len(output.done)
+    print(f"{reward_of}, {len(rows)} pairs, {done} done -> {out}")
     size = None if args.api_base else args.batch_size
     for batch in tqdm(output.batches(rows, size), unit="batch"):
         try:

@@ -343,8 +343,8 @@ def load_student(args, device, dtype):
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
 
 # what the result of a run hangs on: where one of them differs, it is another run
-SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "weight_decay", "clip")
-SAME += ("sft_weight", "steps", "batch_size", "dtype", "seed")
+SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "clip", "sft_weight")
+SAME += ("steps", "batch_size", "dtype", "seed")
 
 
 def open_run(out, record, overwrite):
@@ -461,7 +461,6 @@ def parse_args():
     add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
     add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
-    add("--weight-decay", type="amount", default=0.0, help="AdamW's decoupled weight decay (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
     add("--max-steps", type="count", help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
@@ -539,7 +538,7 @@ def main():
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-    options = {"betas": (0.9, 0.95), "weight_decay": args.weight_decay, "fused": True}
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     # before the checkpoint is loaded: the reference is the model before training
     reference = torch.zeros(len(train) + len(held_out), 1, device=device)
