@@ -2,7 +2,6 @@
 
     python score.py --task sycophancy                                  # contrast, embedded model
     python score.py --task sentiment --reward classifier --model lvwerra/distilbert-imdb --label POSITIVE
-    python score.py --task safety --reward classifier --model OpenAssistant/reward-model-deberta-v3-large-v2
     python score.py --task safety --reward judge --model NAME --api-base http://localhost:8000/v1
 
 runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen and score_rejected
@@ -205,10 +204,8 @@ def audit(rows):
     null = len(rows) - len(scored) - failed
     lines = [f"scored {len(scored)} of {len(rows)} pairs; {null} without a score, {failed} failed"]
     if len(gap):
-        again = np.mean([repetition(text_of(row["chosen"])) > 0 for row in scored])
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
-        lines.append(f"revisions that repeat four words {again:.0%} (train.py --max-repeats)")
         mean, rms = f"mean {gap.mean():+.3f}", f"root mean square {np.sqrt(np.mean(gap**2)):.3f}"
         lines.append(f"reward gap (chosen - rejected): {mean}, {rms}")
     if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
@@ -244,8 +241,6 @@ def main():
     task = load_task(args.task)
     path = args.input or f"runs/{args.task}/pairs.jsonl"
     out = args.out or str(Path(path).parent / "scored.jsonl")
-    if Path(out).resolve() == Path(path).resolve():
-        raise BadInput(f"--out {out}: is --in too; name another file")
     source = read_rows(path, "id", "prompt", *SIDES)
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")
@@ -258,8 +253,7 @@ def main():
     for key in [k for k, row in output.rows.items() if "reward" in row and not is_scored(row)]:
         del output.rows[key]  # a judge is asked again
     output.resume("reward", settings, source)
-    reward_of, done = f"{args.reward} of {args.reward_model}", len(output.done)
-    print(f"{reward_of}, {len(rows)} pairs, {done} done -> {out}")
+    print(f"{args.reward} of {args.reward_model}: {len(rows)} pairs, {len(output.done)} done")
     size = None if args.api_base else args.batch_size
     for batch in tqdm(output.batches(rows, size), unit="batch"):
         try:

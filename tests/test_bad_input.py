@@ -29,7 +29,7 @@ CASES = [
     case("prompts are a folder", "generate", ["--prompts", "."], "no such file"),
     case("input is a folder", "score", ["--in", "."], "no such file"),
     case("output is a folder", "generate", ["--out", "runs"], "runs: Is a directory"),
-    case("output is the input", "score", [*IN, "--out", "./in.jsonl"], "is --in too", GOOD),
+    case("output is the input", "score", [*IN, "--out", "./in.jsonl"], "was made with another 'model'", GOOD),
     case("output is another file", "generate", ["--out", "notes.txt"], "notes.txt"),
     case("output is the input of generate", "generate", [*OURS, "--out", "in.jsonl"], "in.jsonl",
          {"id": "a", "prompt": "Hi"}),
