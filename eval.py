@@ -51,14 +51,9 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
         markers = row[metric["field"]]
         patterns = [re.escape(m) for m in ([markers] if isinstance(markers, str) else markers)]
     text = answer.replace("\u2019", "'")
-    found = any(re.search(f"(?i){whole_words(pattern)}", text) for pattern in patterns)
+    edge = r"(?!(?<=\w)(?=\w))"  # anywhere but inside a word
+    found = any(re.search(f"(?i){edge}(?:{pattern}){edge}", text) for pattern in patterns)
     return float(found == (metric["want"] == "any"))
-
-
-def whole_words(pattern):
-    """The pattern between ends of words, where it begins or ends with a word or a group of them."""
-    start, end = (r"\b" * (char.isalnum() or char in "()") for char in (pattern[0], pattern[-1]))
-    return f"{start}(?:{pattern}){end}"
 
 
 def add_measures(rows, prompts, metric, reward, base, packs):
@@ -247,15 +242,6 @@ def models_in(folder, refined):
     return [*bases, *[SELF_REFINE] * bool(refined), *runs]
 
 
-def take_reward_of(rows, args):
-    """Sets what the command line leaves open of the reward to that of the pairs."""
-    made = next((row["reward"] for row in rows if row.get("reward")), {})
-    args.reward = args.reward or made.get("kind", "contrast")
-    made = made if args.reward == made.get("kind") else {}
-    args.reward_model = args.reward_model or made.get("model", "smollm2")
-    args.label = args.label or made.get("label")
-
-
 def fingerprint(model):
     """A hash of a model's weights on disk; empty for a model that is on the hub."""
     files = sorted(Path(model_folder(model)).glob("model*.safetensors"))
@@ -325,7 +311,10 @@ def main():
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
-    take_reward_of(rows, args)
+    made = next((row["reward"] for row in rows if row.get("reward")), {})  # that of the pairs
+    args.reward = args.reward or made.get("kind", "contrast")
+    args.reward_model = args.reward_model or made.get("model", "smollm2")
+    args.label = args.label or made.get("label")
     out = folder / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

@@ -375,13 +375,10 @@ def other_differences(lines):
     """Rows of differences on conversation pairs that the tables do not have."""
     found = {method: pick(lines, "conversation", method) for method in METHODS}
     found["rdpo, AFINN as reward"] = pick(lines, "conversation", "rdpo", reward="afinn")
-    pairs = [("rdpo-margin", other) for other in ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone")]
-    pairs += [
-        ("rdpo-margin", "dpo"),
-        ("rdpo", "dpo-accept"),
-        ("rdpo-weight", "dpo"),
-        ("rdpo, AFINN as reward", "rdpo"),
-    ]
+    others = ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone", "rdpo-margin-alone", "dpo")
+    pairs = [("rdpo-margin", other) for other in others]
+    pairs += [("rdpo-margin-alone", "dpo-alone"), ("rdpo", "dpo-accept"), ("rdpo-weight", "dpo")]
+    pairs += [("rdpo, AFINN as reward", "rdpo")]
     rows = []
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
