@@ -163,14 +163,14 @@ def make_table(table, metric):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def make_samples(rows):
-    """First answers of all models to the first six prompts, side by side, in Markdown."""
+def make_samples(rows, count):
+    """First answers of all models to the first `count` prompts, side by side, in Markdown."""
     by_prompt = {}
     for row in rows:
         if row["sample"] == 0:
             by_prompt.setdefault(row["prompt_id"], []).append(row)
     parts = []
-    for answers in list(by_prompt.values())[:6]:
+    for answers in list(by_prompt.values())[:count]:
         prompt = as_messages(answers[0]["prompt"])
         parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
         for row in answers:
@@ -309,10 +309,13 @@ def main():
         raise BadInput(f"{path}: rows of another task; pass --task {rows[0]['task']}")
     args.models = args.models or models_in(path.parent, refined)
     names = [Path(name).name for name in args.models]
+    if names[0] == SELF_REFINE:
+        raise BadInput(f"--models: {SELF_REFINE} cannot be the baseline; name a model first")
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
     made = next((row["reward"] for row in rows if row.get("reward")), {})  # that of the pairs
     args.reward = args.reward or made.get("kind", "contrast")
+    made = made if args.reward == made.get("kind") else {}
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
     out = folder / "eval.jsonl"
@@ -340,18 +343,20 @@ def main():
     answers, chat = [output.rows[job["id"]] for job in jobs], None
     base = LocalModel(args.models[0], args, **sampling)
     packs = check_model(base.model)
-    for name in tqdm(names, "measures", unit="model"):
-        mine = [row for row in answers if row["model"] == name]
-        for i in range(0, len(mine), args.batch_size):
-            batch = mine[i : i + args.batch_size]
-            add_measures(batch, prompts, task["metric"], reward, base, packs)
+    size = len(answers) if args.api_base else args.batch_size
+    mine = [[row for row in answers if row["model"] == name] for name in names]
+    batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
+    for batch in tqdm(batches, "measures", unit="batch"):
+        add_measures(batch, prompts, task["metric"], reward, base, packs)
+        for row in batch:
+            row["reward"] = reward_settings
     output.close(jobs)
     table = summarise(names, answers, task["metric"]["kind"])
-    lines, samples = make_table(table, task["metric"]), make_samples(answers)
-    report = make_report(args, task, table, lines, samples, reward_settings)
+    lines = make_table(table, task["metric"])
+    report = make_report(args, task, table, lines, make_samples(answers, 6), reward_settings)
     (folder / "report.md").write_text(report, encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])
-    print(f"\n{lines}\n\n{samples}\n\n{folder / 'report.md'}, {out}")
+    print(f"\n{lines}\n\n{make_samples(answers, 3)}\n\n{folder / 'report.md'}, {out}")
     raise SystemExit(any("error" in r or (r["answer"] and r["score"] is None) for r in answers))
 
 

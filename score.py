@@ -241,6 +241,8 @@ def main():
     task = load_task(args.task)
     path = args.input or f"runs/{args.task}/pairs.jsonl"
     out = args.out or str(Path(path).parent / "scored.jsonl")
+    if Path(out).resolve() == Path(path).resolve():
+        raise BadInput(f"--out {out}: is --in too; name another file")
     source = read_rows(path, "id", "prompt", *SIDES)
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")

@@ -91,9 +91,11 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
         losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
     elif kind == "robust":  # arXiv 2403.00409, eq. 12
         losses = (epsilon * F.logsigmoid(-z) - (1 - epsilon) * F.logsigmoid(z)) / (1 - 2 * epsilon)
-    else:  # ipo, arXiv 2310.12036, eq. 17; means over tokens, as its authors run it
+    elif kind == "ipo":  # arXiv 2310.12036, eq. 17; means over tokens, as its authors run it
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
+    else:
+        raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     if settings["sft_weight"]:
         # better is chosen; the rdpo losses take p times chosen and 1 - p times rejected
         better = p if kind in SCORED_LOSSES else torch.ones_like(p)
@@ -529,8 +531,8 @@ def main():
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
     record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
-    record |= {"held_out": len(held_out), "left_out": counts, "processes": WORLD}
-    record |= provenance(args.device)
+    record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
+    record |= {"processes": WORLD, **provenance(args.device)}
     if RANK == 0:
         _held = open_run(out, record, args.overwrite)
     if WORLD > 1:

@@ -256,6 +256,19 @@ def test_the_reward_is_that_of_the_pairs_and_one_without_scores_gives_status_1(r
     assert "judge reward of" in (workdir / "runs/safety/report.md").read_text()
 
 
+def test_another_reward_than_that_of_the_pairs_has_not_its_model(run, tiny, workdir, monkeypatch):
+    made = {"kind": "judge", "model": "big/judge", "label": "GOOD"}
+    row = pair_row(0, "good", "poor", split="test") | {"task": "safety", "reward": made}
+    write_jsonl(workdir / "runs/safety/scored.jsonl", [row])
+    asked = []
+    monkeypatch.setattr("eval.make_reward", lambda args, *_: asked.append(args) or 1 / 0)
+    argv = ["--task", "safety", "--models", tiny]
+    for flags, model in ((["--reward", "contrast"], "smollm2"), ([], "big/judge")):
+        with pytest.raises(ZeroDivisionError):
+            run("eval", *argv, *flags)
+        assert asked[-1].reward_model == model
+
+
 def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):
     rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
     rows[0]["prompt"][0]["content"] = "word " * 3000

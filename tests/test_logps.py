@@ -141,7 +141,7 @@ def check_gather(N, V, dtype, device, spread=7.0):
     assert got.dtype == torch.float32
     assert (got - want).abs().max() <= (torch_same - want).abs().max() + 1e-5
     ours_error, torch_error = ((x.grad.double() - exact.grad).norm() for x in (ours, peer))
-    # p = exp(z - lse) has the rounding of lse, which is kept in fp32
+    # p = exp(z - lse) has the error of an fp32 lse, one unit in its last place
     rounding = 2**-23 * exact.logsumexp(-1).abs().max()
     if INTERPRETED and dtype == torch.bfloat16:
         rounding += 2**-7  # of bf16 stores, in the interpreter only
@@ -745,10 +745,11 @@ def test_the_triton_tests_pass_under_the_interpreter():
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
     }
+    whole = (SMOLLM2 / "model.safetensors").exists()  # else the test with that model is skipped
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    # one is skipped where the embedded model is not in the cache
-    assert re.search(r"\b3\d passed, (1 skipped, )?\d+ deselected", done.stdout), done.stdout
+    assert re.search(r"\b3\d passed", done.stdout), done.stdout
+    assert not whole or "skipped" not in done.stdout, done.stdout
 
 
 def test_the_module_works_without_triton():
