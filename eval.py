@@ -57,7 +57,7 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
 
 
 def add_measures(rows, prompts, metric, reward, base, packs):
-    """Adds all measures to rows of eval.jsonl; None where there is no answer.
+    """Adds all measures to rows of eval.jsonl: None where a call failed, or there is nothing to score.
 
     prompts: {id: row} of the test prompts. reward: of make_reward. base: the first model, a
     LocalModel, under which base_logp is an answer's log-prob in nats a token; packs: what
@@ -76,7 +76,7 @@ def add_measures(rows, prompts, metric, reward, base, packs):
         row["score"] = score.finite
     pairs = [encode(base.tokenizer, row["prompt"], row["answer"]) for row in rows]
     for row, (_, tokens) in zip(rows, pairs, strict=True):
-        del tokens[len(tokens) - (row["finish"] == "length") :]  # a cut answer has no end
+        tokens[:] = tokens[:-1] if row["finish"] == "length" else tokens  # a cut one has no end
     logps = all_logps(base.model, pairs, packs).tolist()
     for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
         row["base_logp"] = logp / len(tokens)
@@ -188,7 +188,7 @@ def make_report(args, task, table, lines, samples, reward):
 
 {lines}
 
-In brackets: 95 % bootstrap intervals over {count} groups.{few} {table[0]["answers"]} answers of each \
+In brackets: 95 % bootstrap intervals over {count} groups, silent on other training seeds.{few} {table[0]["answers"]} answers of each \
 model, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
@@ -272,6 +272,7 @@ def add_answers(jobs, prompts, chat, seed_by):
         texts = [as_messages(row["chosen"])[-1]["content"] for row in given]
         replies = [(t, end.get("revision", "stop")) for t, end in zip(texts, ends, strict=True)]
     else:
+        # all models draw the same random numbers
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, (answer, finish, *_) in zip(jobs, replies, strict=True):

@@ -16,8 +16,8 @@ of TRL's format or UltraFeedback's.
 
 Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand. Its abstract asks
 for a loss that generalises DPO, takes the scores of an external reward model in, and is robust to
-noise. Three readings of that are here: rdpo-margin, in our study of sentiment the best whose answers
-end, rdpo and rdpo-weight.
+noise. Three readings of that are here: rdpo-margin, in our study of sentiment the best of the three,
+rdpo and rdpo-weight.
 """
 
 import functools
@@ -65,9 +65,9 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
     mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight.
 
     p = sigmoid(delta / tau) is the probability that chosen is the better answer. Where the revision
-    failed (delta < 0, p < 1/2) rdpo-margin gives the pair's gradient the weight p, at z = 0; rdpo
-    flips the label, so that z falls to delta / tau; rdpo-weight ignores the pair. At a tie
-    rdpo-margin is dpo, and rdpo pulls z to 0.
+    failed (delta < 0, p < 1/2) rdpo-margin nearly ignores the pair (at z = 0 its gradient has the
+    weight p), rdpo pulls z down to delta / tau, and rdpo-weight drops the pair. At a tie rdpo-margin
+    is dpo, and rdpo pulls z to 0.
 
     All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
     dpo. Without this term the log-probs of both answers fall, and with them that of the end of the
@@ -91,15 +91,16 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
         losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
     elif kind == "robust":  # arXiv 2403.00409, eq. 12
         losses = (epsilon * F.logsigmoid(-z) - (1 - epsilon) * F.logsigmoid(z)) / (1 - 2 * epsilon)
-    elif kind == "ipo":  # arXiv 2310.12036, eq. 17; means over tokens, as its authors run it
+    elif kind == "ipo":  # arXiv 2310.12036, eq. 17
+        # of means over tokens, as its authors run it; z, of sums, is for the log alone
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
     else:
         raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     if settings["sft_weight"]:
-        # better is chosen; the rdpo losses take p times chosen and 1 - p times rejected
-        better = p if kind in SCORED_LOSSES else torch.ones_like(p)
-        weights = torch.stack([better, 1 - better], 1)  # of chosen and rejected
+        # the better answer: chosen; for the rdpo losses p times chosen and 1 - p times rejected
+        of_chosen = p if kind in SCORED_LOSSES else torch.ones_like(p)
+        weights = torch.stack([of_chosen, 1 - of_chosen], 1)
         losses = losses - settings["sft_weight"] * (weights * policy_logps / tokens).sum(1)
     return losses, z
 
@@ -134,7 +135,7 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
     policy_logps = torch.zeros_like(reference_logps)
     for indices, weight in micro_batches_of(batch, student, args):
         pairs, reference = [batch[i] for i in indices], reference_logps[indices]
-        logps = student(pairs)  # (b, 2), of chosen and rejected
+        logps = student(pairs)  # (b, 2), of chosen and rejected; in eval mode, without dropout
         delta, tokens = tensors_of(pairs, logps.device)
         losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
@@ -461,7 +462,7 @@ def parse_args():
     add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
     add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, sft 2e-5, else 4e-5)")
+    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, rdpo and rdpo-weight 4e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
     add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
@@ -476,7 +477,8 @@ def parse_args():
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":
         raise BadInput("--lr: has a default for the embedded model only; see --help")
-    args.lr = args.lr or {"rdpo-margin": 8e-5, "sft": 2e-5}.get(args.loss, 4e-5)
+    rates = {"rdpo-margin": 8e-5, "rdpo": 4e-5, "rdpo-weight": 4e-5, "sft": 2e-5}
+    args.lr = args.lr or rates.get(args.loss, 1e-5)  # results/study.py chose them
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
     for name, end in {"epsilon": 0.5, "warmup": 1}.items():
