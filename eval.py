@@ -57,7 +57,7 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
 
 
 def add_measures(rows, prompts, metric, reward, base, packs):
-    """Adds all measures to rows of eval.jsonl: None where a call failed, or there is nothing to score.
+    """Adds all measures to rows of eval.jsonl; None where a call failed or there is no answer.
 
     prompts: {id: row} of the test prompts. reward: of make_reward. base: the first model, a
     LocalModel, under which base_logp is an answer's log-prob in nats a token; packs: what
