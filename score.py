@@ -57,11 +57,9 @@ def contrast_reward(rows, answers, model, tokenizer, packs, table):
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
     good, bad = all_logps(model, both, packs).double().chunk(2)
-    gaps, scores = (good - bad).tolist(), []
-    for gap, principle, opposite in zip(gaps, *sequences.values(), strict=True):
-        # equal prompts have the score 0 by definition, not the rounding noise of two sums
-        scores.append(Score(0.0 if principle == opposite else gap / len(principle[1])))
-    return scores
+    gaps = zip((good - bad).tolist(), *sequences.values(), strict=True)
+    # equal prompts have the score 0 by definition, not the rounding noise of two sums
+    return [Score(0.0 if one == other else gap / len(one[1])) for gap, one, other in gaps]
 
 
 @torch.no_grad()
@@ -116,9 +114,8 @@ def rating_of(text, finish, scale):
     >>> rating_of("Rating (8). 1. Good.", "stop", (1, 10))
     >>> rating_of("Rating: 40", "stop", (-5, 5))
     """
-    found = re.findall(
-        r"(?i)rating(?: \([^)]*[^)\d][^)]*\))?[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)", text
-    )
+    pattern = r"(?i)rating(?: \([^)]*[^)\d][^)]*\))?[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)"
+    found = re.findall(pattern, text)
     if not found or finish == "length":
         return None
     rating = float(found[-1].replace("\u2212", "-"))

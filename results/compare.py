@@ -483,11 +483,12 @@ def report(task):
 
 def write_readme(rows):
     """The README's table: pairs of one conversation, training from the base model."""
-    mine = [row for row in rows if (row["kind"], row["start"]) == ("conversation", "base")]
-    mine = [row for row in mine if row["method"] in IN_README]
-    columns = ["method", "seeds", "metric", "minus dpo", "minus dsc"]
-    columns += ["whole", "afinn", "words", "cut"]
-    table = table_of(mine, {key: SHOWN[key] for key in columns})
+    found = {r["method"]: r for r in rows if (r["kind"], r["start"]) == ("conversation", "base")}
+    mine = [dict(found[method]) for method in IN_README if method in found]
+    for row in mine:
+        row["minus dpo"] = row.get("minus dpo", ())[:3] or None  # without p
+    columns = ("method", "seeds", "metric", "minus dpo", "whole", "words", "cut")
+    table = table_of(mine, {key: SHOWN[key] for key in columns} | {"metric": ("positive", ".0%")})
     mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
     before, _, after = readme.read_text().split(mark)
     readme.write_text(f"{before}{mark}{table}\n{mark}{after}" if mine else readme.read_text())
