@@ -26,7 +26,7 @@ rule: of the settings in TRIALS, those whose student, trained on the conversatio
 on films that no such pair is of; of equals the first. Of methods named -alone, whose positive answers
 run on, those that end are counted. Rates of preference losses are doubled as long as the last one is
 the best; sft and dsc have three. So the test prompts have no part in the choice; it is a coarse one,
-since 114 prompts tell 17 points. Other pairs take the settings so found. From dSC's student on, the
+since 114 prompts tell some 16 points. Other pairs take the settings so found. From dSC's student on, the
 learning rate is half as large. Other tasks than sentiment have few runs, with sentiment's settings:
 there the teacher is too weak.
 
