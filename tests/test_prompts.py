@@ -59,10 +59,7 @@ def test_a_group_0_is_a_group(tmp_path):
 def test_a_row_needs_a_prompt_and_gets_what_else_a_stage_needs(tmp_path):
     rows = [{"prompt": "Hello?", "control": True}, {"prompt": USER, "id": 7, "group": "g"}]
     one, two = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), "safety")
-    assert one["id"] == one["group"] == "safety-00001" and one["control"] is True
-    nulls = [{"prompt": "Hello?", "group": None}] * 2
-    read = read_prompts(write_jsonl(tmp_path / "b.jsonl", nulls), "safety")
-    assert [row["group"] for row in read] == [row["id"] for row in read]
+    assert one["id"] == "safety-00001" and one["group"] == "Hello?" and one["control"] is True
     assert one["prompt"] == [{"role": "user", "content": "Hello?"}] and two["prompt"] == USER
     assert two["id"] == "7" and two["group"] == "g" and two["task"] == "safety"
     assert {one["split"], two["split"]} <= {"train", "test"}
@@ -72,6 +69,25 @@ def test_columns_that_the_stages_write_are_not_taken_from_the_instructions(tmp_p
     given = {"prompt": "Hi", "error": "no film", "chosen": "x", "teacher": {}, "film": "Heat"}
     (row,) = read_prompts(write_jsonl(tmp_path / "a.jsonl", [given]), "t")
     assert row.keys() == {"id", "task", "group", "split", "prompt", "film"}
+
+
+def test_a_prompt_without_a_group_stays_in_its_split_wherever_it_stands(tmp_path):
+    rows = [{"prompt": f"Why {i}?", "group": None} for i in range(40)]
+    first = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows), "t")
+    assert {row["split"] for row in first} == {"train", "test"}
+    moved = read_prompts(write_jsonl(tmp_path / "b.jsonl", rows[:0:-1] + rows), "t")
+    sides = {row["group"]: row["split"] for row in first}
+    assert all(
+        row["split"] == sides[row["group"]] for row in moved
+    )  # those that are there twice too
+    one_in_both = [{"prompt": "Why?", "split": split} for split in ("train", "test")]
+    with pytest.raises(BadInput, match="in another split"):
+        read_prompts(write_jsonl(tmp_path / "c.jsonl", one_in_both), "t")
+
+
+def test_empty_lines_are_no_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n  \n{"prompt": "b"}\n\n')
+    assert [row["prompt"] for row in read_rows(tmp_path / "a.jsonl")] == ["a", "b"]
 
 
 def test_a_group_is_never_split_between_train_and_test(tmp_path):
@@ -111,8 +127,10 @@ SLIPS = [
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
     ("patterns = [", "patterns = []\nothers = [", "patterns a list"),
     ("patterns = [", 'patterns = "sorry"\nothers = [', "patterns a list"),
-    ('about = "', 'abuot = "', "'about' is not there"),
-    ("[metric]", "[metrics]", "'metric' is not there"),
+    ('about = "', 'abuot = "', "'abuot' is not among about, "),
+    ("[metric]", "[metrics]", "'metrics' is not among about, "),
+    ("[judge]", "[judges]", "'judges' is not among about, "),
+    ("meaning = ", "means = ", "'meaning' is not there"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
