@@ -234,20 +234,23 @@ def models_in(folder, refined):
     """What --models is by default. Raises BadInput where the runs have no common base."""
     files = sorted(file for file in folder.glob("*/run.json") if file.parent.suffix != ".bak")
     runs = {os.path.relpath(file.parent): json.loads(file.read_text()) for file in files}
-    for name in sorted(runs):
-        if not runs[name].get("finished"):
-            print(f"{name} is left out: its training has not finished")
-            del runs[name]
-    bases = {os.path.relpath(run["model"]) for run in runs.values()} - runs.keys() or {"smollm2"}
+    done = {name: run for name, run in runs.items() if run.get("finished")}
+    for name in sorted(runs.keys() - done.keys()):
+        print(f"{name} is left out: its training has not finished")
+    bases = {os.path.relpath(run["model"]) for run in done.values()} - runs.keys() or {"smollm2"}
     if len(bases) > 1:
         several = " and ".join(sorted(bases))
         raise BadInput(f"{folder}: its students have several bases, {several}; pass --models")
-    return [*bases, *[SELF_REFINE] * bool(refined), *runs]
+    return [*bases, *[SELF_REFINE] * bool(refined), *done]
 
 
 def fingerprint(model):
-    """A hash of a model's weights on disk; empty for a model that is on the hub."""
-    files = sorted(Path(model_folder(model)).glob("model*.safetensors"))
+    """A hash of a model's weights on disk; empty for a model that is on the hub. Raises BadInput for
+    a folder without a model."""
+    folder = Path(model_folder(model))
+    files = sorted(folder.glob("model*.safetensors"))
+    if folder.is_dir() and not files:
+        raise BadInput(f"model {model}: has no model.safetensors, as a run that has not finished")
     return " ".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
 
 
@@ -322,7 +325,8 @@ def main():
     made = made if args.reward == made.get("kind") else {}
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
-    args.max_tokens = args.max_tokens or (rows[0].get("teacher") or {}).get("max_tokens", 200)
+    teachers = [row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)]
+    args.max_tokens = args.max_tokens or (teachers or [{}])[0].get("max_tokens", 200)
     out = folder / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

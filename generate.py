@@ -368,7 +368,7 @@ class Rows:
         self.file.seek(0)
         *lines, torn = self.file.read().split(b"\n")
         try:
-            self.rows = {row["id"]: row for row in map(json.loads, lines)}
+            self.rows = {row["id"]: row for row in map(json.loads, filter(bytes.strip, lines))}
             if torn and not torn.startswith(b"{"):
                 raise ValueError
         except (ValueError, LookupError, TypeError):
@@ -525,7 +525,7 @@ def main():
     add = parser.add_argument
     # fmt: off
     add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
-    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages)")
+    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of one group are in one split, without group those of one prompt")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=["conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
     add("--max-tokens", type="count", default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")

@@ -199,8 +199,7 @@ def audit(rows):
     longer = np.array([len(text_of(r["chosen"])) - len(text_of(r["rejected"])) for r in scored])
     failed = sum(bool(row.get("error")) for row in rows)
     null = len(rows) - len(scored) - failed
-    text = f"scored {len(scored)} of {len(rows)} pairs; {null} without a score, {failed} failed"
-    lines = [text + "; a judge's words are in the field reward" * (null > 0)]
+    lines = [f"scored {len(scored)} of {len(rows)} pairs; {null} without a score, {failed} failed"]
     if len(gap):
         won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
         lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")

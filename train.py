@@ -531,7 +531,6 @@ def main():
 
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
-    say(f"{out}: {steps} steps, {per_epoch} an epoch")
     record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
     record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
@@ -543,6 +542,7 @@ def main():
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
+    say(f"{steps} steps, {per_epoch} an epoch")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
     # before the checkpoint is loaded: the reference is the model before training

@@ -117,19 +117,20 @@ def read_prompts(path, task, *needed):
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
-        group = str(columns["prompt"] if columns.get("group") is None else columns["group"])
-        held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
-        split = columns.get("split") or ("test" if held_out else "train")
-        row = {"id": key, "task": task, "group": group, "split": split}
         try:
-            row["prompt"] = as_messages(columns["prompt"])
-            if row["prompt"][-1]["role"] != "user":
+            prompt = as_messages(columns["prompt"])
+            if prompt[-1]["role"] != "user":
                 raise ValueError("the prompt must end with the user's turn")
+            text = "\n".join(message["content"] for message in prompt)
+            group = str(text if columns.get("group") is None else columns["group"])
+            held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
+            split = columns.get("split") or splits.get(group, "test" if held_out else "train")
             if key in rows or splits.setdefault(group, split) != split:
-                raise ValueError(f"id {key}, group {group}: is there before, or in another split")
+                raise ValueError(f"id {key} is there before, or its group is in another split")
             if split not in ("train", "test"):
                 raise ValueError(f"split {split}: must be train or test")
         except (ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{path}: row {number}: {error}") from None
+        row = {"id": key, "task": task, "group": group, "split": split, "prompt": prompt}
         rows[key] = row | {k: v for k, v in columns.items() if k not in (*row, *WRITTEN)}
     return list(rows.values())

@@ -139,6 +139,9 @@ def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(wor
     expected = ["big", "self-refine", "runs/rdpo", "runs/sft"]
     assert stage_eval.models_in(runs, [{"id": 1}]) == expected
     assert capsys.readouterr().out == "runs/unfinished is left out: its training has not finished\n"
+    (runs / "sft" / "run.json").write_text(json.dumps({"model": "big"}))  # being trained anew
+    assert "runs/sft" not in stage_eval.models_in(runs, [])
+    finished(runs / "sft", "big")
     finished(runs / "dpo", "small")
     with pytest.raises(BadInput, match="several bases"):
         stage_eval.models_in(runs, [])
@@ -197,6 +200,7 @@ def test_the_four_stages_run_end_to_end_by_command_line(tiny, workdir):
 def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     teacher = {"max_tokens": 3, "finish": {"revision": "stop"}}
     rows = [pair_row(i, "good", "poor", split="test") | {"teacher": teacher} for i in range(5)]
+    rows[0]["teacher"] = "gpt-4"
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     assert run("eval", "--models", tiny, "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
@@ -207,9 +211,12 @@ def test_a_folder_that_is_not_there_costs_no_answers(run, tiny, workdir):
     argv = ["--in", "in.jsonl", "--reward-model", tiny, "--max-tokens", "4", "--models", tiny]
     assert run("eval", *argv)[0] == 0
     before = (workdir / "eval.jsonl").read_bytes()
-    status, _, err = run("eval", *argv, "runs/sentiment/nowhere", "--overwrite")
-    assert status == 2 and "model runs/sentiment/nowhere: no such folder" in err
-    assert (workdir / "eval.jsonl").read_bytes() == before
+    (workdir / "empty").mkdir()
+    faults = {"runs/sentiment/nowhere": "no such folder", "empty": "has no model.safetensors"}
+    for name, fault in faults.items():
+        status, _, err = run("eval", *argv, name, "--overwrite")
+        assert status == 2 and f"model {name}: {fault}" in err
+        assert (workdir / "eval.jsonl").read_bytes() == before
 
 
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):

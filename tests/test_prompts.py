@@ -80,8 +80,14 @@ def test_a_prompt_without_a_group_stays_in_its_split_wherever_it_stands(tmp_path
     assert all(
         row["split"] == sides[row["group"]] for row in moved
     )  # those that are there twice too
+    spelt = [{"prompt": [{"content": row["prompt"], "role": "user"}]} for row in rows]
+    spelt = read_prompts(write_jsonl(tmp_path / "d.jsonl", spelt), "t")
+    assert all(row["split"] == sides[row["group"]] for row in spelt)
+    given = [{"prompt": "Why 1?", "split": split} for split in ("test", None)]
+    read = read_prompts(write_jsonl(tmp_path / "e.jsonl", given), "t")
+    assert [row["split"] for row in read] == ["test", "test"]
     one_in_both = [{"prompt": "Why?", "split": split} for split in ("train", "test")]
-    with pytest.raises(BadInput, match="in another split"):
+    with pytest.raises(BadInput, match="is in another split"):
         read_prompts(write_jsonl(tmp_path / "c.jsonl", one_in_both), "t")
 
 
