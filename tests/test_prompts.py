@@ -77,9 +77,7 @@ def test_a_prompt_without_a_group_stays_in_its_split_wherever_it_stands(tmp_path
     assert {row["split"] for row in first} == {"train", "test"}
     moved = read_prompts(write_jsonl(tmp_path / "b.jsonl", rows[:0:-1] + rows), "t")
     sides = {row["group"]: row["split"] for row in first}
-    assert all(
-        row["split"] == sides[row["group"]] for row in moved
-    )  # those that are there twice too
+    assert all(row["split"] == sides[row["group"]] for row in moved)  # nearly all are there twice
     spelt = [{"prompt": [{"content": row["prompt"], "role": "user"}]} for row in rows]
     spelt = read_prompts(write_jsonl(tmp_path / "d.jsonl", spelt), "t")
     assert all(row["split"] == sides[row["group"]] for row in spelt)
