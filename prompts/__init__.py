@@ -131,6 +131,6 @@ def read_prompts(path, task, *needed):
                 raise ValueError(f"split {split}: must be train or test")
         except (ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{path}: row {number}: {error}") from None
-        row = {"id": key, "task": task, "group": group, "split": split, "prompt": prompt}
+        row = {"id": key, "task": task, "prompt": prompt, "group": group, "split": split}
         rows[key] = row | {k: v for k, v in columns.items() if k not in (*row, *WRITTEN)}
     return list(rows.values())
