@@ -245,8 +245,8 @@ def models_in(folder, refined):
 
 
 def fingerprint(model):
-    """A hash of a model's weights on disk; empty for a model that is on the hub. Raises BadInput for
-    a folder without a model."""
+    """A hash of a model's weights on disk, empty for one on the hub. Raises BadInput for a folder
+    without a model."""
     folder = Path(model_folder(model))
     files = sorted(folder.glob("model*.safetensors"))
     if folder.is_dir() and not files:
@@ -325,8 +325,8 @@ def main():
     made = made if args.reward == made.get("kind") else {}
     args.reward_model = args.reward_model or made.get("model", "smollm2")
     args.label = args.label or made.get("label")
-    teachers = [row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)]
-    args.max_tokens = args.max_tokens or (teachers or [{}])[0].get("max_tokens", 200)
+    teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
+    args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
     out = folder / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}

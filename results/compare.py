@@ -378,8 +378,7 @@ def other_differences(lines):
     others = ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone", "rdpo-margin-alone", "dpo")
     pairs = [("rdpo-margin", other) for other in others]
     pairs += [("rdpo-margin-alone", "dpo-alone"), ("rdpo", "dpo-accept"), ("rdpo-weight", "dpo")]
-    pairs += [("dpo-accept", "dpo")]
-    pairs += [("rdpo, AFINN as reward", "rdpo")]
+    pairs += [("dpo-accept", "dpo"), ("rdpo, AFINN as reward", "rdpo")]
     rows = []
     for one, other in pairs:
         if shared := shared_seeds(found[one], found[other]):
