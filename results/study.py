@@ -493,8 +493,9 @@ def measures(task, run, answers, rows):
 @functools.cache
 def judge_of_other_words():
     model, tokenizer = load_model("smollm2", *pick_device())
-    more = {"packs": check_model(model), "table": OTHER_WORDS}
-    return functools.partial(contrast_reward, model=model, tokenizer=tokenizer, **more)
+    check_model(model)
+    more = {"tokenizer": tokenizer, "table": OTHER_WORDS}
+    return functools.partial(contrast_reward, model=model, **more)
 
 
 def other_words(answers, rows):

@@ -15,6 +15,7 @@ bench   bfloat16 compute, cached reference: tokens of answers a second and peak 
 
 import argparse
 import copy
+import functools
 import json
 import os
 import random
@@ -85,6 +86,7 @@ def tokens_of(rows, tokenizer):
 def run_ours(job):
     """train.py's main() with one feature switched off, by patching it, where the job says so."""
     import torch
+    from transformers import AttentionInterface
 
     import train
     from generate import run
@@ -137,9 +139,12 @@ def run_ours(job):
             __eq__ = object.__eq__
             __hash__ = object.__hash__
 
-        packed.collate = lambda sequences: usual["collate"]([(Own(p), c) for p, c in sequences])
-    if job["off"] == "packed attention":
-        train.check_model = lambda model, attention: packed.check_model(model)
+        def unshared(sequences, device):
+            return usual["collate"]([(Own(p), c) for p, c in sequences], device)
+
+        packed.collate = unshared
+    if job["off"] == "packed attention":  # SDPA with the mask of packed.py instead
+        AttentionInterface.register("packed", masked_attention)
     argv = ["train.py", "--model", job["model"], "--in", job["data"], "--out", job["out"]]
     argv += ["--overwrite", "--loss", job["loss"], "--dtype", job["dtype"], "--lr", str(LR)]
     argv += ["--beta", str(BETA), "--epsilon", str(EPSILON), "--warmup", str(WARMUP)]
@@ -155,6 +160,25 @@ def run_ours(job):
     names |= {"rejected": "rejected_logps", "norm": "grad_norm"}
     curves = [{key: row[name] for key, name in names.items()} for row in log]
     return curves, [row["ms"] / 1000 for row in log]
+
+
+def masked_attention(module, query, key, value, mask, scaling=None, segments=None, **options):
+    """What packed_attention computes, by SDPA with a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mask = dense_mask(segments, query.device)[None, None] if segments else mask
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+
+
+@functools.lru_cache(maxsize=1)  # all layers ask for the same
+def dense_mask(segments, device):
+    import torch
+
+    mask = torch.zeros(segments[-1][-1], segments[-1][-1], dtype=torch.bool, device=device)
+    for prompt_first, prompt_end, first, end in segments:
+        mask[first:end, prompt_first:prompt_end] = True
+        mask[first:end, first:end] = torch.ones(end - first, end - first, device=device).tril()
+    return mask
 
 
 def run_trl(job):
