@@ -4,12 +4,11 @@
     gather_logps(logits, labels)                         from logits that are there already
 
 The problem
-    A preference loss needs for every completion token t with label y the log-probability
-        logp = z[y] - LSE,    LSE = log sum_v exp(z[v]),    z = W h                              (1)
-    W is (V, D), h is (D,). The logits of 8,192 tokens at V = 128,256 take 4.2 GB in fp32, and
-    autograd keeps them and their gradient. bf16 logits take half of that and spoil the result: near
-    20 their step is 1/8, and a sum over 128 tokens is off by 0.4 to 0.7 nat (results/README.md), more
-    than many DPO margins.
+    A preference loss needs for every completion token with label y the log-probability
+        logp = z[y] - LSE,    LSE = log sum_v exp(z[v]),    z = W h,    W (V, D), h (D,)         (1)
+    The logits of 8,192 tokens at V = 128,256 take 4.2 GB in fp32, and autograd keeps them and their
+    gradient. bf16 logits spoil the result: near 20 their step is 1/8, and a sum over 128 tokens is
+    off by 0.4 to 0.7 nat (results/README.md), more than many DPO margins.
 
 The derivative
     d z[y] / d z[v] = 1[v = y], and d LSE / d z[v] = exp(z[v] - LSE) = p[v], the softmax. So
@@ -19,9 +18,8 @@ The derivative
 
 When c is known
     Cross-entropy's c is 1/N, so its gradient can be made in the forward pass. A preference loss has
-    one c per sequence, known when both sequences of a pair are summed. Rows of dZ W may be
-    multiplied by a late c; dZ^T H may not, since its sum over tokens is taken. So dZ is needed
-    after the loss: either something of size N x V is kept, or the logits are computed again.
+    one c per sequence, known when both sequences of a pair are summed, too late for dZ^T H, a sum
+    over tokens. So something of size N x V is kept until then, or the logits are computed again.
 
 Three modes, by whether a gradient is wanted and by a budget of bytes
                       matrix products             FLOPs   kept between the passes
@@ -29,8 +27,7 @@ Three modes, by whether a gradient is wanted and by a budget of bytes
         retain        z; dZ W, dZ^T H              6NDV   2 bytes a logit (fp32 operands: 4)
         recompute     z; z again, dZ W, dZ^T H     8NDV   2 numbers a token
     One chunk of the vocabulary, a few thousand columns, has its logits in memory at a time, for all
-    N tokens. So each chunk of dW is written once, from fp32 accumulators. Chunks are retained as
-    long as the budget lasts, others recomputed.
+    N tokens: each chunk of dW is written once. Chunks beyond the budget are recomputed.
 
 What is retained
     Logits rounded to bf16 would spoil p as they spoil (1). Kept are their exponentials: with m the
@@ -74,15 +71,13 @@ def _fold_kernel(
     peak_ptr, peak_row_stride, V, first_column, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr, KEEP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Folds a chunk, columns [first_column, first_column + V), into lse and target: eq. 5.
-
-    With KEEP it writes e (N, V), and the largest logit of every BLOCK_V columns to peak: eq. 4.
-    """
+    """Folds a chunk, columns [first_column, first_column + V), into lse and target: eq. 5. With
+    KEEP it writes e (N, V), and the largest logit of every BLOCK_V columns to peak: eq. 4."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_row_stride
     columns = tl.arange(0, BLOCK_V)
-    # The start is (m, s) = (lse, 1), or "nothing yet", for which m is finite: exp(-inf - -inf) is
-    # NaN, while a logit of -inf (a masked word) adds exp(-inf - m) = 0 as it should.
+    # (m, s) starts as (lse, 1), or with a finite m: exp(-inf - -inf) is NaN, while a logit of -inf
+    # (a masked word) adds exp(-inf - m) = 0 as it should.
     lse = tl.load(lse_ptr + row)
     m = tl.maximum(lse, -1e38)
     s = tl.where(columns == 0, tl.exp(lse - m), 0.0)  # a partial sum a lane: one reduction less
@@ -119,9 +114,7 @@ def _dz_kernel(
     HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes coef dZ of a chunk: eq. 2, with softcap's derivative; x is e if KEPT, else logits.
-
-    dz_ptr may be x_ptr: a lane reads an element before it writes it.
-    """
+    dz_ptr may be x_ptr: a lane reads an element before it writes it."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row_stride
     dz_ptr += row * dz_row_stride
@@ -162,11 +155,10 @@ def _scale_kernel(x_ptr, unit_ptr, out_ptr, size, BLOCK_V: tl.constexpr):
 def _kernels():
     """The kernels, compiled at their first launch."""
     global tl
-    import triton
     import triton.language as tl
+    from triton import jit
 
-    kernels = {"fold": _fold_kernel, "dz": _dz_kernel, "scale": _scale_kernel}
-    return SimpleNamespace(**{name: triton.jit(kernel) for name, kernel in kernels.items()})
+    return SimpleNamespace(fold=jit(_fold_kernel), dz=jit(_dz_kernel), scale=jit(_scale_kernel))
 
 
 def _launch(kernel, programs, x, *arguments, **flags):
@@ -210,9 +202,7 @@ def _fold(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
 
 def _dz(x, peak, labels, first_column, lse, dz_label, coef, out, logit_scale, softcap):
     """Writes coef dZ (eq. 2) to out, which may be x: logits if peak is None, else e of eq. 4.
-
-    dz_label (N,): p[y] - 1 from fp32 numbers, 0 where coef is 0. PyTorch overwrites logits.
-    """
+    dz_label (N,): p[y] - 1 from fp32 numbers, 0 where coef is 0. PyTorch overwrites logits."""
     if _on_triton(x):
         kept, peak = peak is not None, lse[:, None] if peak is None else peak
         _launch(
@@ -326,20 +316,18 @@ def linear_logps(
     """Log-probabilities, in nats, of labels under softmax(z), z = cap(logit_scale (W h + bias)).
 
     hidden (N, D), weight (V, D), bias (V,) or None: one type, bf16, fp16, fp32, on a CPU also fp64.
-        hidden[t] is the state that predicts labels[t]. N = 0 is fine.
+        hidden[t] is the state that predicts labels[t].
     labels (N,): int32 or int64; ignore_index gives 0, and no gradient.
     cu_seqlens (S + 1,): 0 = cu[0] <= ... <= cu[S] = N; sequence s is cu[s]:cu[s + 1], maybe empty.
     logit_scale: Cohere's logit_scale, Granite's 1 / logits_scaling. softcap: cap(u) = softcap
         tanh(u / softcap), as in Gemma 2 (arXiv 2408.00118, section 2); 0 is none.
-    chunk_bytes: for what exists of one chunk only: fp32 logits, dZ, and its part of weight and dW
-        in another type. None: CHUNK_BYTES. A chunk has at least 128 columns.
-    retain_bytes: for what is kept until backward; chunks beyond it are recomputed. None:
-        RETAIN_BYTES, no share of what is free: a gradient's bits depend on no other process.
+    chunk_bytes: for what exists of one chunk of at least 128 columns. None: CHUNK_BYTES.
+    retain_bytes: for what is kept until backward. None: RETAIN_BYTES, no share of what is free, so
+        that a gradient's bits depend on no other process.
     Returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,) sums.
 
-    Gradients have the types of hidden, weight and bias. On a CPU products are in fp32, and backward
-    skips tokens without a gradient. On CUDA products of half operands come out in fp32; those of
-    fp32 operands follow torch.backends.cuda.matmul. Autocast is off. Raises as gather_logps does.
+    Gradients have the types of hidden, weight and bias. Products are in fp32; on CUDA those of fp32
+    operands follow torch.backends.cuda.matmul. Autocast is off. Raises as gather_logps does.
     """
     device = "cuda" if hidden.is_cuda else "cpu"
     chunk_bytes = CHUNK_BYTES[device] if chunk_bytes is None else chunk_bytes
@@ -396,12 +384,10 @@ class _LinearLogps(torch.autograd.Function):
 
 def _gradients(ctx, grad_logps):
     """Eq. 3, chunk by chunk, using up what was kept: (dhidden, dweight, dbias), None if not wanted.
-
     Half operands under Triton: dZ and c H, over its largest entry, are rounded to fp16, whose 11
     bits fit numbers that are at most 1; bf16 W is turned to fp16 for it, exactly between 6e-5 and
     65504. dZ in bf16 would cost 1.5e-3 of the norm of dH (SmolLM2-135M), as much as rounding dH.
-    Otherwise c goes into dZ, and products are in fp32, but for a bf16 dW on a CPU with bf16.
-    """
+    Otherwise c goes into dZ, and products are in fp32, but for a bf16 dW on a CPU with bf16."""
     hidden, weight, bias, labels, lse, target = ctx.saved_tensors
     (logit_scale, softcap, columns), wanted = ctx.settings, ctx.needs_input_grad
     coef = torch.where(labels >= 0, -grad_logps, 0).to(lse.dtype)  # minus: dZ is that of -logp
@@ -486,8 +472,6 @@ def _check(x, labels, V, ignore_index):
     """Labels as int64, the ignored ones -1 - V: before column 0 of every chunk."""
     if labels.shape != x.shape[:-1] or labels.is_floating_point():
         raise ValueError(f"labels must be {list(x.shape[:-1])} integers, not {list(labels.shape)}")
-    if x.dtype == torch.float64 and _on_triton(x):
-        raise ValueError("the kernels take bf16, fp16 and fp32, not fp64")
     ignored = labels == ignore_index
     valid = ignored | ((labels >= 0) & (labels < V))
     _require(valid.all(), f"a label is neither in [0, {V}) nor {ignore_index}")
