@@ -2,26 +2,21 @@
 
     python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
     torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-5
-    python train.py --task sycophancy --loss dpo --sft-weight 1   # the same, but scores are ignored
     python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
     python train.py --model runs/sycophancy/sft-accept --lr 5e-6                  # and rDPO from there
 
-runs/TASK/scored.jsonl -> runs/TASK/LOSS/, the run directory: a model that transformers loads,
-log.jsonl (a line a step) and run.json (settings, versions, counts). --in takes any preference data
-of TRL's format or UltraFeedback's.
+runs/TASK/scored.jsonl (or --in FILE of TRL's or UltraFeedback's format) -> runs/TASK/LOSS/: a model
+that transformers loads, log.jsonl (a line a step) and run.json (settings, versions, counts).
 
     z = beta [(log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))]
     loss = -log sigmoid(z - (score_chosen - score_rejected) / tau)   # --loss rdpo-margin
            + sft_weight (SFT loss of the better answer)              # 0 leaves the loss alone
 
-Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand. Its abstract asks
-for a loss that generalises DPO, takes the scores of an external reward model in, and is robust to
-noise. Three readings of that are here: rdpo-margin, in our study of sentiment the best of the three,
-rdpo and rdpo-weight.
+Departure from the paper: the equation of rDPO (arXiv 2402.08005) was not at hand; rdpo-margin, rdpo
+and rdpo-weight are three readings of its abstract.
 """
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -38,40 +33,39 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from generate import digest_of, encode, load_model, lock, make_parser, pick_device, provenance, run
+from generate import digest_of, encode, load_model, make_parser, pick_device, provenance, run, write
 from kernels.packed import PACK_TOKENS, check_model, completion_logps, micro_batches
 from prompts import BadInput, as_messages, read_rows
 from score import is_scored, repetition
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # of torchrun
-WORLD, LOCAL_WORLD = (int(os.environ.get(f"{n}WORLD_SIZE", 1)) for n in ("", "LOCAL_"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+barrier = dist.barrier if WORLD > 1 else lambda: None
+all_reduce = dist.all_reduce if WORLD > 1 else lambda tensor: tensor  # in place
+say = functools.partial(print, flush=True) if RANK == 0 else lambda text: None
 SCORED_LOSSES = ("rdpo-margin", "rdpo", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 
-# ---- the losses ----------------------------------------------------------------------------------
+# ---- the losses, and one training step -----------------------------------------------------------
 
 
 def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settings):
     """Losses (B,) and margins z (B,) of B pairs.
 
-    policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums over tokens in
-    nats (for sft (B, 1), chosen alone). delta: (B,) score_chosen - score_rejected. tokens: (B, 2).
+    policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums in nats over
+    tokens (for sft (B, 1), chosen alone). delta (B,): score_chosen - score_rejected. tokens (B, 2).
     settings: beta; tau, in units of delta; epsilon, the assumed share of flipped labels;
     mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight.
 
     p = sigmoid(delta / tau) is the probability that chosen is the better answer. Where the revision
-    failed (delta < 0, p < 1/2) rdpo-margin nearly ignores the pair (at z = 0 its gradient has the
-    weight p), rdpo pulls z down to delta / tau, and rdpo-weight drops the pair. At a tie rdpo-margin
-    is dpo, and rdpo pulls z to 0.
-
-    All but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
-    dpo. Without this term the log-probs of both answers fall, and with them that of the end of the
-    turn.
+    failed (delta < 0) rdpo-margin nearly ignores the pair (its gradient at z = 0 has the weight p),
+    rdpo pulls z down to delta / tau, rdpo-weight drops the pair. All but sft add sft_weight times
+    the SFT loss of the better answer, as arXiv 2404.19733 does for dpo: else the log-probs of both
+    fall, and with them that of the end of the turn.
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
@@ -91,12 +85,9 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
         losses = -(1 - epsilon) * F.logsigmoid(z) - epsilon * F.logsigmoid(-z)
     elif kind == "robust":  # arXiv 2403.00409, eq. 12
         losses = (epsilon * F.logsigmoid(-z) - (1 - epsilon) * F.logsigmoid(z)) / (1 - 2 * epsilon)
-    elif kind == "ipo":  # arXiv 2310.12036, eq. 17
-        # of means over tokens, as its authors run it; z, of sums, is for the log alone
+    else:  # ipo, arXiv 2310.12036, eq. 17, of means over tokens, as its authors run it
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"no loss '{kind}'; there are {', '.join(LOSSES)}")
     if settings["sft_weight"]:
         # the better answer: chosen; for the rdpo losses p times chosen and 1 - p times rejected
         of_chosen = p if kind in SCORED_LOSSES else torch.ones_like(p)
@@ -106,50 +97,34 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
 
 
 def loss_settings(args, pairs):
-    """What preference_loss takes beside log-probs and scores, from the training pairs.
-
-    --tau is in units of the root mean square of the reward gaps, so that any reward scale works and
-    equal gaps do no harm, as they would to a standard deviation.
-    """
+    """What preference_loss takes beside log-probs and scores, from the training pairs. --tau is in
+    units of the root mean square of the reward gaps, so that any reward scale works."""
     delta = torch.tensor([pair.delta for pair in pairs], dtype=torch.float64)  # NaN without scores
-    scale = delta.square().nanmean().sqrt().nan_to_num().item()
-    tau = args.tau * scale or 1.0
+    tau = args.tau * delta.square().nanmean().sqrt().nan_to_num().item()  # 0 where all are ties
     mean_weight = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0).nanmean().nan_to_num().item()
-    if args.loss in SCORED_LOSSES and scale == 0:
-        raise BadInput("--in: every pair is a tie, so its scores say nothing; use --loss dpo")
-    if args.loss == "rdpo-weight" and mean_weight == 0:
-        raise BadInput("--in: no revision won, so rdpo-weight has nothing to learn from")
     settings = {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
     return settings | {"sft_weight": args.sft_weight}
 
 
-# ---- one training step ---------------------------------------------------------------------------
-
-
 def training_step(student, optimizer, batch, reference_logps, args, settings):
-    """One optimizer step on B pairs: (log-probs before it, (B, 2), norm of the gradient).
-
-    The batch is cut into micro-batches of at most --pack-tokens tokens and over the processes. Both
-    leave the gradient as it is: a sum over pairs, divided by the size of the whole batch.
-    """
+    """One optimizer step on B pairs: (log-probs before it, (B, 2), norm of the gradient). The cut
+    into micro-batches and processes changes nothing: it is a sum over pairs, divided by B."""
     policy_logps = torch.zeros_like(reference_logps)
     for indices, weight in micro_batches_of(batch, student, args):
         pairs, reference = [batch[i] for i in indices], reference_logps[indices]
         logps = student(pairs)  # (b, 2), of chosen and rejected; in eval mode, without dropout
-        delta, tokens = tensors_of(pairs, logps.device)
-        losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
+        scores = tensors_of(pairs, logps.device)
+        losses, _ = preference_loss(args.loss, logps, reference, *scores, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
         policy_logps[indices] += weight * logps.detach()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
     norm = norm.full_tensor().item() if WORLD > 1 else norm.item()
     if not math.isfinite(norm):
-        names = ", ".join(str(pair.id) for pair in batch)
-        raise BadInput(f"the gradient's norm is {norm}, so training stops; look at pairs {names}")
+        raise BadInput(f"the gradient's norm is {norm}; look at {[pair.id for pair in batch]}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if WORLD > 1:
-        dist.all_reduce(policy_logps)
+    all_reduce(policy_logps)
     return policy_logps, norm
 
 
@@ -179,17 +154,13 @@ def pair_logps(student, pairs, args):
     logps = torch.zeros(len(pairs), len(student.sides), device=student.device)
     for indices, weight in micro_batches_of(pairs, student, args):
         logps[indices] += weight * student([pairs[i] for i in indices])
-    if WORLD > 1:
-        dist.all_reduce(logps)
+    all_reduce(logps)
     return logps
 
 
 def micro_batches_of(pairs, student, args):
-    """[(indices into pairs, weight)] for this process.
-
-    FSDP gathers a layer on all processes at once, so all need equally many forward passes: a process
-    with fewer repeats pair 0 with weight 0.
-    """
+    """[(indices into pairs, weight)] for this process. FSDP gathers a layer on all processes at
+    once, so they need equally many forward passes: one with fewer repeats pair 0 with weight 0."""
     costs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
     shares, budget = [], args.pack_tokens if student.packs else 0
     for rank in range(WORLD):  # which takes every WORLD-th pair
@@ -218,21 +189,20 @@ class Pair(NamedTuple):
 
 
 def make_pairs(rows, path, tokenizer, args):
-    """(training pairs, held-out pairs, counts of rows that were left out, by reason).
-
-    Raises BadInput for a row that cannot be read as a preference pair.
-    """
-    pairs, counts = {"train": [], "test": []}, {}
+    """(training pairs, held-out pairs, counts of rows that were left out, by reason). Raises
+    BadInput for a row that is no preference pair."""
+    train, held_out, counts = [], [], {}
     for number, row in enumerate(rows, 1):
+        name = row.get("id", number)
         try:
-            made = make_pair(row, row.get("id", number), tokenizer, args)
+            made = make_pair(row, name, tokenizer, args)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise BadInput(f"{path}: row {row.get('id', number)}: {error}") from None
+            raise BadInput(f"{path}: row {name}: {error}") from None
         if isinstance(made, Pair):
-            pairs[row.get("split") or "train"].append(made)
+            (train if row.get("split") in (None, "train") else held_out).append(made)
         else:
             counts[made] = counts.get(made, 0) + 1
-    return pairs["train"], pairs["test"], counts
+    return train, held_out, counts
 
 
 def make_pair(row, name, tokenizer, args):
@@ -248,8 +218,6 @@ def make_pair(row, name, tokenizer, args):
         return "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return "not accepted"
-    if row.get("split") not in (None, "train", "test"):
-        return f"of the split {row['split']}"
     context, chosen, rejected = split_row(row)
     if not (chosen.strip() and rejected.strip()):
         return "with an empty answer"
@@ -260,18 +228,15 @@ def make_pair(row, name, tokenizer, args):
     room = args.max_length - len(prompt)
     if room <= 0 or not prompt:
         return f"with a prompt of 0 or of more than {args.max_length - 1} tokens"
-    chosen, rejected = chosen[:room], rejected[:room]
-    if chosen == rejected and args.loss != "sft":
+    if chosen[:room] == rejected[:room] and args.loss != "sft":
         return "identical"
     delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else math.nan
-    return Pair(name, prompt, chosen, rejected, float(delta))
+    return Pair(name, prompt, chosen[:room], rejected[:room], float(delta))
 
 
 def split_row(row):
     """(prompt, chosen text, rejected text); the prompt is text, or all messages before the answer.
-
-    Answers are text, or messages behind the prompt (TRL), or whole conversations (UltraFeedback).
-    """
+    Answers are text, messages behind the prompt (TRL), or whole conversations (UltraFeedback)."""
     prompt, sides = row.get("prompt"), (row["chosen"], row["rejected"])
     if all(isinstance(part, str) for part in (prompt, *sides)):
         return prompt, *sides
@@ -289,40 +254,29 @@ def split_row(row):
 
 
 class Student(torch.nn.Module):
-    """student(pairs) gives their log-probs, (B, 2), for sft (B, 1), in the format of --dtype.
-
-    FSDP gathers the outermost weights only while forward() of the outermost module runs.
-    """
+    """student(pairs) gives their log-probs, (B, 2), for sft (B, 1), computed in --dtype. FSDP
+    gathers the outermost weights only while forward() of the outermost module runs."""
 
     def __init__(self, model, device, dtype, sides):
         super().__init__()
-        self.model, self.device, self.dtype, self.sides = model, device, dtype, sides
-        # in 16 bits on a GPU Flash Attention, on a CPU PackedAttention, else SDPA with a mask
-        flash = device.type == "cuda" and dtype != torch.float32
-        attention = "packed" if flash or device.type == "cpu" else None
-        self.packs = check_model(model, attention)
-        if self.packs and flash and model.device.type == "cuda":  # fp32 weights do not meet Flash
-            with torch.autocast("cuda", dtype):
-                self.packs = check_model(model, attention)
-        digest = hashlib.sha256()
-        for parameter in model.parameters():
-            digest.update(parameter.detach().cpu().view(torch.uint8).numpy())
-        self.weights = digest.hexdigest()[:16]
+        self.model, self.device, self.sides = model, device, sides
+        self.autocast = functools.partial(
+            torch.autocast, dtype=dtype, enabled=dtype != torch.float32
+        )
+        with self.autocast(model.device.type):
+            self.packs = check_model(model)
+        self.weights = digest_of([torch.hash_tensor(x).item() for x in model.parameters()])
 
     def forward(self, pairs):
         sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
-        mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            logps = completion_logps(self.model, sequences, self.packs)
-        return logps.view(len(pairs), -1)
+        with self.autocast(self.device.type):
+            return completion_logps(self.model, sequences).view(len(pairs), -1)
 
 
 def load_student(args, device, dtype):
     """(Student with fp32 weights, tokenizer). Under torchrun FSDP2 shards weights, gradients and
     moments over all processes, layer by layer."""
     here = torch.device("cpu") if WORLD > 1 else device
-    for _ in range(LOCAL_RANK):  # in turns: a node's memory holds one whole model at a time
-        dist.barrier()
     model, tokenizer = load_model(args.model, here, torch.float32)
     sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
     student = Student(model, device, dtype, sides)
@@ -332,51 +286,34 @@ def load_student(args, device, dtype):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if WORLD > 1:
         mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(device.type, (WORLD,))
+        mesh = dist.init_device_mesh(device.type, (WORLD,))
         for module in (*layers, student):  # outside of forward() all weights are sharded
             fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
-    elif here.type == "cpu" and model.config.tie_word_embeddings:
-        # its gradient is added to the head's in place, without another matrix of that size
-        model.get_input_embeddings().sparse = True
-    for _ in range(LOCAL_RANK + 1, LOCAL_WORLD):
-        dist.barrier()
     return student, tokenizer
 
 
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
 
 # what the result of a run hangs on: where one of them differs, it is another run
-SAME = ("data", "weights", "loss", "beta", "tau", "epsilon", "lr", "warmup", "clip", "sft_weight")
-SAME += ("steps", "batch_size", "dtype", "seed")
+SAME = "data weights loss beta tau epsilon lr warmup clip sft_weight steps batch_size dtype seed"
 
 
 def open_run(out, record, overwrite):
-    """Makes or continues a run directory, and returns its lock. Raises BadInput where it holds
-    another run, or something else, or another process works in it."""
-    path, early = out / "run.json", {"log.jsonl", "run.json.part"}  # all that an early kill leaves
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and {file.name for file in out.iterdir()} - early:
+    """Makes or continues a run directory. Raises BadInput where it is another run's, or none."""
+    path = out / "run.json"
+    if out.exists() and not path.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-    held = lock(out / "log.jsonl")
     if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # else .bak stays
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
-        out.mkdir()
-        held = lock(out / "log.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
-    for key in SAME:
+    for key in SAME.split():
         if before.get(key) != record[key]:
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
     if not (checkpoints(out) or before.get("finished")):
-        write_record(out, record)  # it says who made the first step that counts
-    return held
-
-
-def write_record(out, record):
-    """Writes run.json in one piece."""
-    (out / "run.json.part").write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(out / "run.json.part", out / "run.json")
+        write(path, json.dumps(record, indent=1).encode())  # of who made the first step that counts
 
 
 def state_of(model, optimizer):
@@ -388,16 +325,12 @@ def state_of(model, optimizer):
 
 
 def save_checkpoint(out, step, model, optimizer):
-    """All that a later run needs to go on after `step` steps; each process writes its shards.
-
-    It is written beside its place and renamed, so that a kill or a full disk costs this checkpoint
-    and not the one before.
-    """
+    """All that a later run needs to go on after `step` steps; each process writes its shards. It is
+    renamed when it is whole: a kill or a full disk costs this checkpoint, not the one before."""
     part = out / "checkpoint.part"
     if RANK == 0:
         shutil.rmtree(part, ignore_errors=True)
-    if WORLD > 1:
-        dist.barrier()
+    barrier()
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=WORLD == 1)
     if RANK == 0:
@@ -414,10 +347,8 @@ def checkpoints(out):
 
 
 def load_checkpoint(out, model, optimizer):
-    """Steps done by the newest checkpoint, which is loaded; 0 without one.
-
-    Any number of processes may read what any other number wrote.
-    """
+    """Steps done by the newest checkpoint, which is loaded; 0 without one. Any number of processes
+    may read what any other number wrote."""
     if not checkpoints(out):
         return 0
     folder = checkpoints(out)[-1]
@@ -431,16 +362,14 @@ def load_checkpoint(out, model, optimizer):
 def save_student(student, tokenizer, out, record):
     """Saves the student in fp32, as transformers does: bf16 would lose changes below 1/512 of a
     weight. Sharded weights meet in the first process."""
-    model = student.model
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model, options=options)
+    weights = dcp_state.get_model_state_dict(student.model, options=options)
     if RANK == 0:
-        names = dict(model.named_parameters(remove_duplicate=False)).keys()
-        for name in names - dict(model.named_parameters()).keys():
+        for name in student.model.all_tied_weights_keys:
             del weights[name]  # a tied weight is saved once
-        model.save_pretrained(out, state_dict=weights)
+        student.model.save_pretrained(out, state_dict=weights)
         tokenizer.save_pretrained(out)
-        write_record(out, record | {"finished": True})
+        write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
 
@@ -457,22 +386,22 @@ def parse_args():
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo-margin", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
-    add("--max-repeats", type="amount", default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
-    add("--beta", type="positive", default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
-    add("--tau", type="positive", default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
-    add("--epsilon", type="amount", default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
-    add("--sft-weight", type="amount", help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type="positive", help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, rdpo and rdpo-weight 4e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
-    add("--warmup", type="amount", default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
-    add("--clip", type="positive", default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--epochs", type="count", default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type="count", help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
-    add("--batch-size", type="count", default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type="count", default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--max-repeats", type=float, default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small student that imitates them runs in circles (default: %(default)s, which is none)")
+    add("--beta", type=float, default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
+    add("--tau", type=float, default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73, and asks z to exceed 1 under rdpo-margin (default: %(default)s)")
+    add("--epsilon", type=float, default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
+    add("--sft-weight", type=float, help="weight of the loss sft of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
+    add("--lr", type=float, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo-margin 8e-5, rdpo and rdpo-weight 4e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
+    add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
+    add("--max-steps", type=int, help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
+    add("--batch-size", type=int, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
+    add("--pack-tokens", type=int, default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
-    add("--max-length", type="count", default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
-    add("--eval-every", type="count", default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
-    add("--save-every", type="count", default=10, help="steps between checkpoints (default: %(default)s)")
+    add("--max-length", type=int, default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
+    add("--eval-every", type=int, default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
+    add("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":
@@ -481,26 +410,15 @@ def parse_args():
     args.lr = args.lr or rates.get(args.loss, 1e-5)  # of results/study.py, 1e-5 of dpo-alone there
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
-    for name, end in {"epsilon": 0.5, "warmup": 1}.items():
-        if getattr(args, name) >= end:
-            raise BadInput(f"--{name} {getattr(args, name)}: must be below {end}")
-    if args.dtype == "float16":
-        raise BadInput("--dtype float16: its gradients overflow; take bfloat16 or float32")
     return args
 
 
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-
 def note(file, step, row, part=None):
-    """A line of log.jsonl and on the screen, by the first process. part: "held_out" or None."""
+    """A line of log.jsonl and on the screen. part: "held_out" or None."""
     texts = {name: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}" for name, v in row.items()}
     values = " | ".join(f"{name} {text:>8}" for name, text in texts.items())
     say(f"{part or 'step':8} {step:4d} | {values}")
-    if RANK == 0:
-        file.write(json.dumps({"step": step, **({part: row} if part else row)}) + "\n")
+    file.write(json.dumps({"step": step, **({part: row} if part else row)}) + "\n")
 
 
 def main():
@@ -508,51 +426,43 @@ def main():
     if WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)  # before anything is put on the first one
     device, dtype = pick_device(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix("torch.")
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = Path(args.input or f"runs/{args.task}/scored.jsonl")
     out = Path(args.out or source.parent / (args.loss + ("-accept" if args.accept else "")))
-    student_in = [Path(args.model).resolve(), *Path(args.model).resolve().parents]
-    if out.resolve() in student_in or Path(f"{out}.bak").resolve() in student_in:
-        raise BadInput(f"--out {out}: holds the student itself (--model); name another directory")
-
     rows = read_rows(source, "chosen", "rejected")[: args.limit]
     student, tokenizer = load_student(args, device, dtype)
-    model = student.model
     train, held_out, counts = make_pairs(rows, source, tokenizer, args)
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     if not train:
         raise BadInput(f"{source}: no pair to train on; left out: {left_out}; see --loss")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
-    if args.loss in SCORED_LOSSES:
-        say(f"tau {args.tau} x root mean square of the reward gaps = {settings['tau']:.4g}")
-
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
-    record = {**vars(args), "data": digest_of([train, held_out]), "weights": student.weights}
-    record |= {"steps": steps, "tau_absolute": settings["tau"], "pairs": len(train)}
-    record |= {"held_out": len(held_out), "left_out": counts, "packed_sequences": student.packs}
-    record |= {"processes": WORLD, **provenance(args.device)}
+    record = vars(args) | {"dtype": str(dtype), "steps": steps, "tau_absolute": settings["tau"]}
+    record |= {
+        "data": digest_of([train, held_out]),
+        "weights": student.weights,
+        "pairs": len(train),
+    }
+    record |= {"left_out": counts, "processes": WORLD, **provenance(args.device)}
     if RANK == 0:
-        _held = open_run(out, record, args.overwrite)
-    if WORLD > 1:
-        dist.barrier()
+        open_run(out, record, args.overwrite)
+    barrier()
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return say(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
-    say(f"{steps} steps, {per_epoch} an epoch")
+    say(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in units of the scores")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, **options)
+    optimizer = torch.optim.AdamW(student.model.parameters(), args.lr, **options)
     # before the checkpoint is loaded: the reference is the model before training
     reference = torch.zeros(len(train) + len(held_out), 1, device=device)
     if args.loss != "sft":
-        say("reference log-probs ...")
         reference = pair_logps(student, train + held_out, args)
-    start = load_checkpoint(out, model, optimizer)
+    start = load_checkpoint(out, student.model, optimizer)
     # line by line, so that a killed run keeps what it printed
-    log = open(out / "log.jsonl", "a" if start else "w", buffering=1) if RANK == 0 else None
+    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a" if start else "w", buffering=1)
 
     for step in range(start, steps):
         began = time.perf_counter()
@@ -579,7 +489,7 @@ def main():
             row = metrics_of(policy, reference[len(train) :], held_out, args, settings)
             note(log, step + 1, row, "held_out")
         if (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_checkpoint(out, step + 1, model, optimizer)
+            save_checkpoint(out, step + 1, student.model, optimizer)
     save_student(student, tokenizer, out, record)
     say(f"{out}: saved")
 
@@ -587,7 +497,4 @@ def main():
 if __name__ == "__main__":
     run(main)
     if WORLD > 1:
-        dist.barrier()  # no process leaves while another still saves
-        dist.destroy_process_group()
-        # Gloo's threads may abort while Python shuts down, as in pytorch's pull request 179291
-        os._exit(0)
+        os._exit(0)  # Gloo's threads may abort while Python shuts down (pytorch's 179291)
