@@ -4,28 +4,27 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo-margin --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, the table and answers side by side; report.png. Answers are kept: another
-reward needs no new ones.
+with its scores; report.md, the table and answers side by side; report.png.
 
 Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
-what a gain may have cost: length, repetition, and the log-prob under the first model, low where text
-is no English any more and high where it runs in circles. Differences are taken from the first model,
+what a gain may have cost: length, repetition, and the log-prob under the first model, low where
+text is no English any more and high where it runs in circles. Differences are from the first model,
 prompt by prompt, with a 95 % interval from a bootstrap over groups, since variants of one text are
 not independent.
 """
 
-import hashlib
 import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from generate import LocalModel, Rows, encode, make_parser, model_folder, provenance, run
+from generate import LocalModel, Rows, encode, make_parser, provenance, run
 from kernels.packed import all_logps, check_model
 from prompts import BadInput, as_messages, load_task, read_rows
 from score import add_reward_flags, make_reward, repetition
@@ -46,40 +45,33 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
     if metric["kind"] in ("positive", "spread"):
         compound = lexicon.polarity_scores(answer)["compound"]
         return compound if metric["kind"] == "spread" else float(compound >= 0.05)
-    patterns = metric.get("patterns")
-    if patterns is None:  # the row's own markers, a list or a single text
-        markers = row[metric["field"]]
-        patterns = [re.escape(m) for m in ([markers] if isinstance(markers, str) else markers)]
+    patterns = metric.get("patterns") or row[metric["field"]]  # a list or a single text
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if "patterns" not in metric:  # but the row's own markers, which are no regular expressions
+        patterns = map(re.escape, patterns)
     text = answer.replace("\u2019", "'")
     edge = r"(?!(?<=\w)(?=\w))"  # anywhere but inside a word
     found = any(re.search(f"(?i){edge}(?:{pattern}){edge}", text) for pattern in patterns)
     return float(found == (metric["want"] == "any"))
 
 
-def add_measures(rows, prompts, metric, reward, base, packs):
-    """Adds all measures to rows of eval.jsonl; None where a call failed or there is no answer.
+def add_measures(rows, prompts, metric, reward, base):
+    """Adds all measures to rows of eval.jsonl; score and base_logp are None for an empty answer.
 
     prompts: {id: row} of the test prompts. reward: of make_reward. base: the first model, a
-    LocalModel, under which base_logp is an answer's log-prob in nats a token; packs: what
-    check_model says of it.
-    """
+    LocalModel, under which base_logp is an answer's log-prob in nats a token."""
     for row in rows:
-        row |= dict.fromkeys(("metric", *SIDE_MEASURES))
-        if "error" not in row:
-            row["metric"] = measure(metric, prompts[row["prompt_id"]], row["answer"])
-            row["words"] = len(row["answer"].split())
-            row["repeats"] = repetition(row["answer"])
-            row["cut"] = float(row["finish"] == "length")
+        row["metric"] = measure(metric, prompts[row["prompt_id"]], row["answer"])
+        row |= {"words": len(row["answer"].split()), "repeats": repetition(row["answer"])}
+        row |= {"cut": float(row["finish"] == "length"), "score": None, "base_logp": None}
     rows = [row for row in rows if row["answer"]]
     given, answers = [prompts[row["prompt_id"]] for row in rows], [row["answer"] for row in rows]
-    for row, score in zip(rows, reward(given, answers), strict=True):
-        row["score"] = score.finite
     pairs = [encode(base.tokenizer, row["prompt"], row["answer"]) for row in rows]
-    for row, (_, tokens) in zip(rows, pairs, strict=True):
-        tokens[:] = tokens[:-1] if row["finish"] == "length" else tokens  # a cut one has no end
-    logps = all_logps(base.model, pairs, packs).tolist()
-    for row, (_, tokens), logp in zip(rows, pairs, logps, strict=True):
-        row["base_logp"] = logp / len(tokens)
+    # an answer that was cut off has no end of its turn
+    pairs = [(p, c[:-1] if row["cut"] else c) for row, (p, c) in zip(rows, pairs, strict=True)]
+    logps = (all_logps(base.model, pairs) / torch.tensor([len(c) for _, c in pairs])).tolist()
+    for row, score, logp in zip(rows, reward(given, answers), logps, strict=True):
+        row |= {"score": score.finite, "base_logp": logp}
 
 
 def by_group(rows, field, kind="mean"):
@@ -125,7 +117,7 @@ def summarise(names, rows, kind):
         first = first or measures
         if kind != "spread":  # which needs all variants of a text
             usual = first["words"]
-            long = [r for r in asked if (r["words"] or 0) >= usual.get(r["group"], 0) / 2]
+            long = [r for r in asked if r["words"] >= usual.get(r["group"], 0) / 2]
             measures["long"] = by_group(long, "metric")
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line |= {key: bootstrap(values.values()) for key, values in measures.items()}
@@ -139,11 +131,8 @@ def summarise(names, rows, kind):
 
 
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`."""
-    if triple is None:
-        return "-"
-    mean, low, high = (format(value, form) for value in triple)
-    return f"{mean} [{low}, {high}]"
+    """'0.413 [0.301, 0.520]', each number in the format `form`; '-' for None."""
+    return "{:{f}} [{:{f}}, {:{f}}]".format(*triple, f=form) if triple else "-"
 
 
 def make_table(table, metric):
@@ -165,12 +154,9 @@ def make_table(table, metric):
 
 def make_samples(rows, count):
     """First answers of all models to the first `count` prompts, side by side, in Markdown."""
-    by_prompt = {}
-    for row in rows:
-        if row["sample"] == 0:
-            by_prompt.setdefault(row["prompt_id"], []).append(row)
     parts = []
-    for answers in list(by_prompt.values())[:count]:
+    for prompt_id in list(dict.fromkeys(row["prompt_id"] for row in rows))[:count]:
+        answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
         prompt = as_messages(answers[0]["prompt"])
         parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
         for row in answers:
@@ -183,12 +169,11 @@ def make_samples(rows, count):
 def make_report(args, task, table, lines, samples, reward):
     """Text of report.md. lines: the table in Markdown. reward: its settings."""
     count, first, facts = table[0]["groups"], table[0]["model"], provenance(args.device)
-    few = " So few groups say little." if count < 10 else ""
     return f"""# Task {args.task}: {task["about"]}
 
 {lines}
 
-In brackets: 95 % bootstrap intervals over {count} groups, silent on other training seeds.{few} {table[0]["answers"]} answers of each \
+In brackets: 95 % bootstrap intervals over {count} groups, silent on other training seeds. {table[0]["answers"]} answers of each \
 model, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
@@ -244,46 +229,34 @@ def models_in(folder, refined):
     return [*bases, *[SELF_REFINE] * bool(refined), *done]
 
 
-def fingerprint(model):
-    """A hash of a model's weights on disk, empty for one on the hub. Raises BadInput for a folder
-    without a model."""
-    folder = Path(model_folder(model))
-    files = sorted(folder.glob("model*.safetensors"))
-    if folder.is_dir() and not files:
-        raise BadInput(f"model {model}: has no model.safetensors, as a run that has not finished")
-    return " ".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
-
-
 def jobs_of(models, names, rows, refined, samples):
     """One row of eval.jsonl for each answer that is wanted, without the answer."""
     jobs = []
     for model, name in zip(models, names, strict=True):
-        weights = None if name == SELF_REFINE else fingerprint(model)
+        files = sorted(Path(model).glob("*.safetensors"))
+        made = str([file.stat().st_mtime_ns for file in files])  # a student trained anew has others
         for k in range(1 if name == SELF_REFINE else samples):
             for row in refined if name == SELF_REFINE else rows:
                 job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
                 job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
-                job["weights"] = row["chosen"] if weights is None else weights
+                job["made"] = row["chosen"] if name == SELF_REFINE else made
                 jobs.append(job | {"control": bool(row.get("control"))})
     return jobs
 
 
 def add_answers(jobs, prompts, chat, seed_by):
-    """Adds answers of a chat model to the jobs; without one, the teacher's revisions.
-
-    prompts: {id: row} of the test prompts."""
+    """Adds answers of a chat model to the jobs; without one, the teacher's revisions. prompts: {id:
+    row} of the test prompts. All models draw the same random numbers."""
     given = [prompts[job["prompt_id"]] for job in jobs]
     if chat is None:
         ends = [(row.get("teacher") or {}).get("finish", {}) for row in given]
         texts = [as_messages(row["chosen"])[-1]["content"] for row in given]
         replies = [(t, end.get("revision", "stop")) for t, end in zip(texts, ends, strict=True)]
     else:
-        # all models draw the same random numbers
         keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
         replies = chat.ask([row["prompt"] for row in given], keys)
     for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
         job |= {"answer": answer, "finish": finish}
-        job |= {"error": finish} if finish.startswith("error") else {}
 
 
 def main():
@@ -295,11 +268,11 @@ def main():
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the students' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
-    add("--samples", type="count", default=1, help="answers a prompt (default: %(default)s)")
-    add("--batch-size", type="count", default=64, help="answers that are sampled, and written, together (default: %(default)s)")
-    add("--max-tokens", type="count", help="longest answer, in tokens (default: as in the pairs, else 200)")
-    add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--samples", type=int, default=1, help="answers a prompt (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="answers that are sampled, and written, together (default: %(default)s)")
+    add("--max-tokens", type=int, help="longest answer, in tokens (default: as in the pairs, else 200)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)
@@ -316,8 +289,6 @@ def main():
         raise BadInput(f"{path}: rows of another task; pass --task {rows[0]['task']}")
     args.models = args.models or models_in(path.parent, refined)
     names = [Path(name).name for name in args.models]
-    if names[0] == SELF_REFINE:
-        raise BadInput(f"--models: {SELF_REFINE} cannot be the baseline; name a model first")
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
     made = next((row["reward"] for row in rows if row.get("reward")), {})  # that of the pairs
@@ -334,8 +305,8 @@ def main():
     prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    for job in jobs:  # a student that was trained anew answers anew
-        if output.rows.get(job["id"], job)["weights"] != job["weights"]:
+    for job in jobs:
+        if output.rows.get(job["id"], job).get("made") != job["made"]:
             del output.rows[job["id"]]
     others = output.rows.keys() - {job["id"] for job in jobs}
     output.resume("settings", settings, jobs + [output.rows[key] for key in others])
@@ -351,12 +322,11 @@ def main():
     # all are measured anew, since metric, reward and first model may have changed
     answers, chat = [output.rows[job["id"]] for job in jobs], None
     base = LocalModel(args.models[0], args, **sampling)
-    packs = check_model(base.model)
+    check_model(base.model)
     size = len(answers) if args.api_base else args.batch_size
-    mine = [[row for row in answers if row["model"] == name] for name in names]
-    batches = [rows[i : i + size] for rows in mine for i in range(0, len(rows), size)]
-    for batch in tqdm(batches, "measures", unit="batch"):
-        add_measures(batch, prompts, task["metric"], reward, base, packs)
+    for i in tqdm(range(0, len(answers), size), "measures", unit="batch"):
+        batch = answers[i : i + size]
+        add_measures(batch, prompts, task["metric"], reward, base)
         for row in batch:
             row["reward"] = reward_settings
     output.close(jobs)
@@ -366,7 +336,7 @@ def main():
     (folder / "report.md").write_text(report, encoding="utf-8")
     draw(folder / "report.png", table, task["metric"])
     print(f"\n{lines}\n\n{make_samples(answers, 3)}\n\n{folder / 'report.md'}, {out}")
-    raise SystemExit(any("error" in r or (r["answer"] and r["score"] is None) for r in answers))
+    raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 
 
 if __name__ == "__main__":

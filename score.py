@@ -42,7 +42,7 @@ class Score(NamedTuple):
 # ---- the three rewards ---------------------------------------------------------------------------
 
 
-def contrast_reward(rows, answers, model, tokenizer, packs, table):
+def contrast_reward(rows, answers, model, tokenizer, table):
     """A Score for each answer, in nats a token:
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
@@ -56,7 +56,7 @@ def contrast_reward(rows, answers, model, tokenizer, packs, table):
             sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
     # answers to one prompt are neighbours and share it in the packed sequence
     both = sequences["principle"] + sequences["opposite"]
-    good, bad = all_logps(model, both, packs).double().chunk(2)
+    good, bad = all_logps(model, both).double().chunk(2)
     gaps = zip((good - bad).tolist(), *sequences.values(), strict=True)
     # equal prompts have the score 0 by definition, not the rounding noise of two sums
     return [Score(0.0 if one == other else gap / len(one[1])) for gap, one, other in gaps]
@@ -143,8 +143,8 @@ def make_reward(args, task, journal):
     settings["dtype"] = str(dtype)
     if kind == "contrast":
         model, tokenizer = load_model(name, device, dtype)
-        more = {"packs": check_model(model), "table": task["contrast"]}
-        reward = functools.partial(contrast_reward, **more)
+        check_model(model)
+        reward = functools.partial(contrast_reward, table=task["contrast"])
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
         labels = model.config.label2id
@@ -220,7 +220,7 @@ def add_reward_flags(parser, kind=None):
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
     add("--label", help="label of a classifier of several labels that counts as good")
-    add("--judge-tokens", type="count", default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
+    add("--judge-tokens", type=int, default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on
 
 
@@ -232,7 +232,7 @@ def main():
     add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type="count", default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     task = load_task(args.task)

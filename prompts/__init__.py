@@ -1,7 +1,5 @@
-"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions.
-
-Only this file knows the form of a task. It imports nothing from the stages; all of them import it.
-"""
+"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions. Only this
+file knows their form, and it imports nothing from the stages."""
 
 import hashlib
 import json
@@ -10,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-KEYS = ("about", "seed_by", "conversation", "fresh", "contrast", "judge", "metric")  # of a task
+KEYS = {"about", "seed_by", "conversation", "fresh", "contrast", "judge", "metric"}  # of a task
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 
 
@@ -19,41 +17,34 @@ class BadInput(Exception):
 
 
 def load_task(name):
-    """The dictionary of prompts/NAME.toml, each call of it filled in once on trial.
-
+    """The dictionary of prompts/NAME.toml, each call filled in once on trial. Raises BadInput.
     `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
-    variants of one text share them, and equal answers stay equal word for word. `columns`: what
-    rows must have for it, and for the metric. Raises BadInput.
+    variants of one text share them, and equal answers stay equal. `columns`: what the metric needs.
     """
-    path, row, answer = FOLDER / f"{name}.toml", {"prompt": "P"}, {"answer": "ANSWER"}
+    path = FOLDER / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
-        raise BadInput(f"--task {name}: {path} does not exist; there are {known}")
+        raise BadInput(
+            f"--task {name}: no {path}; known: {[p.stem for p in FOLDER.glob('*.toml')]}"
+        )
     try:
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
+        contrast = task.get("contrast")
+        tables = [contrast, contrast.get("control", contrast)] if contrast else []
+        calls = [table[side] for table in tables for side in ("principle", "opposite")]
         for form in {"conversation", "fresh"} & task.keys():
-            fill(task[form]["answer"], row), fill(task[form]["critique"], row, **answer)
-            fill(task[form]["revise"], row, **answer, critique="CRITIQUE")
-        if contrast := task.get("contrast"):
-            for table in (contrast, contrast.get("control", contrast)):
-                fill(table["principle"], row), fill(table["opposite"], row)
-        if judge := task.get("judge"):
-            _lowest, _highest = judge["scale"]
-            if "ANSWER" not in str(fill(judge["prompt"], row, **answer)):
-                raise ValueError("[judge] prompt: must show the judge the {answer}")
+            calls += [task[form][call] for call in ("answer", "critique", "revise")]
+        calls += [task["judge"]["prompt"]] if "judge" in task else []
+        for call in calls:
+            fill(call, {"prompt": "P"}, answer="A", critique="C")
         if unknown := task.keys() - KEYS:
-            raise ValueError(f"'{min(unknown)}' is not among {', '.join(KEYS)}")
-        metric, columns = task["metric"], [task["seed_by"]]
+            raise ValueError(f"'{min(unknown)}' is not among {', '.join(sorted(KEYS))}")
+        metric, task["columns"] = task["metric"], []
         task["about"], metric["better"], metric["meaning"]
-        if metric["kind"] == "match":
-            patterns = metric.get("patterns", ["markers of each row"])
-            if metric["want"] not in ("any", "none") or not (patterns and type(patterns) is list):
-                raise ValueError("[metric]: want is any or none, patterns a list")
-            re.compile("|".join(patterns))
-            columns += [] if "patterns" in metric else [metric["field"]]
+        if metric["kind"] == "match" and metric["want"] in ("any", "none"):
+            re.compile("|".join(metric.get("patterns", [])))
+            task["columns"] += [] if "patterns" in metric else [metric["field"]]
         elif metric["kind"] not in ("positive", "spread"):
-            raise ValueError("[metric]: kind is match, positive or spread")
-        task["columns"] = [name for name in columns if name not in ("id", "group")]
+            raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
     except KeyError as error:
         raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
     except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
@@ -63,11 +54,9 @@ def load_task(name):
 
 def fill(call, row, **texts):
     """Messages of one call: those of the task file with the placeholders replaced.
-
     {prompt} is the row's last user turn, and all messages of its prompt where it stands alone;
     {request} is its field `request`, the instruction in neutral words, or else as {prompt}. texts
-    replace {answer} and {critique}. Raises KeyError for an unknown placeholder.
-    """
+    replace {answer} and {critique}. Raises KeyError for an unknown placeholder."""
     prompt = as_messages(row["prompt"])
     last = [message["content"] for message in prompt if message["role"] == "user"][-1]
     texts = {"prompt": last, "request": row.get("request") or last, **texts}
@@ -92,17 +81,17 @@ def read_rows(path, *fields):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
     rows = []
-    with open(path, "rb") as file:  # bytes, since an answer's own U+2028 does not end a line
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(dict(**json.loads(line)))
-                missing = [field for field in fields if field not in rows[-1]]
-                if missing and not rows[-1].get("error"):
-                    raise ValueError(f"the field '{missing[0]}' is missing")
-            except (ValueError, TypeError, AttributeError) as error:
-                raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
+    # bytes, since an answer's own U+2028 does not end a line
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(dict(**json.loads(line)))
+            missing = [field for field in fields if field not in rows[-1]]
+            if missing and not rows[-1].get("error"):
+                raise ValueError(f"the field '{missing[0]}' is missing")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
     if not rows:
         raise BadInput(f"{path}: empty; at least one row is needed")
     return rows
@@ -110,10 +99,8 @@ def read_rows(path, *fields):
 
 def read_prompts(path, task, *needed):
     """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
-
     A row without `group` is one with those of the same prompt. Rows without `split` are divided by
-    a hash of their group, four to one. Raises BadInput, also for a row without a needed column.
-    """
+    a hash of their group, four to one. Raises BadInput, also for a row without a needed column."""
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")

@@ -4,16 +4,19 @@ import gc
 import json
 
 import pytest
+import torch
 from conftest import CHATML, make_model, make_tokenizer, pair_row, write_jsonl
 from transformers import LlamaForSequenceClassification
+
+from generate import pick_device
 
 GOOD = pair_row(0, "Lovely.", "Bad.")
 TEST = pair_row(0, "Lovely.", "Bad.", split="test")
 IN = ["--in", "in.jsonl"]
 OURS = ["--prompts", "in.jsonl"]
 DEAD = "http://127.0.0.1:9/v1"
+OTHER = "float32" if pick_device()[1] == torch.bfloat16 else "bfloat16"  # than the default
 SPLITS = ["train", "train", "test"]
-FLAG = "is not a number of at least"
 
 
 def case(name, stage, argv, said, *rows, raw=None):
@@ -28,7 +31,7 @@ CASES = [
     case("no prompts", "generate", ["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     case("prompts are a folder", "generate", ["--prompts", "."], "no such file"),
     case("input is a folder", "score", ["--in", "."], "no such file"),
-    case("output is a folder", "generate", ["--out", "runs"], "runs: Is a directory"),
+    case("output is a folder", "generate", ["--out", "runs"], "Is a directory: 'runs'"),
     case("output is the input", "score", [*IN, "--out", "./in.jsonl"], "is --in too", GOOD),
     case("output is the input anew", "score", [*IN, "--out", "in.jsonl", "--overwrite"], "is --in too", GOOD),
     case("output is another file", "generate", ["--out", "notes.txt"], "notes.txt"),
@@ -43,16 +46,14 @@ CASES = [
     case("another task", "score", [*IN, "--task", "safety"], "pass --task sentiment", GOOD),
     case("another task for eval", "eval", [*IN, "--task", "safety"], "pass --task sentiment", TEST),
     case("no test rows", "eval", IN, "nothing is held out", GOOD),
-    case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
     case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),
-    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: no such folder"),
+    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: cannot be loaded"),
     case("no such hub id", "generate", ["--model", "nobody/nothing"],
          "model nobody/nothing: cannot be loaded"),
     case("a folder without a model", "train", [*IN, "--model", "."], "model .: cannot be loaded",
          GOOD),
     case("no model to compare", "eval", [*IN, "--models", "./nowhere"], "./nowhere", TEST),
     case("two models of one name", "eval", [*IN, "--models", "a/dpo", "b/dpo"], "last name", TEST),
-    case("no model is the first", "eval", [*IN, "--models", "self-refine", "TINY"], "baseline", TEST),
     case("no chat template", "generate", ["--model", "BASE"], "no chat template"),
     case("no chat template to score", "score", [*IN, "--model", "BASE"], "chat template", GOOD),
     case("no chat template to train", "train", [*IN, "--model", "BASE"], "chat template", GOOD),
@@ -108,16 +109,6 @@ CASES = [
     # flags
     case("an unknown flag", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
     case("an unknown choice", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
-    case("beta 0", "train", ["--beta", "0"], f"--beta: 0.0 {FLAG}"),
-    case("epsilon 0.5", "train", ["--epsilon", "0.5"], "--epsilon"),
-    case("all warm-up", "train", ["--warmup", "50"], "--warmup 50.0: must be below 1"),
-    case("negative warm-up", "train", ["--warmup", "-1"], f"--warmup: -1.0 {FLAG} 0"),
-    case("no step", "train", ["--max-steps", "0"], f"--max-steps: 0 {FLAG} 1"),
-    case("no row", "generate", ["--limit", "0"], f"--limit: 0 {FLAG} 1"),
-    case("no row a batch", "score", ["--batch-size", "0"], f"--batch-size: 0 {FLAG} 1"),
-    case("minus one answer", "eval", ["--samples", "-1"], f"--samples: -1 {FLAG} 1"),
-    case("no number", "generate", ["--temperature", "nan"], f"--temperature: nan {FLAG} 0"),
-    case("training in float16", "train", ["--dtype", "float16"], "--dtype"),
 ]  # fmt: skip
 
 
@@ -174,7 +165,7 @@ def test_a_run_is_never_mixed_with_one_of_other_settings(run, tiny, workdir, sta
     write_jsonl(workdir / "in.jsonl", rows)
     argv, other, said = {
         "generate": (["--limit", "1", "--max-tokens", "4"], ["--seed", "1"], "another 'seed'"),
-        "score": (IN, ["--dtype", "float16"], "another 'dtype'"),
+        "score": (IN, ["--dtype", OTHER], "another 'dtype'"),
         "train": ([*IN, "--max-steps", "1", "--lr", "1e-3"], ["--beta", "0.5"], "beta"),
         "eval": (
             [*IN, "--max-tokens", "4", "--reward-model", tiny],

@@ -206,19 +206,6 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
 
 
-def test_a_folder_that_is_not_there_costs_no_answers(run, tiny, workdir):
-    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
-    argv = ["--in", "in.jsonl", "--reward-model", tiny, "--max-tokens", "4", "--models", tiny]
-    assert run("eval", *argv)[0] == 0
-    before = (workdir / "eval.jsonl").read_bytes()
-    (workdir / "empty").mkdir()
-    faults = {"runs/sentiment/nowhere": "no such folder", "empty": "has no model.safetensors"}
-    for name, fault in faults.items():
-        status, _, err = run("eval", *argv, name, "--overwrite")
-        assert status == 2 and f"model {name}: {fault}" in err
-        assert (workdir / "eval.jsonl").read_bytes() == before
-
-
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):
     rows = [pair_row(i, "good", "poor", split="test") for i in range(5)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
@@ -293,14 +280,3 @@ def test_another_reward_than_that_of_the_pairs_has_not_its_model(run, tiny, work
         with pytest.raises(ZeroDivisionError):
             run("eval", *argv, *flags)
         assert asked[-1].reward_model == model
-
-
-def test_a_prompt_that_was_not_answered_counts_in_no_measure(run, tiny, workdir):
-    rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
-    rows[0]["prompt"][0]["content"] = "word " * 3000
-    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
-    argv = ["--models", tiny, "--reward", "contrast", "--reward-model", tiny, "--max-tokens", "8"]
-    assert run("eval", *argv)[0] == 1
-    bad, good = read_rows("runs/sentiment/eval.jsonl")
-    assert bad["error"].startswith("error: prompt of more than") and bad["metric"] is None
-    assert bad["words"] is None and good["words"] > 0 and "error" not in good

@@ -15,7 +15,7 @@ import torch
 from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
 
 import generate
-from generate import BadInput, Reply, Rows, encode, lock, refine, sample
+from generate import BadInput, Reply, Rows, encode, refine, sample
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
@@ -106,14 +106,6 @@ def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
     mass = (probs[:5].sum() - probs[4] / 2).item()
     five = model(torch.tensor([ids])).logits[0, -1].topk(5).indices
     assert set(texts(600, 2.0, mass)) == {tokenizer.decode(token).strip() for token in five}
-
-
-def test_a_prompt_that_does_not_fit_the_model_is_an_error_of_its_row_alone(model, tokenizer):
-    long = [{"role": "user", "content": "word " * 3000}]
-    bad, good = sample(model, tokenizer, [long, USER], [0, 0], 4, 0, 1)
-    assert bad.finish.startswith("error: prompt of") and good.finish in ("stop", "length")
-    assert good == sample(model, tokenizer, [USER], [0], 4, 0, 1)[0]
-    assert sample(model, tokenizer, [long], [0], 4, 0, 1) == [bad]
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -256,7 +248,7 @@ def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_
     assert [row["id"] for row in output.close(source)] == list("abc")
     output = Rows(path)
     output.resume("made", {"by": 1}, source)
-    assert output.done == {"a", "c"}
+    assert output.done.keys() == {"a", "c"}
     output.add({"id": "b", "made": {"by": 1}})
     assert [row["id"] for row in output.close(source)] == list("abc")
     assert [row["id"] for row in read_rows(path)] == list("abc")
@@ -337,12 +329,6 @@ def test_a_server_that_asks_for_a_pause_gets_it(run, server, workdir):
     began = time.perf_counter()
     assert ask(run, server, "--limit", "1")[0] == 0
     assert 1 <= time.perf_counter() - began < 10
-
-
-def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
-    HostileServer.script = ["slow"]
-    assert ask(run, server, "--limit", "1", "--timeout", "1")[0] == 0
-    assert len(HostileServer.asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -458,21 +444,6 @@ def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
     assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
 
 
-@pytest.mark.parametrize("name", [PAIRS, f"{PAIRS}.calls"])
-def test_a_second_process_on_the_same_output_is_refused(run, server, workdir, name):
-    HostileServer.script = [200, 200, 200, 200, 400]
-    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 1
-    before = {path: path.read_bytes() for path in workdir.rglob("*.*") if path.is_file()}
-    held = lock(name)
-    for more in ([], ["--overwrite"] if name.endswith("calls") else []):
-        status, _, err = ask(run, server, "--limit", "2", *more)
-        assert status == 2 and "another process" in err and len(HostileServer.asked) == 6
-        assert {path: path.read_bytes() for path in before} == before
-    held.close()
-    assert ask(run, server, "--limit", "2", "--concurrency", "1")[0] == 0
-    assert len(HostileServer.answered) == len(set(HostileServer.answered)) == 6
-
-
 def test_a_second_overwrite_of_an_empty_output_keeps_the_rows_of_the_first(run, server, workdir):
     assert ask(run, server, "--limit", "2")[0] == 0
     before = (workdir / PAIRS).read_bytes()
@@ -486,13 +457,6 @@ def test_a_folder_of_the_output_s_name_stays(run, server, workdir):
     (workdir / "runs" / "safety").mkdir(parents=True)
     status, _, err = ask(run, server, "--out", "runs/safety", "--overwrite", "--limit", "1")
     assert status == 2 and "Is a directory" in err and (workdir / "runs" / "safety").is_dir()
-
-
-def test_equal_calls_are_made_once(run, server, workdir):
-    """The framings of an argument share their neutral request, and their random numbers."""
-    argv = ["--task", "sycophancy", "--form", "fresh", "--limit", "5"]
-    assert ask(run, server, *argv)[0] == 0
-    assert len(HostileServer.asked) == len(set(HostileServer.answered)) < 15
 
 
 def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir):

@@ -72,7 +72,7 @@ def test_contrast_scores_are_the_formula_and_do_not_depend_on_the_batch(run, tin
 
 def contrast(rows, folder, table, dtype=torch.float32):
     model, tokenizer = load_model(folder, CPU, dtype)
-    return contrast_reward(rows, ["Lovely film."] * len(rows), model, tokenizer, True, table)
+    return contrast_reward(rows, ["Lovely film."] * len(rows), model, tokenizer, table)
 
 
 def test_the_contrast_of_two_equal_prompts_is_zero_not_noise(tiny, workdir):
