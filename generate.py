@@ -125,8 +125,8 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
             completions[i].append(token)
             if i not in replies and (stop or step == max_tokens - 1):
                 text = tokenizer.decode(completions[i], skip_special_tokens=True).strip()
-                finish = "stop" if stop else "length"
-                replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
+                counts = len(prompts[i]), len(completions[i])
+                replies[i] = Reply(text, "stop" if stop else "length", *counts)
         going = [k for k, i in enumerate(live) if i not in replies]
         if not going:
             break
@@ -186,7 +186,7 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, loading = auto_class.from_pretrained(folder, **options)
-        kind = (model.config.architectures or [""])[0]
+        kind = str(model.config.architectures)  # where weights are tied, none are missing
         if auto_class is AutoModelForCausalLM and "Classification" in kind:
             raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
         if missing := sorted(loading["missing_keys"]):
@@ -317,11 +317,9 @@ class Server:
 
 def open_chat(name, args, journal, **sampling):
     """The chat model `name`: at --api-base if that is given, else on this machine."""
-    if not args.api_base:
-        return LocalModel(name, args, **sampling)
-    if name == "smollm2":
-        raise BadInput("--api-base: name the model of the server too (--model, --reward-model)")
-    return Server(name, args, journal, **sampling)
+    if args.api_base:
+        return Server(name, args, journal, **sampling)
+    return LocalModel(name, args, **sampling)
 
 
 # ---- rows in and out -----------------------------------------------------------------------------

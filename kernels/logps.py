@@ -1,7 +1,5 @@
-"""Log-probabilities of given tokens, without all logits in memory.
-
-    linear_logps(hidden, weight, labels, cu_seqlens)     from hidden states and the output layer
-    gather_logps(logits, labels)                         from logits that are there already
+"""Log-probabilities of given tokens: linear_logps, from hidden states and the output layer, without
+all logits in memory; gather_logps, from logits that are there already.
 
 The problem
     A preference loss needs for every completion token with label y the log-probability
@@ -267,12 +265,10 @@ def _empty_state(x, labels):
 @_run_as_is
 def gather_logps(logits, labels, ignore_index=-100):
     """Log-probabilities, in nats, of labels under softmax(logits): eq. 1, with its gradient.
-
     logits: (..., V), bf16, fp16 or fp32, on a CPU also fp64; -inf is allowed. labels: (...), int32
     or int64; where a label is ignore_index, the result and the gradient are 0. Returns (...), fp32
     (fp64 for fp64 logits). Raises ValueError for shapes that do not fit and for labels outside
-    [0, V); on CUDA such a label ends in a device-side assertion.
-    """
+    [0, V); on CUDA such a label ends in a device-side assertion."""
     checked = _check(logits, labels, logits.shape[-1], ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -437,8 +433,7 @@ def _gradients(ctx, grad_logps):
 
 
 def _chunks(h, weight, columns):
-    """(slice of the vocabulary, memory for its logits): reused on a CPU, where page faults cost,
-    and None under Triton."""
+    """(slice of the vocabulary, memory for its logits, reused on a CPU; None under Triton)."""
     tile = None if _on_triton(h) else h.new_empty(len(h), min(columns, len(weight)))
     for start in range(0, len(weight), columns):
         yield slice(start, min(start + columns, len(weight))), tile

@@ -45,10 +45,9 @@ def load_task(name):
             task["columns"] += [] if "patterns" in metric else [metric["field"]]
         elif metric["kind"] not in ("positive", "spread"):
             raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
-    except KeyError as error:
-        raise BadInput(f"{path}: the key or placeholder {error} is not there") from None
-    except (ValueError, TypeError, IndexError, re.error) as error:  # also: no TOML, no UTF-8
-        raise BadInput(f"{path}: {error}") from None
+    except (LookupError, ValueError, TypeError, re.error) as error:  # also: no TOML, no UTF-8
+        what = "lacks the key or placeholder " if isinstance(error, KeyError) else ""
+        raise BadInput(f"{path}: {what}{error}") from None
     return task
 
 

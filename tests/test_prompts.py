@@ -121,16 +121,16 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{answer}", "{anser}", "placeholder 'anser' is not there"),
+    ("{answer}", "{anser}", "lacks the key or placeholder 'anser'"),
     ('role = "user"', 'role = "usr"', "role"),
-    ("revise = [", "revice = [", "'revise' is not there"),
-    ("principle = [", "principal = [", "'principle' is not there"),
+    ("revise = [", "revice = [", "lacks the key or placeholder 'revise'"),
+    ("principle = [", "principal = [", "lacks the key or placeholder 'principle'"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
     ('want = "any"', 'want = "all"', "want: any or none"),
     ('about = "', 'abuot = "', "'abuot' is not among about, "),
     ("[metric]", "[metrics]", "'metrics' is not among about, "),
     ("[judge]", "[judges]", "'judges' is not among about, "),
-    ("meaning = ", "means = ", "'meaning' is not there"),
+    ("meaning = ", "means = ", "lacks the key or placeholder 'meaning'"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
