@@ -132,7 +132,7 @@ def summarise(names, rows, kind):
 
 def interval(triple, form):
     """'0.413 [0.301, 0.520]', each number in the format `form`; '-' for None."""
-    return "{:{f}} [{:{f}}, {:{f}}]".format(*triple, f=form) if triple else "-"
+    return "{} [{}, {}]".format(*(format(x, form) for x in triple)) if triple else "-"
 
 
 def make_table(table, metric):
@@ -234,7 +234,7 @@ def jobs_of(models, names, rows, refined, samples):
     jobs = []
     for model, name in zip(models, names, strict=True):
         files = sorted(Path(model).glob("*.safetensors"))
-        made = str([file.stat().st_mtime_ns for file in files])  # a student trained anew has others
+        made = str([os.path.relpath(model), *(file.stat().st_mtime_ns for file in files)])
         for k in range(1 if name == SELF_REFINE else samples):
             for row in refined if name == SELF_REFINE else rows:
                 job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
@@ -305,7 +305,7 @@ def main():
     prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    for job in jobs:
+    for job in jobs:  # a student that was trained anew answers anew
         if output.rows.get(job["id"], job).get("made") != job["made"]:
             del output.rows[job["id"]]
     others = output.rows.keys() - {job["id"] for job in jobs}

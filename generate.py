@@ -57,15 +57,15 @@ def refine(rows, form, ask, seed_by="id"):
     pairs = [{**row, "teacher": {fact: {} for fact in facts}} for row in rows]
     texts = [{} for _ in rows]  # answer, critique and revision of each, as far as they are made
     for name, call in CALLS.items():
-        live = [i for i, pair in enumerate(pairs) if "error" not in pair]
-        conversations = [fill(form[call], pairs[i], **texts[i]) for i in live]
-        keys = [(pairs[i][seed_by], call) for i in live]
-        for i, reply in zip(live, ask(conversations, keys), strict=True):
-            texts[i][name] = reply.text
+        live = [both for both in zip(pairs, texts, strict=True) if "error" not in both[0]]
+        conversations = [fill(form[call], pair, **text) for pair, text in live]
+        replies = ask(conversations, [(pair[seed_by], call) for pair, _ in live])
+        for (pair, text), reply in zip(live, replies, strict=True):
+            text[name] = reply.text
             for fact in facts:
-                pairs[i]["teacher"][fact][name] = getattr(reply, fact)
+                pair["teacher"][fact][name] = getattr(reply, fact)
             if reply.finish not in ("stop", "length") or not (reply.text or name == "critique"):
-                pairs[i]["error"] = f"{name}: no answer, finish reason {reply.finish}"
+                pair["error"] = f"{name}: no answer, finish reason {reply.finish}"
     for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
             pair["rejected"] = [{"role": "assistant", "content": text["answer"]}]
@@ -272,31 +272,28 @@ class Server:
         retry = Retry(total=7, backoff_factor=0.5, backoff_jitter=0.5, allowed_methods=None,
                       status_forcelist=PASSING, raise_on_status=False)  # fmt: skip
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
-        self.session.mount(args.api_base, adapter)
+        self.session.adapters = {"http": adapter}  # what http:// and https:// begin with
         self.journal = Rows(journal, args.overwrite)
 
     def ask(self, conversations, keys):
         seeds = [seed_of(self.args.seed, *key) >> 32 for key in keys]  # 31 bits suit all servers
         both = zip(conversations, seeds, strict=True)
         bodies = [{**self.settings, "messages": m, "seed": seed} for m, seed in both]
-        pool = ThreadPoolExecutor(self.args.concurrency, "calls")
-        try:
-            replies = pool.map(self.call, bodies)
-            replies = list(tqdm(replies, "calls", len(bodies), leave=False, disable=None))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
+        replies = ThreadPoolExecutor(self.args.concurrency).map(self.call, calls, calls.values())
+        replies = list(tqdm(replies, "calls", len(calls), leave=False, disable=None))
+        replies = dict(zip(calls, replies, strict=True))
         paid = [row["reply"] for row in self.journal.rows.values()]
         prompts, completions = (sum(reply[k] for reply in paid) for k in (2, 3))
         tqdm.write(f"{prompts:,} prompt and {completions:,} completion tokens so far")
-        return replies
+        return [replies[digest_of(body)] for body in bodies]
 
-    def call(self, body):
+    def call(self, digest, body):
         """The Reply of the journal or the server; its finish is "error: ..." without an answer."""
-        digest = digest_of(body)
         if digest in self.journal.rows:
             return Reply(*self.journal.rows[digest]["reply"])
         try:
-            response = self.session.post(self.url, json=body, timeout=(10, 600))
+            response = self.session.post(self.url, json=body, timeout=(10, self.args.timeout))
             if response.status_code != 200:
                 fault = f"error: status {response.status_code}: {response.text}"
                 fault = fault.replace(self.key or "\0", "[key]")[:200]  # it may be sent back
@@ -317,9 +314,11 @@ class Server:
 
 def open_chat(name, args, journal, **sampling):
     """The chat model `name`: at --api-base if that is given, else on this machine."""
-    if args.api_base:
-        return Server(name, args, journal, **sampling)
-    return LocalModel(name, args, **sampling)
+    if not args.api_base:
+        return LocalModel(name, args, **sampling)
+    if name == "smollm2":
+        raise BadInput("--api-base: name the model of the server too (--model, --reward-model)")
+    return Server(name, args, journal, **sampling)
 
 
 # ---- rows in and out -----------------------------------------------------------------------------
@@ -339,7 +338,7 @@ class Rows:
         self.file.seek(0)
         *lines, torn = self.file.read().split(b"\n")
         try:
-            self.rows = {row["id"]: row for row in map(json.loads, lines)}
+            self.rows = {row["id"]: row for row in map(json.loads, filter(bytes.strip, lines))}
             if torn[:1] not in b"{":
                 raise ValueError
         except (ValueError, LookupError, TypeError):
@@ -361,12 +360,13 @@ class Rows:
             raise BadInput("--in: an id is there twice; ids must differ")
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in self.done.items():
-            made = row | row.get(made_by, {})
-            wanted = settings | origins.get(key, {"id": None}) | settings
-            for name in wanted:
-                if made.get(name) != wanted[name]:
-                    mend = "go back to it, choose another --out, or pass --overwrite"
-                    raise BadInput(f"{self.path}: row {key} was made with another '{name}'; {mend}")
+            made, origin = row.get(made_by, {}), origins.get(key, {"id": None})
+            changed = [name for name in settings if made.get(name) != settings[name]]
+            changed += [name for name in origin if row.get(name) != origin[name]]
+            if changed:
+                found = f"row {key} was made with another '{changed[0]}'"
+                mend = "go back to it, choose another --out, or pass --overwrite"
+                raise BadInput(f"{self.path}: {found}; {mend}")
 
     def batches(self, rows, size=None):
         """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
@@ -455,6 +455,7 @@ def make_parser(doc, reads=None, server=True):
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
         add("--concurrency", type=int, default=16, help="calls made to the server at the same time (default: %(default)s)")
+        add("--timeout", type=int, default=300, help="seconds that the server may be silent (default: %(default)s)")
     # fmt: on
     return parser
 

@@ -22,7 +22,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -121,7 +120,7 @@ def training_step(student, optimizer, batch, reference_logps, args, settings):
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
     norm = norm.full_tensor().item() if WORLD > 1 else norm.item()
     if not math.isfinite(norm):
-        raise BadInput(f"the gradient's norm is {norm}; look at {[pair.id for pair in batch]}")
+        raise BadInput(f"gradient norm {norm} (all ties?); look at {[pair.id for pair in batch]}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     all_reduce(policy_logps)
@@ -199,7 +198,7 @@ def make_pairs(rows, path, tokenizer, args):
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise BadInput(f"{path}: row {name}: {error}") from None
         if isinstance(made, Pair):
-            (train if row.get("split") in (None, "train") else held_out).append(made)
+            (held_out if row.get("split") == "test" else train).append(made)
         else:
             counts[made] = counts.get(made, 0) + 1
     return train, held_out, counts
@@ -218,6 +217,8 @@ def make_pair(row, name, tokenizer, args):
         return "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return "not accepted"
+    if row.get("split") not in (None, "", "train", "test"):
+        return f"of the split {row['split']}"
     context, chosen, rejected = split_row(row)
     if not (chosen.strip() and rejected.strip()):
         return "with an empty answer"
@@ -260,16 +261,14 @@ class Student(torch.nn.Module):
     def __init__(self, model, device, dtype, sides):
         super().__init__()
         self.model, self.device, self.sides = model, device, sides
-        self.autocast = functools.partial(
-            torch.autocast, dtype=dtype, enabled=dtype != torch.float32
-        )
-        with self.autocast(model.device.type):
+        self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
+        with torch.autocast(model.device.type, **self.autocast):
             self.packs = check_model(model)
         self.weights = digest_of([torch.hash_tensor(x).item() for x in model.parameters()])
 
     def forward(self, pairs):
         sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
-        with self.autocast(self.device.type):
+        with torch.autocast(self.device.type, **self.autocast):
             return completion_logps(self.model, sequences).view(len(pairs), -1)
 
 
@@ -406,8 +405,8 @@ def parse_args():
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":
         raise BadInput("--lr: has a default for the embedded model only; see --help")
-    rates = {"rdpo-margin": 8e-5, "rdpo": 4e-5, "rdpo-weight": 4e-5, "sft": 2e-5}
-    args.lr = args.lr or rates.get(args.loss, 1e-5)  # of results/study.py, 1e-5 of dpo-alone there
+    rates = {"rdpo-margin": 8e-5, "rdpo": 4e-5, "rdpo-weight": 4e-5, "sft": 2e-5}  # of the study
+    args.lr = rates.get(args.loss, 1e-5) if args.lr is None else args.lr
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
     return args
@@ -439,14 +438,12 @@ def main():
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = min(args.max_steps or sys.maxsize, args.epochs * per_epoch)
-    record = vars(args) | {"dtype": str(dtype), "steps": steps, "tau_absolute": settings["tau"]}
-    record |= {
-        "data": digest_of([train, held_out]),
-        "weights": student.weights,
-        "pairs": len(train),
-    }
-    record |= {"left_out": counts, "processes": WORLD, **provenance(args.device)}
+    steps = args.epochs * per_epoch
+    steps = steps if args.max_steps is None else min(steps, args.max_steps)
+    record = {"data": digest_of([train, held_out]), "weights": student.weights}
+    record |= {"pairs": len(train), "left_out": counts, "tau_absolute": settings["tau"]}
+    record |= {"dtype": str(dtype), "steps": steps, "processes": WORLD}
+    record = vars(args) | record | provenance(args.device)
     if RANK == 0:
         open_run(out, record, args.overwrite)
     barrier()
@@ -497,4 +494,5 @@ def main():
 if __name__ == "__main__":
     run(main)
     if WORLD > 1:
+        barrier()  # no process leaves while another still saves
         os._exit(0)  # Gloo's threads may abort while Python shuts down (pytorch's 179291)

@@ -322,8 +322,8 @@ def linear_logps(
         that a gradient's bits depend on no other process.
     Returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,) sums.
 
-    Gradients have the types of hidden, weight and bias. Products are in fp32; on CUDA those of fp32
-    operands follow torch.backends.cuda.matmul. Autocast is off. Raises as gather_logps does.
+    Gradients have the types of hidden, weight and bias. Products of halves come out in fp32; those
+    of fp32 follow torch.backends.cuda.matmul on CUDA. Autocast is off. Raises as gather_logps does.
     """
     device = "cuda" if hidden.is_cuda else "cpu"
     chunk_bytes = CHUNK_BYTES[device] if chunk_bytes is None else chunk_bytes

@@ -97,7 +97,7 @@ def completion_logps(model, sequences):
 
 def micro_batches(costs, budget):
     """Lists of neighbouring indices of costs that add up to at most budget, or hold one index."""
-    batches, spent = [], budget + 1
+    batches, spent = [], budget + 1  # so that the first index begins a batch
     for i, cost in enumerate(costs):
         if spent + cost > budget:
             batches.append([])
@@ -118,9 +118,8 @@ def all_logps(model, sequences, budget=PACK_TOKENS):
 
 @torch.no_grad()
 def check_model(model):
-    """Sets the model's attention to packed_attention, if packed sequences then have the log-probs
-    of its own logits, and returns whether. False for recurrent layers, sliding windows. Raises
-    UnsupportedModel where single sequences differ too, by an output layer of another form."""
+    """Whether packed sequences have a model's own log-probs; then packed_attention is its attention.
+    Raises UnsupportedModel where single sequences differ too, by an output layer of another form."""
     sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
     known = []
     for prompt, completion in sequences:
@@ -158,7 +157,7 @@ BLOCK = 128  # queries of a matrix product: smaller ones compute less that is ma
 
 
 class PackedAttention(torch.autograd.Function):
-    """softmax(Q K^T + mask) V for the mask above, block by block of queries, made for a CPU.
+    """softmax(Q K^T + mask) V in a packed sequence, block by block of queries, made for a CPU.
 
     query: (G, T, H, d) of H query heads for each of G key heads; key: (G, T, d), scaled beforehand;
     value: (G, T, e). Returns (G, T, H, e). In bf16 the scores are rounded to bf16. The derivative
@@ -234,7 +233,8 @@ def packed_attention(module, query, key, value, mask, scaling=None, segments=Non
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     query, key, value = (x.squeeze(0) for x in (query, key, value))
-    if value.device.type == FLASH_DEVICE and value.element_size() == 2:
+    flash = value.device.type == FLASH_DEVICE and value.element_size() == 2
+    if flash and query.shape[-1] == value.shape[-1] <= 256 and value.shape[-1] % 8 == 0:
         places, lengths = ragged(segments, value.device)
         query, key, value = (x.transpose(0, 1).to(value.dtype) for x in (query, key, value))
         key, value = (x.index_select(0, places) for x in (key, value))

@@ -19,13 +19,11 @@ class BadInput(Exception):
 def load_task(name):
     """The dictionary of prompts/NAME.toml, each call filled in once on trial. Raises BadInput.
     `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
-    variants of one text share them, and equal answers stay equal. `columns`: what the metric needs.
-    """
+    variants of one text share them, and equal answers stay equal. `columns`: what the metric needs."""
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise BadInput(
-            f"--task {name}: no {path}; known: {[p.stem for p in FOLDER.glob('*.toml')]}"
-        )
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
+        raise BadInput(f"--task {name}: no {path}; known: {known}")
     try:
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
         contrast = task.get("contrast")

@@ -331,6 +331,12 @@ def test_a_server_that_asks_for_a_pause_gets_it(run, server, workdir):
     assert 1 <= time.perf_counter() - began < 10
 
 
+def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
+    HostileServer.script = ["slow"]
+    assert ask(run, server, "--limit", "1", "--timeout", "1")[0] == 0
+    assert len(HostileServer.asked) == 4
+
+
 @pytest.mark.parametrize(
     "fault", ["empty", "content_filter", 413, "429 soon", "half", "no json", "no choices"]
 )
@@ -457,6 +463,13 @@ def test_a_folder_of_the_output_s_name_stays(run, server, workdir):
     (workdir / "runs" / "safety").mkdir(parents=True)
     status, _, err = ask(run, server, "--out", "runs/safety", "--overwrite", "--limit", "1")
     assert status == 2 and "Is a directory" in err and (workdir / "runs" / "safety").is_dir()
+
+
+def test_equal_calls_are_made_once(run, server, workdir):
+    """The framings of an argument share their neutral request, and their random numbers."""
+    argv = ["--task", "sycophancy", "--form", "fresh", "--limit", "5"]
+    assert ask(run, server, *argv)[0] == 0
+    assert len(HostileServer.asked) == len(set(HostileServer.answered)) < 15
 
 
 def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir):

@@ -188,7 +188,7 @@ def test_scores_that_say_nothing_stop_the_losses_that_listen_to_them(run, tiny, 
     rows = [pair_row(i, f"Lovely {i}.", "Bad.", delta=gap) for i in range(4)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     status, _, err = run("train", "--model", tiny, "--out", workdir / "out", "--loss", loss, *FAST)
-    assert status == 2 and "norm is nan; look at" in err
+    assert status == 2 and "gradient norm nan" in err
     argv = ["--model", tiny, "--out", workdir / "dpo", "--loss", "dpo", *FAST]
     assert run("train", *argv)[0] == 0
 
@@ -281,11 +281,11 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer):
     rows += [pair_row(10, "a", "b", split="test")]
     pairs, held_out, counts = load(rows, tokenizer, loss="rdpo")
     assert [pair.id for pair in pairs] == ["row-0", "row-9"]
-    assert [pair.id for pair in held_out] == ["row-6", "row-10"]
+    assert [pair.id for pair in held_out] == ["row-10"]
     assert counts.pop("with a prompt of 0 or of more than 511 tokens") == 1
     assert counts == {
         "failed": 1, "without scores": 3, "cut off by the teacher": 1, "identical": 1,
-        "with an empty answer": 1,
+        "of the split validation": 1, "with an empty answer": 1,
     }  # fmt: skip
     for options, names in (
         ({"loss": "rdpo", "accept": True}, {"row-0"}),
@@ -616,7 +616,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_pairs(
     poisoned = lambda parameters, *args: torch.tensor(float("nan"))  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     status, _, err = run("train", "--model", tiny, "--out", workdir / "out", *FAST)
-    assert status == 2 and "norm is nan" in err and err.count("row-") == 4
+    assert status == 2 and "norm nan" in err and err.count("row-") == 4
     assert not train_steps(read_rows(workdir / "out" / "log.jsonl"))
 
 
