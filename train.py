@@ -2,6 +2,7 @@
 
     python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
     torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-5
+    python train.py --task sycophancy --loss dpo --sft-weight 1   # the same, but scores are ignored
     python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
     python train.py --model runs/sycophancy/sft-accept --lr 5e-6                  # and rDPO from there
 
@@ -437,6 +438,7 @@ def main():
         raise BadInput(f"{source}: no pair to train on; left out: {left_out}; see --loss")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
+
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = args.epochs * per_epoch
     steps = steps if args.max_steps is None else min(steps, args.max_steps)
