@@ -265,7 +265,7 @@ class Student(torch.nn.Module):
         self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
         with torch.autocast(model.device.type, **self.autocast):
             self.packs = check_model(model)
-        self.weights = digest_of([torch.hash_tensor(x).item() for x in model.parameters()])
+        self.weights = digest_of([torch.hash_tensor(x.cpu()).item() for x in model.parameters()])
 
     def forward(self, pairs):
         sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
