@@ -291,11 +291,11 @@ def main():
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
-    made = next((row["reward"] for row in rows if row.get("reward")), {})  # that of the pairs
-    args.reward = args.reward or made.get("kind", "contrast")
-    made = made if args.reward == made.get("kind") else {}
-    args.reward_model = args.reward_model or made.get("model", "smollm2")
-    args.label = args.label or made.get("label")
+    used = next((row["reward"] for row in rows if row.get("reward")), {})  # reward of the pairs
+    args.reward = args.reward or used.get("kind", "contrast")
+    used = used if args.reward == used.get("kind") else {}
+    args.reward_model = args.reward_model or used.get("model", "smollm2")
+    args.label = args.label or used.get("label")
     teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
     args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
     out = folder / "eval.jsonl"
@@ -306,9 +306,9 @@ def main():
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
     for job in jobs:  # a student that was trained anew answers anew
-        if output.rows.get(job["id"], job).get("made") != job["made"]:
+        if job["id"] in output.rows and output.rows[job["id"]].get("made") != job["made"]:
             del output.rows[job["id"]]
-    others = output.rows.keys() - {job["id"] for job in jobs}
+    others = output.rows.keys() - {job["id"] for job in jobs}  # of models not named now: they stay
     output.resume("settings", settings, jobs + [output.rows[key] for key in others])
     print(f"{args.reward} of {args.reward_model}, {len(jobs)} answers, {len(output.done)} done")
     for model, name in zip(args.models, names, strict=True):

@@ -42,7 +42,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- the method: answer, criticise, revise -------------------------------------------------------
 
-CALLS = {"answer": "answer", "critique": "critique", "revision": "revise"}  # text: key of the form
+CALLS = {"answer": "answer", "critique": "critique", "revision": "revise"}  # text: key in TASK.toml
 
 
 def refine(rows, form, ask, seed_by="id"):
@@ -56,14 +56,14 @@ def refine(rows, form, ask, seed_by="id"):
     pairs = [{**row, "teacher": {fact: {} for fact in facts}} for row in rows]
     texts = [{} for _ in rows]  # answer, critique and revision of each, as far as they are made
     for name, call in CALLS.items():
-        live = [both for both in zip(pairs, texts, strict=True) if "error" not in both[0]]
+        live = [(p, t) for p, t in zip(pairs, texts, strict=True) if "error" not in p]
         conversations = [fill(form[call], pair, **text) for pair, text in live]
         replies = ask(conversations, [(pair[seed_by], call) for pair, _ in live])
         for (pair, text), reply in zip(live, replies, strict=True):
             text[name] = reply.text
             for fact in facts:
                 pair["teacher"][fact][name] = getattr(reply, fact)
-            if reply.finish not in ("stop", "length") or not (reply.text or name == "critique"):
+            if reply.finish not in ("stop", "length") or (not reply.text and name != "critique"):
                 pair["error"] = f"{name}: no answer, finish reason {reply.finish}"
     for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
@@ -139,13 +139,13 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
 def pick_tokens(logits, uniform, temperature, top_p):
     """The next token of each row, (B,), from logits (B, V) and numbers (B, 1) in [0, 1).
 
-    temperature 0 is greedy. Else a token is where the cumulative sum of the likeliest tokens' probs
-    (up to the mass top_p, and 256, since sorting all V costs much) passes the uniform number.
+    temperature 0 is greedy. Else the 256 likeliest tokens (sorting all V costs much) are cut at the
+    mass top_p, and the first whose cumulative share exceeds the uniform number is taken.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
-    probs *= probs.cumsum(-1) - probs <= top_p  # the mass before the likeliest token is 0
+    probs *= (probs.cumsum(-1) - probs) <= top_p  # the mass before a token; 0 for the likeliest
     cumulative = probs.cumsum(-1)
     place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return tokens.gather(-1, place).squeeze(-1)
@@ -350,14 +350,14 @@ class Rows:
         self.file.flush()
 
     def resume(self, made_by, settings, source):
-        """Takes the rows without `error` as done. Raises BadInput where one was made with other
-        settings, which it holds in the field made_by, or from no row of the source as it is now."""
+        """Marks the rows without `error` as done. Raises BadInput if one was made with other
+        settings (it keeps them in the field made_by), or if its source row changed or is gone."""
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in self.done.items():
-            made, origin = row.get(made_by, {}), origins.get(key, {"id": None})
+            made, origin = row.get(made_by, {}), origins.get(key, {"id": None})  # None: it is gone
             changed = [name for name in settings if made.get(name) != settings[name]]
             changed += [name for name in origin if row.get(name) != origin[name]]
             if changed:

@@ -58,14 +58,14 @@ def preference_loss(kind, policy_logps, reference_logps, delta, tokens, **settin
 
     policy_logps, reference_logps: (B, 2) fp32, log-probs of chosen and rejected, sums in nats over
     tokens (for sft (B, 1), chosen alone). delta (B,): score_chosen - score_rejected. tokens (B, 2).
-    settings: beta; tau, in units of delta; epsilon, the assumed share of flipped labels;
-    mean_weight, the mean of max(0, 2p - 1) over the training pairs; sft_weight.
+    p = sigmoid(delta / tau) is the probability that chosen is better. settings: beta; tau, in units
+    of delta; epsilon, the assumed share of flipped labels; mean_weight, the mean of max(0, 2p - 1)
+    over the training pairs; sft_weight.
 
-    p = sigmoid(delta / tau) is the probability that chosen is the better answer. Where the revision
-    failed (delta < 0) rdpo-margin nearly ignores the pair (its gradient at z = 0 has the weight p),
-    rdpo pulls z down to delta / tau, rdpo-weight drops the pair. All but sft add sft_weight times
-    the SFT loss of the better answer, as arXiv 2404.19733 does for dpo: else the log-probs of both
-    fall, and with them that of the end of the turn.
+    Where the revision failed (delta < 0) rdpo-margin nearly ignores the pair (at z = 0 its gradient
+    has the weight p), rdpo pulls z down to delta / tau, rdpo-weight gives the pair no weight. All
+    but sft add sft_weight times the SFT loss of the better answer, as arXiv 2404.19733 does for
+    dpo: without it both log-probs fall, and that of the end of the turn falls with them.
     """
     if kind == "sft":
         return -policy_logps[:, 0] / tokens[:, 0], torch.zeros_like(delta)
@@ -100,21 +100,21 @@ def loss_settings(args, pairs):
     """What preference_loss takes beside log-probs and scores, from the training pairs. --tau is in
     units of the root mean square of the reward gaps, so that any reward scale works."""
     delta = torch.tensor([pair.delta for pair in pairs], dtype=torch.float64)  # NaN without scores
-    tau = args.tau * delta.square().nanmean().sqrt().nan_to_num().item()  # 0 where all are ties
+    tau = args.tau * delta.square().nanmean().sqrt().nan_to_num().item()  # 0: no scores, or all tie
     mean_weight = (2 * torch.sigmoid(delta / tau) - 1).clamp(min=0).nanmean().nan_to_num().item()
     settings = {"beta": args.beta, "tau": tau, "epsilon": args.epsilon, "mean_weight": mean_weight}
     return settings | {"sft_weight": args.sft_weight}
 
 
 def training_step(student, optimizer, batch, reference_logps, args, settings):
-    """One optimizer step on B pairs: (log-probs before it, (B, 2), norm of the gradient). The cut
-    into micro-batches and processes changes nothing: it is a sum over pairs, divided by B."""
+    """One optimizer step on B pairs: (log-probs before it, (B, 2), norm of the gradient). The loss
+    is a sum over pairs, divided by B; how pairs are cut into micro-batches does not change it."""
     policy_logps = torch.zeros_like(reference_logps)
     for indices, weight in micro_batches_of(batch, student, args):
         pairs, reference = [batch[i] for i in indices], reference_logps[indices]
         logps = student(pairs)  # (b, 2), of chosen and rejected; in eval mode, without dropout
-        scores = tensors_of(pairs, logps.device)
-        losses, _ = preference_loss(args.loss, logps, reference, *scores, **settings)
+        delta, tokens = tensors_of(pairs, logps.device)
+        losses, _ = preference_loss(args.loss, logps, reference, delta, tokens, **settings)
         # times WORLD, because FSDP takes the mean over the processes where the sum is meant
         (losses.sum() * weight * WORLD / len(batch)).backward()
         policy_logps[indices] += weight * logps.detach()
@@ -160,9 +160,9 @@ def pair_logps(student, pairs, args):
 
 def micro_batches_of(pairs, student, args):
     """[(indices into pairs, weight)] for this process. FSDP gathers a layer on all processes at
-    once, so they need equally many forward passes: one with fewer repeats pair 0 with weight 0."""
+    once, so all make equally many passes: a process with fewer repeats pair 0 with weight 0."""
     costs = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
-    shares, budget = [], args.pack_tokens if student.packs else 0
+    shares, budget = [], (args.pack_tokens if student.packs else 0)  # 0: one pair a micro-batch
     for rank in range(WORLD):  # which takes every WORLD-th pair
         mine = micro_batches(costs[rank::WORLD], budget)
         shares.append([[rank + WORLD * k for k in batch] for batch in mine])
@@ -294,7 +294,7 @@ def load_student(args, device, dtype):
 
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
 
-# what the result of a run hangs on: where one of them differs, it is another run
+# a run directory is continued only where all of these are as they were; else open_run refuses it
 SAME = "data weights loss beta tau epsilon lr warmup clip sft_weight steps batch_size dtype seed"
 
 
@@ -303,7 +303,7 @@ def open_run(out, record, overwrite):
     path = out / "run.json"
     if out.exists() and not path.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
-    if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # else .bak stays
+    if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # else keep the old .bak
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
     out.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def open_run(out, record, overwrite):
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
     if not (checkpoints(out) or before.get("finished")):
-        write(path, json.dumps(record, indent=1).encode())  # of who made the first step that counts
+        write(path, json.dumps(record, indent=1).encode())  # no step is saved: the run starts anew
 
 
 def state_of(model, optimizer):

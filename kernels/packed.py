@@ -36,7 +36,7 @@ class Packed(NamedTuple):
     rows: torch.Tensor  # (N,) place of the hidden state that predicts each label
     labels: torch.Tensor  # (N,) the completion tokens
     cu_seqlens: torch.Tensor  # (S + 1,) completion s is labels[cu_seqlens[s] : cu_seqlens[s + 1]]
-    segments: tuple  # of (first, end of the prompt; first, end): tokens of one attend to both
+    segments: tuple  # of (a, b, first, end): tokens first:end see a:b and earlier own tokens
 
 
 def collate(sequences, device="cpu"):
@@ -118,8 +118,8 @@ def all_logps(model, sequences, budget=PACK_TOKENS):
 
 @torch.no_grad()
 def check_model(model):
-    """Whether packed sequences have a model's own log-probs; then packed_attention is its attention.
-    Raises UnsupportedModel where single sequences differ too, by an output layer of another form."""
+    """Switches a model to packed_attention if that keeps its log-probs; returns whether it did.
+    Raises UnsupportedModel if even single sequences differ: an unknown form of output layer."""
     sequences = [([3, 4, 5], [6, 7, 8, 9]), ([3, 4, 5], [10, 11]), ([12, 13], [14, 15, 16])]
     known = []
     for prompt, completion in sequences:
@@ -135,7 +135,7 @@ def check_model(model):
         apart = torch.allclose(logps[1:], completion_logps(model, changed)[1:], 1e-4)
         return apart and torch.allclose(logps.double(), known, rtol, 1e-2)
 
-    if not exact():
+    if not exact():  # with the usual attention, where sequences run one by one
         raise UnsupportedModel(f"{model.name_or_path}: log-probs are not those of its logits")
     config, usual = model.config.get_text_config(), model.config._attn_implementation
     layers = set(getattr(config, "layer_types", None) or [])
@@ -218,10 +218,10 @@ def ragged(segments, device):
     other, and where the queries and the keys of each end."""
     places = torch.arange(segments[-1][-1])
     keys = [torch.cat([places[a:b], places[first:end]]) for a, b, first, end in segments]
-    sizes, lengths = {"q": [d - c for *_, c, d in segments], "k": [len(part) for part in keys]}, {}
-    for name, parts in sizes.items():
-        ends = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int32)
-        lengths |= {f"cu_seq_{name}": ends.to(device), f"max_{name}": max(parts)}
+    lengths, queries = {}, [end - first for _, _, first, end in segments]
+    for name, sizes in (("q", queries), ("k", [len(part) for part in keys])):
+        ends = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        lengths |= {f"cu_seq_{name}": ends.to(device), f"max_{name}": max(sizes)}
     return torch.cat(keys).to(device), lengths
 
 

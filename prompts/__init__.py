@@ -19,7 +19,7 @@ class BadInput(Exception):
 def load_task(name):
     """The dictionary of prompts/NAME.toml, each call filled in once on trial. Raises BadInput.
     `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
-    variants of one text share them, and equal answers stay equal. `columns`: what the metric needs."""
+    variants of one text share them. `columns`: what rows must have for the metric."""
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
@@ -37,7 +37,7 @@ def load_task(name):
         if unknown := task.keys() - KEYS:
             raise ValueError(f"'{min(unknown)}' is not among {', '.join(sorted(KEYS))}")
         metric, task["columns"] = task["metric"], []
-        task["about"], metric["better"], metric["meaning"]
+        task["about"], metric["better"], metric["meaning"]  # a KeyError if one is missing
         if metric["kind"] == "match" and metric["want"] in ("any", "none"):
             re.compile("|".join(metric.get("patterns", [])))
             task["columns"] += [] if "patterns" in metric else [metric["field"]]
@@ -96,8 +96,8 @@ def read_rows(path, *fields):
 
 def read_prompts(path, task, *needed):
     """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
-    A row without `group` is one with those of the same prompt. Rows without `split` are divided by
-    a hash of their group, four to one. Raises BadInput, also for a row without a needed column."""
+    Rows without `group` are grouped by prompt. Rows without `split` are divided by a hash of their
+    group, four to one. Raises BadInput, also for a row without a needed column."""
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
