@@ -47,7 +47,7 @@ def measure(metric, row, answer, lexicon=SentimentIntensityAnalyzer()):  # noqa:
         return compound if metric["kind"] == "spread" else float(compound >= 0.05)
     patterns = metric.get("patterns") or row[metric["field"]]  # a list or a single text
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    if "patterns" not in metric:  # but the row's own markers, which are no regular expressions
+    if not metric.get("patterns"):  # but the row's own markers, which are no regular expressions
         patterns = map(re.escape, patterns)
     text = answer.replace("\u2019", "'")
     edge = r"(?!(?<=\w)(?=\w))"  # anywhere but inside a word

@@ -231,6 +231,10 @@ def pick_device(device="auto", dtype="auto"):
     if dtype == "auto":
         fast = multiplies_bf16() if device == "cpu" else torch.cuda.is_bf16_supported(False)
         dtype = "bfloat16" if fast else "float32"  # False: where it is not emulated
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
     return torch.device(device), getattr(torch, dtype)
 
 

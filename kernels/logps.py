@@ -321,10 +321,8 @@ def linear_logps(
     retain_bytes: for what is kept until backward. None: RETAIN_BYTES, no share of what is free, so
         that a gradient's bits depend on no other process.
     Returns fp32 (fp64 for fp64 operands): (N,), one number a token, or with cu_seqlens (S,) sums.
-
     Gradients have the types of hidden, weight and bias. Products of halves come out in fp32; those
-    of fp32 follow torch.backends.cuda.matmul on CUDA. Autocast is off. Raises as gather_logps does.
-    """
+    of fp32 follow torch.backends.cuda.matmul on CUDA. Autocast is off. Raises as gather_logps does."""
     device = "cuda" if hidden.is_cuda else "cpu"
     chunk_bytes = CHUNK_BYTES[device] if chunk_bytes is None else chunk_bytes
     retain_bytes = RETAIN_BYTES[device] if retain_bytes is None else retain_bytes
@@ -467,6 +465,8 @@ def _check(x, labels, V, ignore_index):
     """Labels as int64, the ignored ones -1 - V: before column 0 of every chunk."""
     if labels.shape != x.shape[:-1] or labels.is_floating_point():
         raise ValueError(f"labels must be {list(x.shape[:-1])} integers, not {list(labels.shape)}")
+    if x.dtype == torch.float64 and _on_triton(x):
+        raise ValueError("the kernels take bf16, fp16 and fp32, not fp64")
     ignored = labels == ignore_index
     valid = ignored | ((labels >= 0) & (labels < V))
     _require(valid.all(), f"a label is neither in [0, {V}) nor {ignore_index}")

@@ -40,7 +40,7 @@ def load_task(name):
         task["about"], metric["better"], metric["meaning"]  # a KeyError if one is missing
         if metric["kind"] == "match" and metric["want"] in ("any", "none"):
             re.compile("|".join(metric.get("patterns", [])))
-            task["columns"] += [] if "patterns" in metric else [metric["field"]]
+            task["columns"] += [] if metric.get("patterns") else [metric["field"]]
         elif metric["kind"] not in ("positive", "spread"):
             raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
     except (LookupError, ValueError, TypeError, re.error) as error:  # also: no TOML, no UTF-8

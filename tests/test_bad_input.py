@@ -46,6 +46,7 @@ CASES = [
     case("another task", "score", [*IN, "--task", "safety"], "pass --task sentiment", GOOD),
     case("another task for eval", "eval", [*IN, "--task", "safety"], "pass --task sentiment", TEST),
     case("no test rows", "eval", IN, "nothing is held out", GOOD),
+    case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
     case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),
     case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: cannot be loaded"),
     case("no such hub id", "generate", ["--model", "nobody/nothing"],

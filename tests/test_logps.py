@@ -958,6 +958,12 @@ def test_triton_real_hidden_states_keep_the_same_bounds():
     check_smollm2(DEVICE, length=128 if DEVICE == "cuda" else 4)
 
 
+def test_fp64_is_refused_by_the_kernels_which_would_round_it(monkeypatch):
+    monkeypatch.setattr(L, "_on_triton", lambda x: True)
+    with pytest.raises(ValueError, match="not fp64"):
+        L.gather_logps(torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1]))
+
+
 def test_the_repo_root_does_not_break_transformers_by_the_name_kernels():
     code = (
         "import kernels, torch; from transformers import LlamaConfig, LlamaForCausalLM\n"

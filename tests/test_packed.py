@@ -267,7 +267,7 @@ def test_what_flash_attention_is_told_is_the_mask(monkeypatch):
     monkeypatch.setattr(packed, "GQA", {"enable_gqa": True})
     random, segments = torch.Generator().manual_seed(0), collate(SEQUENCES).segments
     shapes = [(1, n, segments[-1][-1], 8) for n in (4, 2, 2)]
-    operands = [torch.randn(shape, generator=random).bfloat16() for shape in shapes]
+    operands = [torch.randn(shape, generator=random).half() for shape in shapes]
     operands = [operand.requires_grad_() for operand in operands]
     found = []
     for device in ("cpu", "cuda"):
@@ -275,7 +275,7 @@ def test_what_flash_attention_is_told_is_the_mask(monkeypatch):
         output, _ = packed.packed_attention(None, *operands, None, 0.2, segments)
         found.append((output, *torch.autograd.grad(output.square().sum(), operands)))
     for one, other in zip(*found, strict=True):
-        assert (one - other).norm() <= 2e-2 * other.norm()
+        assert (one - other).norm() <= 2e-3 * other.norm()
 
 
 def test_flash_attention_is_told_each_segments_keys_its_prompts_and_its_own():

@@ -126,6 +126,7 @@ SLIPS = [
     ("revise = [", "revice = [", "lacks the key or placeholder 'revise'"),
     ("principle = [", "principal = [", "lacks the key or placeholder 'principle'"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
+    ("patterns = [", "patterns = []\nothers = [", "lacks the key or placeholder 'field'"),
     ('want = "any"', 'want = "all"', "want: any or none"),
     ('about = "', 'abuot = "', "'abuot' is not among about, "),
     ("[metric]", "[metrics]", "'metrics' is not among about, "),
