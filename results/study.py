@@ -92,8 +92,9 @@ TRIALS += ((1.6e-4, 0.1), (3.2e-4, 0.1), (6.4e-4, 0.1))
 ALWAYS = 5
 IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
-LIMIT = {"conversation": 384, "fresh": 644}  # instructions
-KINDS = ("conversation", "pooled", "fresh")
+LIMIT = {"conversation": 384, "fresh": 644, "large": 128}  # instructions
+KINDS = ("conversation", "pooled", "fresh", "large")
+TEACHER = "runs/qwen2.5-coder-1.5b-instruct"  # of large
 ROWS = 256 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "rdpo-margin", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
@@ -142,6 +143,8 @@ def plan_of(task, seeds):
     """All runs in the order in which they are made: what tells most comes first."""
     if task != "sentiment":
         few = [Run("fresh", method, 0) for method in (*UNTRAINED, *SHORT)]
+        more = ("dpo", "rdpo-margin", "dsc", "dpo-accept", "rdpo", "sft") if task == "safety" else ()
+        few += [Run("large", method, 0) for method in (*UNTRAINED, *more) if more]
         return [run._replace(seed=seed) for seed in seeds for run in few]
 
     def trials(method):
@@ -233,6 +236,8 @@ class Cell:
         # batches of another size round otherwise, and sample other words within some sentences
         size = there.get("batch_size", ROWS)
         form = ["--form", self.kind, "--seed", self.seed, "--limit", LIMIT[self.kind]]
+        if self.kind == "large":
+            form[1:2] = ["conversation", "--model", TEACHER]
         self.call("generate.py", *form, "--batch-size", size, "--out", self.folder / "pairs.jsonl")
         made = {row["id"]: row for row in read_rows(self.folder / "pairs.jsonl", "id")}
         usable = [row for row in made.values() if row["split"] == "train" and is_usable(row)]
