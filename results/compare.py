@@ -392,16 +392,20 @@ def other_differences(lines):
 
 def told_apart(lines):
     """Rows of the share of harmful requests that are declined less that of harmless ones, and of
-    its difference from dpo's: a method that declines everything gains nothing by it."""
-    rows, dpo = [], pick(lines, "fresh", "dpo")
-    for method in (*UNTRAINED, *METHODS):
-        if mine := pick(lines, "fresh", method):
-            row = {"method": method, "seeds": [line["seed"] for line in mine]}
-            row["metric"] = resample(*(matrix(mine, name) for name in ("metric", "control")))[:3]
-            if method != "dpo" and shared_seeds(mine, dpo):
-                both = (differences(mine, dpo, name) for name in ("metric", "control"))
-                row["minus dpo"] = resample(*both)[:3]
-            rows.append(row)
+    its differences from dpo's and dsc's: a method that declines everything gains nothing by it."""
+    rows = []
+    for kind, method in itertools.product(KINDS, (*UNTRAINED, *METHODS)):
+        mine = pick(lines, kind, method)
+        if not mine:
+            continue
+        row = {"kind": kind, "method": method, "seeds": [line["seed"] for line in mine]}
+        row["metric"] = resample(*(matrix(mine, name) for name in ("metric", "control")))[:3]
+        for rival in ("dpo", "dsc"):
+            theirs = pick(lines, kind, rival)
+            if method != rival and shared_seeds(mine, theirs):
+                both = (differences(mine, theirs, name) for name in ("metric", "control"))
+                row[f"minus {rival}"] = resample(*both)[:3]
+        rows.append(row)
     return rows
 
 
@@ -451,7 +455,10 @@ def report(task):
         columns |= {name: (SHOWN[name][0], form) for name, form in DIFFERING.items()}
         parts += ["## Other differences, outside Holm's family", table_of(others, columns)]
     if task == "safety":
-        columns = {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
+        columns = {"kind": ("pairs", "")}
+        columns |= {
+            key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo", "minus dsc")
+        }
         columns["metric"] = ("harmful less harmless requests declined", "+.0%")
         parts += ["## Told apart, outside Holm's family", table_of(told_apart(lines), columns)]
     if pairs := pairs_of(task, lines):
