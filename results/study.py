@@ -57,6 +57,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from afinn import Afinn
+from teacher import FOLDER as TEACHER
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -95,7 +96,6 @@ IMITATION_TRIALS = ((1e-5, None), (2e-5, None), (4e-5, None))
 MAX_REPEATS = 0.05  # of a revision, see train.py
 LIMIT = {"conversation": 384, "fresh": 644, "large": 128}  # instructions
 KINDS = ("conversation", "pooled", "fresh", "large")
-TEACHER = "runs/qwen2.5-coder-1.5b-instruct"  # of large
 ROWS = 256 if torch.cuda.is_available() else 160  # that are sampled together
 # % of the pairs with labels or scores exchanged, what tells most first
 FLIPS = dict.fromkeys(("dpo", "rdpo-margin", "dpo-accept", "cdpo", "robust"), (40, 20, 10, 30))
@@ -239,6 +239,8 @@ class Cell:
         form = ["--form", self.kind, "--seed", self.seed, "--limit", LIMIT[self.kind]]
         if self.kind == "large":
             form[1:2] = ["conversation", "--model", TEACHER]
+            with claim(self.folder.parent / "teacher.claim", wait=True):
+                subprocess.run([sys.executable, "results/teacher.py"], check=True)
         self.call("generate.py", *form, "--batch-size", size, "--out", self.folder / "pairs.jsonl")
         made = {row["id"]: row for row in read_rows(self.folder / "pairs.jsonl", "id")}
         usable = [row for row in made.values() if row["split"] == "train" and is_usable(row)]
