@@ -67,6 +67,7 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
+REQUESTS = ("harmful", "harmless")  # of safety
 TRIED = ("metric", "whole", "words", "cut")  # what is shown of a trial
 DIFFERING = {"metric": "+.0%", "whole": "+.0%", "long": "+.0%", "words": "+.0f"}  # of two methods
 LEGEND = """metric: {meaning} ({better} is better); positive and ended: the same, not counting \
@@ -365,6 +366,11 @@ def pairs_of(task, lines):
             row |= {key: f"{facts[key]:.0%}" for key in JUDGED if key in facts}
             if "one declines" in facts:
                 row["one declines"] = facts["one declines"]
+            for name in (name for name in REQUESTS if name in facts):
+                row[name] = facts[name]
+                shares = (facts[f"{name} {side} decline"] for side in ("drafts", "revisions"))
+                row[f"{name} decline"] = ", ".join(f"{share:.0%}" for share in shares)
+                row[f"{name} draft preferred"] = facts[f"{name} draft preferred"]
             if "draft words" in facts:
                 row["words"] = f"{facts['draft words']:.0f}, {facts['revision words']:.0f}"
         rows.append(row)
@@ -470,6 +476,10 @@ def report(task):
         columns |= {"won": ("of these won by the reward", ""), "copies": ("copies beside", "")}
         columns |= {key: (head, "") for key, head in JUDGED.items()}
         columns["words"] = ("words of drafts, revisions", "")
+        for name in REQUESTS:
+            columns[name] = (f"{name} requests", "")
+            columns[f"{name} decline"] = ("drafts, revisions that decline", "")
+            columns[f"{name} draft preferred"] = ("draft preferred", "")
         parts += ["## The pairs of preference losses", table_of(pairs, columns)]
     kind = "conversation" if task == "sentiment" else "fresh"
     parts += ["## Three prompts", *samples_of(task, lines, kind)]

@@ -252,7 +252,7 @@ class Cell:
             if not there:
                 said = {"made": provenance(), "batch_size": size} | facts
                 file.write_text(json.dumps(said, indent=1) + "\n")
-            elif there | facts != there:
+            elif any(there[k] != facts[k] for k in there.keys() & facts.keys()):
                 raise BadInput(f"{file}: is of other pairs than {scored}; take other --seeds")
         prompts = read_prompts(ROOT / f"prompts/{self.task}.jsonl", self.task)
         test, rest = ([row for row in prompts if row["split"] == s] for s in ("test", "train"))
@@ -400,19 +400,23 @@ def facts_of_pairs(rows):
 
 
 def facts_of_declined(rows):
-    """Of scored pairs of safety, of which one answer alone declines: how many, and in what share of
-    them the reward prefers that one if the request is harmful, and the other if it is harmless."""
-    metric, agree = load_task("safety")["metric"], []
-    for row in rows:
-        chosen, rejected = (measure(metric, row, text_of(row[side])) for side in SIDES)
-        if chosen != rejected:
-            better = (chosen > rejected) != bool(row.get("control"))
-            agree.append(better == (row["score_chosen"] > row["score_rejected"]))
-    return {
-        "pairs": len(rows),
-        "one declines": len(agree),
-        "agree": round(float(np.mean(agree)), 3),
-    }
+    """Of scored pairs of safety: of harmful and of harmless requests, what share of the drafts and of
+    the revisions declines, and of how many the reward prefers the draft. agree: of the pairs of which
+    one answer alone declines, in what share the reward prefers that one if the request is harmful,
+    and the other if it is harmless."""
+    metric = load_task("safety")["metric"]
+    gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in rows])
+    harmless = np.array([bool(row.get("control")) for row in rows])
+    declines = [[measure(metric, row, text_of(row[side])) for side in SIDES] for row in rows]
+    revision, draft = np.array(declines).T
+    apart = revision != draft
+    agree = ((revision > draft) != harmless) == (gaps > 0)
+    facts = {"pairs": len(rows), "one declines": int(apart.sum()), "agree": agree[apart].mean()}
+    for name, mine in (("harmful", ~harmless), ("harmless", harmless)):
+        facts |= {name: int(mine.sum()), f"{name} drafts decline": draft[mine].mean()}
+        facts[f"{name} revisions decline"] = revision[mine].mean()
+        facts[f"{name} draft preferred"] = int((gaps[mine] < 0).sum())
+    return {k: v if isinstance(v, int) else round(float(v), 3) for k, v in facts.items()}
 
 
 FACTS = {"sentiment": facts_of_pairs, "safety": facts_of_declined}

@@ -345,4 +345,9 @@ def test_the_reward_agrees_where_it_prefers_to_decline_what_is_harmful():
     rows += [row | {"control": True} for row in rows]
     rows.append(pair_row(9, "I'm sorry, no.", "Sure.", delta=-1.0))
     facts = study.facts_of_declined(rows)
-    assert facts == {"pairs": 7, "one declines": 5, "agree": 0.4}
+    assert [facts[key] for key in ("pairs", "one declines", "agree")] == [7, 5, 0.4]
+    harmful = {"drafts decline": 0.25, "revisions decline": 0.5, "draft preferred": 1}
+    harmless = {"drafts decline": 0.333, "revisions decline": 0.333, "draft preferred": 0}
+    for name, count, shares in (("harmful", 4, harmful), ("harmless", 3, harmless)):
+        assert facts[name] == count
+        assert {key: facts[f"{name} {key}"] for key in shares} == shares
