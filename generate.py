@@ -165,13 +165,18 @@ def encode(tokenizer, prompt, completion=None):
     elif not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: has no chat template; take an instruct version")
     else:  # the template writes BOS where the model wants one, and nothing adds a second
-        template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+        # no thoughts before the answer; a fixed day, as a run that goes on tomorrow must not change
+        options = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+        template = functools.partial(tokenizer.apply_chat_template, **options)
         prompt_ids = whole = template(prompt, add_generation_prompt=True)
         if completion is not None:
-            whole = template([*prompt, {"role": "assistant", "content": completion}])
+            answer = {"role": "assistant", "content": completion.strip()}
+            whole = template([*prompt, answer])
             # templates put a line break behind the end-of-turn token; a sampled answer has none
             while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
                 whole.pop()
+            if tokenizer.decode(whole[-1:], skip_special_tokens=True):  # a template without such
+                whole.append(tokenizer.eos_token_id)
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
     return prompt_ids, whole[len(prompt_ids) :]
@@ -450,7 +455,7 @@ def make_parser(doc, reads=None, server=True):
     add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: a GPU where there is one)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")

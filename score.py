@@ -67,8 +67,8 @@ def classifier_reward(rows, answers, model, tokenizer, label):
     """A Score for each answer: the logit of a reward model, or the log-odds of `label` in a
     classifier of several labels.
 
-    Sequences run one by one: with padding, transformers takes the last token that is not the
-    padding token, which may be an inner one (transformers#35352).
+    Sequences run one by one, without padding. As in training by the same code, transformers takes
+    the logits at the last token that is not the padding token (transformers#35352).
     """
     labels, scores = model.config.label2id, []
     for row, answer in zip(rows, answers, strict=True):

@@ -352,8 +352,9 @@ def load_checkpoint(out, model, optimizer):
     if not checkpoints(out):
         return 0
     folder = checkpoints(out)[-1]
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(state_of(model, optimizer), storage_reader=reader, no_dist=WORLD == 1)
+    options = {"storage_reader": dcp.HuggingFaceStorageReader(str(folder)), "no_dist": WORLD == 1}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)  # weights not in use have no moments
+    dcp.load(state_of(model, optimizer), planner=planner, **options)
     if RANK == 0:
         shutil.copy(folder / "log.jsonl", out)
     return int(folder.name.partition("-")[2])
@@ -410,6 +411,8 @@ def parse_args():
     args.lr = rates.get(args.loss, 1e-5) if args.lr is None else args.lr
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
+    if min(args.batch_size, args.eval_every, args.save_every, args.clip) <= 0:
+        raise BadInput("--batch-size, --eval-every, --save-every, --clip: must be more than 0")
     return args
 
 
@@ -438,10 +441,8 @@ def main():
         raise BadInput(f"{source}: no pair to train on; left out: {left_out}; see --loss")
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
-
     per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = args.epochs * per_epoch
-    steps = steps if args.max_steps is None else min(steps, args.max_steps)
+    steps = min(args.epochs * per_epoch, args.max_steps or math.inf)
     record = {"data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"pairs": len(train), "left_out": counts, "tau_absolute": settings["tau"]}
     record |= {"dtype": str(dtype), "steps": steps, "processes": WORLD}
@@ -472,7 +473,6 @@ def main():
         batch, batch_reference = [train[i] for i in picks], reference[picks]
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
         policy, norm = training_step(student, optimizer, batch, batch_reference, args, settings)
-
         # the rest is diagnostics and saving
         seconds = time.perf_counter() - began
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in student.sides)

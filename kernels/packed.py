@@ -143,7 +143,8 @@ def check_model(model):
         logps = completion_logps(model, sequences)
         # what one completion says must not matter to the others packed with it, in 16 bits either
         changed = completion_logps(model, [([3, 4, 5], [9, 8, 7, 6]), *sequences[1:]])
-        if exact(logps) and torch.allclose(logps[1:], changed[1:], 1e-4):
+        took = model.config._attn_implementation == "packed"  # some models only warn
+        if took and exact(logps) and torch.allclose(logps[1:], changed[1:], 1e-4):
             return True
     model.set_attn_implementation(usual)
     return False

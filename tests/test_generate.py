@@ -12,7 +12,16 @@ import time
 
 import pytest
 import torch
-from conftest import LLAMA3, ROOT, HostileServer, make_model, make_tokenizer, read_rows, write_jsonl
+from conftest import (
+    CHATML,
+    LLAMA3,
+    ROOT,
+    HostileServer,
+    make_model,
+    make_tokenizer,
+    read_rows,
+    write_jsonl,
+)
 
 import generate
 from generate import BadInput, Reply, Rows, encode, refine, sample
@@ -42,6 +51,32 @@ def test_the_prompt_is_an_exact_prefix_or_the_pair_is_refused():
     trailing = make_tokenizer(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
     with pytest.raises(ValueError, match="prefix"):
         encode(trailing, USER, "Good.")
+
+
+def test_neither_thoughts_nor_todays_date_are_in_what_is_trained():
+    date = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    off = "{% if enable_thinking is defined and not enable_thinking %}[]{% endif %}"
+    template = date + CHATML.replace("assistant\n", "assistant\n" + off)  # of the prompt's end
+    answers = "{{ '[]' if m.role == 'assistant' }}{{ m.content }}"
+    tokenizer = make_tokenizer(template.replace("{{ m.content }}", answers))
+    prompt, completion = encode(tokenizer, USER, "A fine film.")
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024")
+    assert tokenizer.decode(prompt).endswith("assistant\n[]")
+    assert tokenizer.decode(completion) == "A fine film.<|im_end|>"
+
+
+def test_an_answer_ends_with_the_end_of_its_turn_where_the_template_has_none():
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""))
+    _, completion = encode(tokenizer, USER, "A fine film.")
+    assert completion[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(completion, skip_special_tokens=True) == "A fine film."
+
+
+def test_line_breaks_around_an_answer_are_not_merged_with_those_of_the_template():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    answers = ("A fine film.", "\nA fine film.\n")
+    assert encode(tokenizer, USER, answers[0]) == encode(tokenizer, USER, answers[1])
 
 
 def test_lists_of_messages_need_a_chat_template():

@@ -181,6 +181,13 @@ def test_a_model_that_hands_nothing_on_to_its_attention_runs_one_sequence_at_a_t
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_model_whose_attention_stays_its_own_is_not_taken_for_packed():
+    """It only warns; under torchrun processes would make unequal numbers of passes."""
+    model = build("Falcon")
+    assert check_model(model) is False
+    assert model.config._attn_implementation != "packed"
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_model, pair_row, read_rows, write_jsonl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import train
 from generate import load_model
@@ -607,6 +614,32 @@ def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
     trained(run, tiny, workdir / "out", "--save-every", "1")
     trained(run, tiny, workdir / "whole", "--save-every", "1")
     assert steps_of(workdir / "whole") == steps_of(workdir / "out")
+    assert_same_weights(workdir / "whole", workdir / "out", atol=0)
+
+
+def test_a_model_of_which_a_part_is_not_in_use_continues_too(
+    run, pairs_file, workdir, tokenizer, monkeypatch
+):
+    """As the tower for images of Gemma 3: it has no gradient, and AdamW no moments of it."""
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    images = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    images |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    parts = {"text_config": text | {"head_dim": 16}, "vision_config": images}
+    config = Gemma3Config(**parts, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(workdir / "gemma")
+    tokenizer.save_pretrained(workdir / "gemma")
+    argv = ["train", "--model", workdir / "gemma", *FAST, "--save-every", "1", "--out"]
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_student", full)
+        assert run(*argv, "out")[0] == 2 and train.checkpoints(workdir / "out")
+    for out in ("out", "whole"):
+        status, _, err = run(*argv, out)
+        assert status == 0, err
     assert_same_weights(workdir / "whole", workdir / "out", atol=0)
 
 
