@@ -27,7 +27,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from generate import LocalModel, Rows, encode, make_parser, provenance, run
 from kernels.packed import all_logps, check_model
 from prompts import BadInput, as_messages, load_task, read_rows
-from score import add_reward_flags, make_reward, repetition
+from score import add_reward_flags, make_reward, repetition, text_of
 
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
@@ -76,14 +76,13 @@ def add_measures(rows, prompts, metric, reward, base):
 
 def by_group(rows, field, kind="mean"):
     """{group: value}: of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest less the smallest; then the mean over samples. None values are left out, and
-    of a spread, which they would make smaller, the whole sample."""
+    spread the largest less the smallest; then the mean over samples. None values are left out."""
     samples, groups = {}, {}
     for row in rows:
         samples.setdefault((row["group"], row["sample"]), []).append(row[field])
     for (group, _), values in samples.items():
         known = [value for value in values if value is not None]
-        if known and (kind != "spread" or known == values):
+        if known:
             value = max(known) - min(known) if kind == "spread" else np.mean(known)
             groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
@@ -100,11 +99,6 @@ def bootstrap(values, seed=0, draws=10_000):
     return float(values.mean()), float(low), float(high)
 
 
-def difference(values, first):
-    """bootstrap() of the paired difference of two {group: value}, over the groups of both."""
-    return bootstrap(values[group] - first[group] for group in values if group in first)
-
-
 def summarise(names, rows, kind):
     """A dictionary a model: bootstrap() of every measure and of its difference from the first."""
     table, first = [], {}
@@ -116,13 +110,13 @@ def summarise(names, rows, kind):
         measures["control"] = by_group(harmless, "metric", kind)
         first = first or measures
         if kind != "spread":  # which needs all variants of a text
-            usual = first["words"]
-            long = [r for r in asked if r["words"] >= usual.get(r["group"], 0) / 2]
+            long = [r for r in asked if r["words"] >= first["words"].get(r["group"], 0) / 2]
             measures["long"] = by_group(long, "metric")
         line = {"model": name, "answers": len(mine), "groups": len(measures["metric"])}
         line |= {key: bootstrap(values.values()) for key, values in measures.items()}
         for key in ("metric", "score") if table else ():
-            line[f"{key} difference"] = difference(measures[key], first[key])
+            pairs = [(v, first[key][g]) for g, v in measures[key].items() if g in first[key]]
+            line[f"{key} difference"] = bootstrap(value - other for value, other in pairs)
         table.append(line)
     return table
 
@@ -230,7 +224,7 @@ def models_in(folder, refined):
 
 
 def jobs_of(models, names, rows, refined, samples):
-    """One row of eval.jsonl for each answer that is wanted, without the answer."""
+    """One row of eval.jsonl for each answer that is wanted; the teacher's have their answer."""
     jobs = []
     for model, name in zip(models, names, strict=True):
         files = sorted(Path(model).glob("*.safetensors"))
@@ -239,24 +233,20 @@ def jobs_of(models, names, rows, refined, samples):
             for row in refined if name == SELF_REFINE else rows:
                 job = {"id": f"{name}/{row['id']}/{k}", "model": name, "sample": k}
                 job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
-                job["made"] = row["chosen"] if name == SELF_REFINE else made
-                jobs.append(job | {"control": bool(row.get("control"))})
+                job |= {"made": made, "control": bool(row.get("control"))}
+                if name == SELF_REFINE:
+                    end = (row.get("teacher") or {}).get("finish", {}).get("revision", "stop")
+                    job |= {"made": row["chosen"], "answer": text_of(row["chosen"]), "finish": end}
+                jobs.append(job)
     return jobs
 
 
 def add_answers(jobs, prompts, chat, seed_by):
-    """Adds answers of a chat model to the jobs; without one, the teacher's revisions. prompts: {id:
-    row} of the test prompts. All models draw the same random numbers."""
-    given = [prompts[job["prompt_id"]] for job in jobs]
-    if chat is None:
-        ends = [(row.get("teacher") or {}).get("finish", {}) for row in given]
-        texts = [as_messages(row["chosen"])[-1]["content"] for row in given]
-        replies = [(t, end.get("revision", "stop")) for t, end in zip(texts, ends, strict=True)]
-    else:
-        keys = [(row[seed_by], "eval", job["sample"]) for row, job in zip(given, jobs, strict=True)]
-        replies = chat.ask([row["prompt"] for row in given], keys)
-    for job, (answer, finish, *_) in zip(jobs, replies, strict=True):
-        job |= {"answer": answer, "finish": finish}
+    """Adds a chat model's answers to the jobs; all models draw the same random numbers."""
+    keys = [(prompts[job["prompt_id"]][seed_by], "eval", job["sample"]) for job in jobs]
+    replies = chat.ask([job["prompt"] for job in jobs], keys)
+    for job, reply in zip(jobs, replies, strict=True):
+        job |= {"answer": reply.text, "finish": reply.finish}
 
 
 def main():
@@ -317,7 +307,8 @@ def main():
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
-            add_answers(batch, prompts, chat, task["seed_by"])
+            if chat:
+                add_answers(batch, prompts, chat, task["seed_by"])
             output.add(*(job | {"settings": settings} for job in batch))
     # all are measured anew, since metric, reward and first model may have changed
     answers, chat = [output.rows[job["id"]] for job in jobs], None
@@ -325,10 +316,9 @@ def main():
     check_model(base.model)
     size = len(answers) if args.api_base else args.batch_size
     for i in tqdm(range(0, len(answers), size), "measures", unit="batch"):
-        batch = answers[i : i + size]
-        add_measures(batch, prompts, task["metric"], reward, base)
-        for row in batch:
-            row["reward"] = reward_settings
+        add_measures(answers[i : i + size], prompts, task["metric"], reward, base)
+    for row in answers:
+        row["reward"] = reward_settings
     output.close(jobs)
     table = summarise(names, answers, task["metric"]["kind"])
     lines = make_table(table, task["metric"])

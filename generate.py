@@ -12,7 +12,6 @@ departure: beside the papers' single conversation a task has a second form, `fre
 does not see the draft, because a small model copies a draft that it sees.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -370,9 +370,8 @@ class Rows:
             changed = [name for name in settings if made.get(name) != settings[name]]
             changed += [name for name in origin if row.get(name) != origin[name]]
             if changed:
-                found = f"row {key} was made with another '{changed[0]}'"
-                mend = "go back to it, choose another --out, or pass --overwrite"
-                raise BadInput(f"{self.path}: {found}; {mend}")
+                what = f"row {key} was made with another '{changed[0]}'"
+                raise BadInput(f"{self.path}: {what}; choose another --out, or pass --overwrite")
 
     def batches(self, rows, size=None):
         """Lists of `size` rows, not all of them done: cut from all rows, so that a continued run
@@ -429,15 +428,14 @@ def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
     try:
         return main()
-    except (BadInput, UnsupportedModel, TemplateError, OSError) as error:
-        message = error
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # at once: threads may still wait for a server
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once a node
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    except (BadInput, UnsupportedModel, TemplateError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once a node
+            tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def make_parser(doc, reads=None, server=True):
@@ -445,8 +443,7 @@ def make_parser(doc, reads=None, server=True):
 
     reads: the default input in runs/TASK; the newest one decides the default task.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form)
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     inputs = sorted(Path("runs").glob(f"*/{reads}"), key=os.path.getmtime)
     tasks = [file.parent.name for file in inputs if (FOLDER / f"{file.parent.name}.toml").exists()]
     add = parser.add_argument
