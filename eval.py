@@ -10,7 +10,7 @@ Every model answers every test prompt --samples times. The task's own metric (a 
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
 what a gain may have cost: length, repetition, and the log-prob under the first model, low where
 text is no English any more and high where it runs in circles. Differences are from the first model,
-prompt by prompt, with a 95 % interval from a bootstrap over groups, since variants of one text are
+group by group, with a 95 % interval from a bootstrap over groups, since variants of one text are
 not independent.
 """
 
@@ -167,8 +167,8 @@ def make_report(args, task, table, lines, samples, reward):
 
 {lines}
 
-In brackets: 95 % bootstrap intervals over {count} groups, silent on other training seeds. {table[0]["answers"]} answers of each \
-model, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
+In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), silent on other training seeds. {first} has \
+{table[0]["answers"]} answers, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
 that look harmful; there lower is better. **difference**: from {first}, paired.
@@ -235,7 +235,8 @@ def jobs_of(models, names, rows, refined, samples):
                 job |= {"prompt_id": row["id"], "group": row["group"], "prompt": row["prompt"]}
                 job |= {"made": made, "control": bool(row.get("control"))}
                 if name == SELF_REFINE:
-                    end = (row.get("teacher") or {}).get("finish", {}).get("revision", "stop")
+                    teacher = row["teacher"] if isinstance(row.get("teacher"), dict) else {}
+                    end = teacher.get("finish", {}).get("revision", "stop")
                     job |= {"made": row["chosen"], "answer": text_of(row["chosen"]), "finish": end}
                 jobs.append(job)
     return jobs

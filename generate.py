@@ -130,7 +130,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         if not going:
             break
         ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-        if len(going) < 0.9 * len(live):  # finished rows leave now and then: it copies the cache
+        if len(going) < 0.9 * len(live):  # not at each row that is finished: this copies the cache
             ids, mask, live = ids[going], mask[going], [live[k] for k in going]
             cache.batch_select_indices(torch.tensor(going, device=device))
     return [replies[i] for i in range(len(prompts))]
@@ -190,7 +190,7 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, loading = auto_class.from_pretrained(folder, **options)
-        kind = str(model.config.architectures)  # where weights are tied, none are missing
+        kind = str(model.config.architectures)  # one of tied weights loads as any kind
         if auto_class is AutoModelForCausalLM and "Classification" in kind:
             raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
         if missing := sorted(loading["missing_keys"]):

@@ -205,7 +205,7 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     rows = [pair_row(i, "good", "poor", split="test") | {"teacher": teacher} for i in range(5)]
     rows[0]["teacher"] = "gpt-4"
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
-    assert run("eval", "--models", tiny, "--reward-model", tiny)[0] == 0
+    assert run("eval", "--models", tiny, "self-refine", "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
 
 
