@@ -109,6 +109,7 @@ CASES = [
     case("empty answers", "train", IN, "1 with an empty answer", pair_row(1, " ", "Bad.")),
     # flags
     case("an unknown flag", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
+    case("steps of no pairs", "train", [*IN, "--batch-size", "0"], "must be more than 0", GOOD),
     case("an unknown choice", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
 ]  # fmt: skip
 
