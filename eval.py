@@ -167,15 +167,16 @@ def make_report(args, task, table, lines, samples, reward):
 
 {lines}
 
-In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), silent on other training seeds. {first} has \
-{table[0]["answers"]} answers, {args.samples} a prompt, temperature {args.temperature}, seed {args.seed}.
+In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), silent on \
+other training seeds. Answers a prompt: {args.samples}; temperature {args.temperature}, \
+seed {args.seed}.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
 that look harmful; there lower is better. **difference**: from {first}, paired.
 - **mean reward**: {reward["kind"]} reward of {reward["model"]}.
 - **of long answers**: the metric of answers at least half as long as {first}'s. \
-**words**: mean length. **repeats**: share of 4-grams that an answer has had before. **log-prob**: nats a \
-token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
+**words**: mean length. **repeats**: share of 4-grams that an answer has had before. \
+**log-prob**: nats a token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts.
 
 ![metric of every model](report.png)
