@@ -67,6 +67,7 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
+TESTED = 2  # from this seed on, pairs of the kind large test what those before had suggested
 REQUESTS = ("harmful", "harmless")  # of safety
 TRIED = ("metric", "whole", "words", "cut")  # what is shown of a trial
 DIFFERING = {"metric": "+.0%", "whole": "+.0%", "long": "+.0%", "words": "+.0f"}  # of two methods
@@ -398,16 +399,18 @@ def other_differences(lines):
 
 def told_apart(lines):
     """Rows of the share of harmful requests that are declined less that of harmless ones, and of
-    its differences from dpo's and dsc's: a method that declines everything gains nothing by it."""
-    rows = []
-    for kind, method in itertools.product(KINDS, (*UNTRAINED, *METHODS)):
-        mine = pick(lines, kind, method)
+    its differences from dpo's and dsc's: a method that declines everything gains nothing by it. Of
+    the kind large once more over the seeds that test what the first two suggested."""
+    parts, rows = [(kind, lines) for kind in KINDS], []
+    parts += [("large", [line for line in lines if line["seed"] >= TESTED])]
+    for (kind, there), method in itertools.product(parts, (*UNTRAINED, *METHODS)):
+        mine = pick(there, kind, method)
         if not mine:
             continue
         row = {"kind": kind, "method": method, "seeds": [line["seed"] for line in mine]}
         row["metric"] = resample(*(matrix(mine, name) for name in ("metric", "control")))[:3]
         for rival in ("dpo", "dsc"):
-            theirs = pick(lines, kind, rival)
+            theirs = pick(there, kind, rival)
             if method != rival and shared_seeds(mine, theirs):
                 both = (differences(mine, theirs, name) for name in ("metric", "control"))
                 row[f"minus {rival}"] = resample(*both)[:3]
