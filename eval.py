@@ -76,13 +76,14 @@ def add_measures(rows, prompts, metric, reward, base):
 
 def by_group(rows, field, kind="mean"):
     """{group: value}: of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest less the smallest; then the mean over samples. None values are left out."""
+    spread the largest less the smallest; then the mean over samples. None values are left out, and
+    of a spread, which they would make smaller, the whole sample."""
     samples, groups = {}, {}
     for row in rows:
         samples.setdefault((row["group"], row["sample"]), []).append(row[field])
     for (group, _), values in samples.items():
         known = [value for value in values if value is not None]
-        if known:
+        if known and (kind != "spread" or known == values):
             value = max(known) - min(known) if kind == "spread" else np.mean(known)
             groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}

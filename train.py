@@ -352,9 +352,9 @@ def load_checkpoint(out, model, optimizer):
     if not checkpoints(out):
         return 0
     folder = checkpoints(out)[-1]
-    options = {"storage_reader": dcp.HuggingFaceStorageReader(str(folder)), "no_dist": WORLD == 1}
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)  # weights not in use have no moments
-    dcp.load(state_of(model, optimizer), planner=planner, **options)
+    dcp.load(state_of(model, optimizer), storage_reader=reader, planner=planner, no_dist=WORLD == 1)
     if RANK == 0:
         shutil.copy(folder / "log.jsonl", out)
     return int(folder.name.partition("-")[2])
@@ -442,7 +442,7 @@ def main():
     settings = loss_settings(args, train)
     say(f"{source}: {len(train)} training pairs, {len(held_out)} held out; left out: {left_out}")
     per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = min(args.epochs * per_epoch, args.max_steps or math.inf)
+    steps = min(args.epochs * per_epoch, math.inf if args.max_steps is None else args.max_steps)
     record = {"data": digest_of([train, held_out]), "weights": student.weights}
     record |= {"pairs": len(train), "left_out": counts, "tau_absolute": settings["tau"]}
     record |= {"dtype": str(dtype), "steps": steps, "processes": WORLD}

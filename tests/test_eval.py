@@ -64,7 +64,8 @@ def test_a_group_counts_once_and_a_spread_is_taken_within_a_sample():
     rows += [{"group": "h", "sample": 0, "metric": None}]
     assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.5)}
     assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
-    rows.append({"group": "g", "sample": 1, "metric": None})
+    rows.append({"group": "g", "sample": 1, "metric": None})  # a failure makes no spread smaller
+    assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.8)}
     assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
 
 
