@@ -257,23 +257,25 @@ def used(line):
 
 
 def dials_of(lines):
-    """The points of the plot: dictionaries of numbers. A method that a dial cannot move has the
-    values of its clean pairs."""
-    points = []
+    """The points of the plot: dictionaries of numbers, all over the same seeds: those that have every
+    point. A method that a dial cannot move has the values of its clean pairs."""
+    found, points = {}, []
     for dial, levels in (("flips", FLIPS | {"rdpo": ()}), ("swaps", SWAPS | {"dpo": ()})):
         for method, share in itertools.product(levels, (0, *sorted(levels["dpo-accept"]))):
             moved = share if levels[method] else 0
-            mine = pick(lines, "fresh", method, **{dial: moved})
-            dpo = pick(lines, "fresh", "dpo", flips=share if dial == "flips" else 0)
-            if mine:
-                point = {"dial": dial, "method": method, "share": share}
-                point |= {"by formula": moved < share, "seeds": [line["seed"] for line in mine]}
-                there = [m for m in ("metric", "words", "cut") if m in mine[0]["values"]]
-                point |= {m: resample(matrix(mine, m))[:3] for m in there}
-                if method != "dpo" and (gained := differences(mine, dpo)) is not None:
-                    point["minus dpo"] = resample(gained)[:3]
-                    point["both seeds"] = shared_seeds(mine, dpo)
-                points.append(point)
+            if mine := pick(lines, "fresh", method, **{dial: moved}):
+                found[dial, method, share] = mine, moved < share
+    seeds = [{line["seed"] for line in mine} for mine, _ in found.values()]
+    seeds = sorted(set.intersection(*seeds)) if seeds else []
+    for (dial, method, share), (mine, by_formula) in found.items() if seeds else ():
+        mine = [line for line in mine if line["seed"] in seeds]
+        point = {"dial": dial, "method": method, "share": share, "by formula": by_formula}
+        there = [m for m in ("metric", "whole", "words", "cut") if m in mine[0]["values"]]
+        point |= {"seeds": seeds} | {m: resample(matrix(mine, m))[:3] for m in there}
+        dpo, _ = found.get((dial, "dpo", share), ((), None))
+        if method != "dpo" and (gained := differences(mine, dpo)) is not None:
+            point["minus dpo"] = resample(gained)[:3]
+        points.append(point)
     return points
 
 
@@ -291,19 +293,17 @@ def draw(points, base, path):
             at = np.array([point["share"] for point in mine]) + 0.5 * (number - len(shown) // 2)
             means, low, high = 100 * np.array([point["metric"][:3] for point in mine]).T
             color, dashed = f"C{list(METHODS).index(method)}", mine[-1]["by formula"]
-            whole = np.array([point["seeds"] == mine[0]["seeds"] for point in mine])
-            axis.plot(at[whole], means[whole], "--" if dashed else "-", color=color, label=method)
-            for some, fill in ((whole, color), (~whole, "white")):
-                ends = [(means - low)[some], (high - means)[some]]
-                style = {"fmt": "o", "ms": 4, "capsize": 2, "color": color, "mfc": fill}
-                axis.errorbar(at[some], means[some], ends, **style)
+            axis.plot(at, means, "--" if dashed else "-", color=color, label=method)
+            style = {"fmt": "o", "ms": 4, "capsize": 2, "color": color}
+            axis.errorbar(at, means, [means - low, high - means], **style)
         if base is not None:
             axis.axhline(100 * base, color="C7", linewidth=0.8, linestyle=":", label="base")
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("positive answers, %")
-    note = "fresh pairs; 95 % intervals; dashed: the same at every level by the formula; hollow: of other seeds"
+    seeds = cell(points[0]["seeds"], "")
+    note = f"fresh pairs, seeds {seeds}; 95 % intervals; dashed: the same at every level by the formula"
     figure.supxlabel(note, fontsize=9)
     figure.savefig(path, dpi=110)
 
@@ -450,7 +450,7 @@ def report(task):
         columns = {"dial": ("exchanged", ""), "share": ("% of the pairs", "")}
         columns |= {key: SHOWN[key] for key in ("method", "seeds", "metric", "minus dpo")}
         parts += ["## Dials (pairs: fresh)", f"![metric under noise]({task}.png)"]
-        columns |= {"both seeds": ("on seeds", ""), "words": SHOWN["words"], "cut": SHOWN["cut"]}
+        columns |= {key: SHOWN[key] for key in ("whole", "words", "cut")}
         columns["by formula"] = ("as at 0 %, by its formula", "")
         parts += [table_of(points, columns)]
     if tried := tried_of(lines):

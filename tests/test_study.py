@@ -300,6 +300,7 @@ def test_the_report_has_a_row_a_method_with_intervals_and_its_rivals(workdir, mo
     assert rows["rdpo"]["control minus dpo"][0] == pytest.approx(-mean)
     dial = [(p["share"], p["by formula"]) for p in summary["dials"] if p["method"] == "rdpo"]
     assert dial[:2] == [(0, False), (10, True)] and (50, False) in dial
+    assert {tuple(p["seeds"]) for p in summary["dials"]} == {(0,)}  # which has all of them
     assert folder.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "| rdpo | 0-2 | 40 |" in folder.with_suffix(".md").read_text()
     (folder / "fresh-0.pairs.json").write_text("no JSON")  # other tasks have no such file
