@@ -1,6 +1,6 @@
 """make study: does listening to the reward help? The methods side by side, and under noise.
 
-    python results/study.py --task sentiment --seeds 0 1 2     # the runs that are missing
+    python results/study.py --task sentiment --seeds 20 21 22  # the runs that are missing
     python results/compare.py --task sentiment                 # tables and plot of those that are there
 
 Every run is generate.py, score.py, train.py and eval.py, called with flags that the folder's log.txt
@@ -9,6 +9,8 @@ every group of test prompts), and a run that has a line is not made again. Answe
 runs/study/TASK/KIND-SEED/; to make a run anew, delete its line, and its folders there. Start as many
 of these at once as there is room for, with OMP_NUM_THREADS=1 each: a process takes the first run
 that no other makes. Two are a third faster on two cores than one; a GPU has room for a dozen.
+Another machine than that which made a seed's pairs rounds otherwise and samples other words: it
+cannot add runs to them, and makes pairs of new seeds (0 to 13 are there).
 
 Kinds of pairs. fresh: the reviser does not see the draft, and nearly every revision wins.
 conversation: the papers' form, in which a small teacher copies its draft and many revisions fail; of
@@ -557,7 +559,7 @@ def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--task", default="sentiment")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[20, 21, 22])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs")
     args = parser.parse_args()
