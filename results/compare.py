@@ -67,7 +67,8 @@ JUDGED = {  # of a file of pairs: heading
     "revisions positive": "positive revisions",
     "preferred positive": "positive ones that the reward prefers",
 }
-TESTED = 2  # from this seed on, pairs of the kind large test what those before had suggested
+# from these seeds on, pairs test what those before had suggested
+TESTED = {"large": 2, "conversation": 11}
 REQUESTS = ("harmful", "harmless")  # of safety
 TRIED = ("metric", "whole", "words", "cut")  # what is shown of a trial
 DIFFERING = {"metric": "+.0%", "whole": "+.0%", "long": "+.0%", "words": "+.0f"}  # of two methods
@@ -379,15 +380,17 @@ def pairs_of(task, lines):
 
 
 def other_differences(lines):
-    """Rows of differences on conversation pairs that the tables do not have."""
-    found = {method: pick(lines, "conversation", method) for method in METHODS}
-    found["rdpo, AFINN as reward"] = pick(lines, "conversation", "rdpo", reward="afinn")
-    others = ("rdpo", "rdpo-weight", "dpo-accept", "dpo-alone", "rdpo-margin-alone", "dpo")
+    """Rows of differences on conversation pairs that the tables do not have, over all seeds and over
+    those that test what the first had suggested."""
+    others = "rdpo rdpo-weight dpo-accept robust dpo-alone rdpo-margin-alone dpo".split()
     pairs = [("rdpo-margin", other) for other in others]
     pairs += [("rdpo-margin-alone", "dpo-alone"), ("rdpo", "dpo-accept"), ("rdpo-weight", "dpo")]
-    pairs += [("dpo-accept", "dpo"), ("rdpo, AFINN as reward", "rdpo")]
+    pairs += [("rdpo", "dpo"), ("dpo-accept", "dpo"), ("rdpo, AFINN as reward", "rdpo")]
     rows = []
-    for one, other in pairs:
+    tested = [line for line in lines if line["seed"] >= TESTED["conversation"]]
+    for there, (one, other) in itertools.product((lines, tested), pairs):
+        found = {method: pick(there, "conversation", method) for method in METHODS}
+        found["rdpo, AFINN as reward"] = pick(there, "conversation", "rdpo", reward="afinn")
         if shared := shared_seeds(found[one], found[other]):
             row = {"method": f"{one} minus {other}", "seeds": shared}
             for name in DIFFERING:
@@ -402,7 +405,7 @@ def told_apart(lines):
     its differences from dpo's and dsc's: a method that declines everything gains nothing by it. Of
     the kind large once more over the seeds that test what the first two suggested."""
     parts, rows = [(kind, lines) for kind in KINDS], []
-    parts += [("large", [line for line in lines if line["seed"] >= TESTED])]
+    parts += [("large", [line for line in lines if line["seed"] >= TESTED["large"]])]
     for (kind, there), method in itertools.product(parts, (*UNTRAINED, *METHODS)):
         mine = pick(there, kind, method)
         if not mine:
