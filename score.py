@@ -9,7 +9,6 @@ runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen
 """
 
 import functools
-import itertools
 import math
 import re
 from pathlib import Path
@@ -20,72 +19,73 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from generate import Rows, digest_of, encode, load_model, make_parser, open_chat, pick_device, run
-from kernels.packed import all_logps, check_model
-from prompts import BadInput, as_messages, fill, load_task, read_rows
-
-SIDES = ("chosen", "rejected")
+from kernels.packed import all_logps, use_packed_attention
+from prompts import as_messages, fill, load_task
+from prompts.chat import encode, load_model, open_chat, pick_device
+from prompts.rows import (
+    SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task, read_rows, run, text_of,
+)  # fmt: skip
 
 
 class Score(NamedTuple):
-    """A score; None where none could be had. said: a judge's words, or why it said nothing."""
+    """A score, None where none could be had; and a judge's words, or why it said nothing."""
 
     value: float | None
-    said: str = ""
-
-    @property
-    def finite(self):
-        """The value; what is not finite is no score."""
-        return self.value if self.value is not None and math.isfinite(self.value) else None
+    comment: str = ""
 
 
 # ---- the three rewards ---------------------------------------------------------------------------
-
-
 def contrast_reward(rows, answers, model, tokenizer, table):
-    """A Score for each answer, in nats a token:
+    """A Score for each answer, in nats per token:
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
-    table: [contrast] of the task file: two lists of messages, behind which the answer stands. Rows
-    with `control` have a table of their own, if there is [contrast.control].
+    rows: the prompts, one for each answer. answers: their texts.
+    table: [contrast] of the task file, two lists of messages behind which the answer stands. Rows
+        with `control` have a table of their own, if there is [contrast.control].
     """
-    sequences = {"principle": [], "opposite": []}
+    under_principle, under_opposite = [], []
     for row, answer in zip(rows, answers, strict=True):
         sides = table.get("control", table) if row.get("control") else table
-        for side in sequences:
-            sequences[side].append(encode(tokenizer, fill(sides[side], row), answer))
-    # answers to one prompt are neighbours and share it in the packed sequence
-    both = sequences["principle"] + sequences["opposite"]
-    good, bad = all_logps(model, both).double().chunk(2)
-    gaps = zip((good - bad).tolist(), *sequences.values(), strict=True)
-    # equal prompts have the score 0 by definition, not the rounding noise of two sums
-    return [Score(0.0 if one == other else gap / len(one[1])) for gap, one, other in gaps]
+        under_principle.append(encode(tokenizer, fill(sides["principle"], row), answer))
+        under_opposite.append(encode(tokenizer, fill(sides["opposite"], row), answer))
+
+    # Answers to one prompt are neighbours, so they share it in the packed sequence.
+    logps = all_logps(model, under_principle + under_opposite).double()
+    gaps = logps[: len(answers)] - logps[len(answers) :]
+    scores = []
+    for gap, one, other in zip(gaps.tolist(), under_principle, under_opposite, strict=True):
+        _, completion = one
+        # Equal prompts have the score 0 by definition, not the rounding noise of two sums.
+        scores.append(Score(0.0 if one == other else gap / len(completion)))
+    return scores
 
 
 @torch.no_grad()
 def classifier_reward(rows, answers, model, tokenizer, label):
-    """A Score for each answer: the logit of a reward model, or the log-odds of `label` in a
-    classifier of several labels.
+    """A Score for each answer: a reward model's logit, or the log-odds of `label` in a classifier.
 
-    Sequences run one by one, without padding. As in training by the same code, transformers takes
-    the logits at the last token that is not the padding token (transformers#35352).
+    label: the good one among a classifier's several labels.
+    Sequences run one by one, without padding: transformers reads the logits at the last token that
+    is not the padding token, as it did in training (transformers#35352).
     """
-    labels, scores = model.config.label2id, []
+    label_ids = model.config.label2id
+    scores = []
     for row, answer in zip(rows, answers, strict=True):
         prompt = as_messages(row["prompt"])
         if tokenizer.chat_template:  # a reward model reads the whole template
             chat = [*prompt, {"role": "assistant", "content": answer}]
             inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
-        elif len(labels) > 1:  # a classifier of texts judges the answer, not the request
+        elif len(label_ids) > 1:  # a classifier of texts judges the answer, not the request
             inputs = tokenizer(answer, truncation=True, return_tensors="pt")
         else:
             text = "\n".join(message["content"] for message in prompt)
             inputs = tokenizer(text, answer, truncation=True, return_tensors="pt")
+
         logits = model(**inputs.to(model.device)).logits[0].double()  # (labels,)
         value = logits[0]
-        if len(labels) > 1:
-            others = [k for name, k in labels.items() if name != label]
-            value = logits[labels[label]] - logits[others].logsumexp(0)
+        if len(label_ids) > 1:
+            others = [i for name, i in label_ids.items() if name != label]
+            value = logits[label_ids[label]] - logits[others].logsumexp(0)
         scores.append(Score(value.item()))
     return scores
 
@@ -93,14 +93,17 @@ def classifier_reward(rows, answers, model, tokenizer, label):
 def judge_reward(rows, answers, ask, table):
     """A Score for each answer: the rating that a chat model gives it by the rubric of [judge].
 
-    ask: as refine() of generate.py has it.
+    ask: (conversations, keys) -> list of Reply, as LocalModel and Server have it.
+    table: [judge] of the task file.
     """
-    both = zip(rows, answers, strict=True)
-    conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
+    conversations = []
+    for row, answer in zip(rows, answers, strict=True):
+        conversations.append(fill(table["prompt"], row, answer=answer))
     scores = []
     for reply in ask(conversations, [(row["id"], "judge") for row in rows]):
         rating = rating_of(reply.text, reply.finish, table["scale"])
-        scores.append(Score(rating, reply.text or reply.finish))  # of a failed call, why it failed
+        # A failed call has no text; its finish says why it failed.
+        scores.append(Score(rating, reply.text or reply.finish))
     return scores
 
 
@@ -122,28 +125,32 @@ def rating_of(text, finish, scale):
     return rating if scale[0] <= rating <= scale[1] else None
 
 
-def make_reward(args, task, journal):
-    """(reward: (rows, answers) -> Scores, settings that they hang on).
+def make_reward(args, task, call_log):
+    """(reward: (rows, answers) -> Scores, the settings that they hang on).
 
-    args: reward, reward_model, label, and flags of add_reward_flags. journal: of a judge's calls.
+    args: reward, reward_model, label, and the flags of add_reward_flags.
+    task: of load_task. call_log: path of the file that keeps a judge's calls.
+    Raises BadInput.
     """
     kind, name = args.reward, args.reward_model
-    settings = {"kind": kind, "model": name, "label": args.label}
     if args.api_base and kind != "judge":
         raise BadInput("--api-base: only --reward judge asks a server")
     if kind != "classifier" and kind not in task:
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
+    settings = {"kind": kind, "model": name, "label": args.label}
     settings["prompt_text"] = digest_of(task.get(kind))
+
     if kind == "judge":
         sampling = {"max_tokens": args.judge_tokens, "temperature": 0.0, "top_p": 1.0}
-        chat = open_chat(name, args, journal, **sampling)
+        chat = open_chat(name, args, call_log, **sampling)
         reward = functools.partial(judge_reward, ask=chat.ask, table=task["judge"])
         return reward, settings | chat.settings
+
     device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
         model, tokenizer = load_model(name, device, dtype)
-        check_model(model)
+        use_packed_attention(model)
         reward = functools.partial(contrast_reward, table=task["contrast"])
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
@@ -155,65 +162,61 @@ def make_reward(args, task, journal):
 
 
 def add_scores(rows, reward, settings):
-    """The rows with both answers' scores; those that failed before as they are."""
+    """The rows with both answers' scores; those that failed before as they are.
+
+    reward, settings: of make_reward.
+    """
     pairs = [row for row in rows if not row.get("error")]
-    # a copied draft is scored once: it is a tie, whatever rounding or a judge's mood would say
-    asked = {(i, text_of(row[side])): row for i, row in enumerate(pairs) for side in SIDES}
+    # A copied draft is asked for once: it is a tie, whatever rounding or a judge's mood would say.
+    asked = {}  # (number of the pair, text): row
+    for i, row in enumerate(pairs):
+        for side in SIDES:
+            asked[i, text_of(row[side])] = row
     scores = reward(list(asked.values()), [text for _, text in asked])
     scores = dict(zip(asked, scores, strict=True))
+
     for i, row in enumerate(pairs):
         row["reward"] = dict(settings)
         for side in SIDES:
             score = scores[i, text_of(row[side])]
-            row[f"score_{side}"] = score.finite
-            if score.said:
-                row["reward"][f"said_{side}"] = score.said
+            row[f"score_{side}"] = finite(score.value)
+            if score.comment:
+                row["reward"][f"comment_{side}"] = score.comment
     return rows
 
 
+def finite(value):
+    """The value, or None where it is none or not finite: that is no score."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 # ---- the audit -----------------------------------------------------------------------------------
-
-
-def is_scored(row):
-    """Whether both scores of a row are finite numbers; what is not finite is no score."""
-    scores = [row.get(f"score_{side}") for side in SIDES]
-    return all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
-
-
-def text_of(answer):
-    """The text of an answer that is a list of messages, or text."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
-
-
-def repetition(answer):
-    """Share of an answer's 4-grams of words that stand in it before, 0 to 1."""
-    words = answer.split()
-    grams = list(zip(*(words[start:] for start in range(4)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def audit(rows):
     """What to know of the scores before training on them, as text."""
     scored = [row for row in rows if is_scored(row)]
-    gap = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
-    longer = np.array([len(text_of(r["chosen"])) - len(text_of(r["rejected"])) for r in scored])
     failed = sum(bool(row.get("error")) for row in rows)
-    null = len(rows) - len(scored) - failed
-    lines = [f"scored {len(scored)} of {len(rows)} pairs; {null} without a score, {failed} failed"]
-    if len(gap):
-        won, lost, ties = np.mean(gap > 0), np.mean(gap < 0), np.mean(gap == 0)
-        lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
-        mean, rms = f"mean {gap.mean():+.3f}", f"root mean square {np.sqrt(np.mean(gap**2)):.3f}"
-        lines.append(f"reward gap (chosen - rejected): {mean}, {rms}")
-    if len(gap) > 2 and gap.std() > 0 and longer.std() > 0:
-        correlation = np.corrcoef(gap, longer)[0, 1]
+    unscored = len(rows) - len(scored) - failed
+    lines = [
+        f"scored {len(scored)} of {len(rows)} pairs; {unscored} without a score, {failed} failed"
+    ]
+    if not scored:
+        return lines[0]
+
+    gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
+    won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
+    lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
+    rms = np.sqrt(np.mean(gaps**2))
+    spread = f"mean {gaps.mean():+.3f}, root mean square {rms:.3f}"
+    lines.append(f"reward gap (chosen - rejected): {spread}")
+
+    longer = [len(text_of(row["chosen"])) - len(text_of(row["rejected"])) for row in scored]
+    if len(scored) > 2 and gaps.std() > 0 and np.std(longer) > 0:
+        correlation = np.corrcoef(gaps, longer)[0, 1]
         lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
     return "\n".join(lines)
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
 def add_reward_flags(parser, kind=None):
     """Flags that score.py and eval.py share. kind: the default reward; None: that of the pairs."""
     add, default = parser.add_argument, "that of the pairs"
@@ -224,8 +227,8 @@ def add_reward_flags(parser, kind=None):
     # fmt: on
 
 
-def main():
-    parser = make_parser(__doc__, reads="pairs.jsonl")
+def parse_args():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add_reward_flags(parser, "contrast")
     # fmt: off
@@ -235,34 +238,44 @@ def main():
     add("--batch-size", type=int, default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
+    args.task = args.task or newest_task("pairs.jsonl")
+    args.input = args.input or f"runs/{args.task}/pairs.jsonl"
+    args.out = args.out or str(Path(args.input).parent / "scored.jsonl")
+    return args
+
+
+def main():
+    args = parse_args()
     task = load_task(args.task)
-    path = args.input or f"runs/{args.task}/pairs.jsonl"
-    out = args.out or str(Path(path).parent / "scored.jsonl")
-    if Path(out).resolve() == Path(path).resolve():
-        raise BadInput(f"--out {out}: is --in too; name another file")
-    source = read_rows(path, "id", "prompt", *SIDES)
+    if Path(args.out).resolve() == Path(args.input).resolve():
+        raise BadInput(f"--out {args.out}: is --in too; name another file")
+    source = read_rows(args.input, "id", "prompt", *SIDES)
     if source[0].get("task", args.task) != args.task:
-        raise BadInput(f"{path}: rows of another task; pass --task {source[0]['task']}")
-    for row, name in itertools.product(source, ("score_chosen", "score_rejected", "reward")):
-        row.pop(name, None)  # what an earlier reward said
+        raise BadInput(f"{args.input}: rows of another task; pass --task {source[0]['task']}")
+    for row in source:
+        for name in ("score_chosen", "score_rejected", "reward"):
+            row.pop(name, None)  # what an earlier reward said
     rows = source[: args.limit]
 
-    reward, settings = make_reward(args, task, f"{out}.calls")
-    output = Rows(out, args.overwrite)
-    for key in [k for k, row in output.rows.items() if "reward" in row and not is_scored(row)]:
-        del output.rows[key]  # a judge is asked again
+    reward, settings = make_reward(args, task, f"{args.out}.calls")
+    output = Rows(args.out, args.overwrite)
+    for key, row in list(output.rows.items()):
+        if "reward" in row and not is_scored(row):
+            del output.rows[key]  # a judge is asked again
     output.resume("reward", settings, source)
     print(f"{args.reward} of {args.reward_model}: {len(rows)} pairs, {len(output.done)} done")
-    size = None if args.api_base else args.batch_size
-    for batch in tqdm(output.batches(rows, size), unit="batch"):
+
+    batch_size = None if args.api_base else args.batch_size
+    for batch in tqdm(output.batches(rows, batch_size), unit="batch"):
         try:
             output.add(*add_scores(batch, reward, settings))
         except (ValueError, TypeError, LookupError) as error:
             names = f"{batch[0]['id']} to {batch[-1]['id']}"
-            raise BadInput(f"{path}: rows {names}: {error}") from None
-    rows = output.close(source)
-    print(f"{out}:\n{audit(rows)}")
-    raise SystemExit(not all(is_scored(row) for row in rows))
+            raise BadInput(f"{args.input}: rows {names}: {error}") from None
+
+    rows = output.finish(source)
+    print(f"{args.out}:\n{audit(rows)}")
+    raise SystemExit(0 if all(is_scored(row) for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -1,120 +1,170 @@
-"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions. Only this
-file knows their form, and it imports nothing from the stages."""
+"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions.
+
+Only this file knows their form. It imports nothing from the stages."""
 
 import hashlib
-import json
 import re
 import tomllib
 from pathlib import Path
 
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from prompts.rows import BadInput, read_rows
+
 FOLDER = Path(__file__).parent
-KEYS = {"about", "seed_by", "conversation", "fresh", "contrast", "judge", "metric"}  # of a task
+FORMS = ("conversation", "fresh")  # what critic and reviser see
+CALLS = ("draft", "critique", "revision")  # of a form
+KEYS = ("about", "seed_by", *FORMS, "contrast", "judge", "metric")  # of a task
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
+LEXICON = SentimentIntensityAnalyzer()
 
 
-class BadInput(Exception):
-    """Input that a stage cannot use: one line that says what, where and how to mend it."""
-
-
+# ---- task files ----------------------------------------------------------------------------------
 def load_task(name):
-    """The dictionary of prompts/NAME.toml, each call filled in once on trial. Raises BadInput.
-    `seed_by` (default "id") names the field that a row's random numbers hang on: with "group" the
-    variants of one text share them. `columns`: what rows must have for the metric."""
+    """The checked dictionary of prompts/NAME.toml, with two keys added. Raises BadInput.
+
+    seed_by: the field that a row's random numbers hang on (default "id"). With "group" the variants
+        of one text share them.
+    columns: what rows must have for the metric.
+    """
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise BadInput(f"--task {name}: no {path}; known: {known}")
     try:
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
-        contrast = task.get("contrast")
-        tables = [contrast, contrast.get("control", contrast)] if contrast else []
-        calls = [table[side] for table in tables for side in ("principle", "opposite")]
-        for form in {"conversation", "fresh"} & task.keys():
-            calls += [task[form][call] for call in ("answer", "critique", "revise")]
-        calls += [task["judge"]["prompt"]] if "judge" in task else []
-        for call in calls:
-            fill(call, {"prompt": "P"}, answer="A", critique="C")
-        if unknown := task.keys() - KEYS:
-            raise ValueError(f"'{min(unknown)}' is not among {', '.join(sorted(KEYS))}")
-        metric, task["columns"] = task["metric"], []
-        task["about"], metric["better"], metric["meaning"]  # a KeyError if one is missing
-        if metric["kind"] == "match" and metric["want"] in ("any", "none"):
-            re.compile("|".join(metric.get("patterns", [])))
-            task["columns"] += [] if metric.get("patterns") else [metric["field"]]
-        elif metric["kind"] not in ("positive", "spread"):
-            raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
+        check_task(task)
+    except KeyError as error:
+        raise BadInput(f"{path}: lacks the key or placeholder {error}") from None
     except (LookupError, ValueError, TypeError, re.error) as error:  # also: no TOML, no UTF-8
-        what = "lacks the key or placeholder " if isinstance(error, KeyError) else ""
-        raise BadInput(f"{path}: {what}{error}") from None
-    return task
+        raise BadInput(f"{path}: {error}") from None
+
+    by_markers = task["metric"]["kind"] == "match" and not task["metric"].get("patterns")
+    return task | {"columns": [task["metric"]["field"]] if by_markers else []}
+
+
+def check_task(task):
+    """Raises KeyError, ValueError, TypeError or re.error. Each call is filled in once, on trial."""
+    for key in task:
+        if key not in KEYS:
+            raise ValueError(f"'{key}' is not among {', '.join(sorted(KEYS))}")
+    calls = []
+    for form in FORMS:
+        if form in task:
+            calls += [task[form][call] for call in CALLS]
+    if "contrast" in task:
+        for table in (task["contrast"], task["contrast"].get("control", task["contrast"])):
+            calls += [table["principle"], table["opposite"]]
+    for call in calls:
+        fill(call, {"prompt": "P"}, draft="D", critique="C")
+    if "judge" in task:
+        fill(task["judge"]["prompt"], {"prompt": "P"}, answer="A")
+    metric = task.get("metric", {})
+    for table, key in ((task, "about"), (metric, "kind"), (metric, "better"), (metric, "meaning")):
+        if key not in table:
+            raise KeyError(key)
+    want = metric["want"] if metric["kind"] == "match" else "any"
+    if metric["kind"] not in ("match", "positive", "spread") or want not in ("any", "none"):
+        raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
+    re.compile("|".join(metric.get("patterns", [])))
+    if metric["kind"] == "match" and not metric.get("patterns") and "field" not in metric:
+        raise KeyError("field")
 
 
 def fill(call, row, **texts):
-    """Messages of one call: those of the task file with the placeholders replaced.
-    {prompt} is the row's last user turn, and all messages of its prompt where it stands alone;
-    {request} is its field `request`, the instruction in neutral words, or else as {prompt}. texts
-    replace {answer} and {critique}. Raises KeyError for an unknown placeholder."""
+    """The messages of one call, with the placeholders of the task file replaced.
+
+    call: messages, or text for one user message.
+    row: a message that is exactly "{prompt}" becomes all messages of its prompt. Inside other text
+        {prompt} is the last user turn, and {request} its field `request`, without one the same.
+    texts: what replaces {draft} and {critique}, or a judge's {answer}. Others raise KeyError.
+    """
     prompt = as_messages(row["prompt"])
-    last = [message["content"] for message in prompt if message["role"] == "user"][-1]
-    texts = {"prompt": last, "request": row.get("request") or last, **texts}
+    last_turn = [message["content"] for message in prompt if message["role"] == "user"][-1]
+    texts = {"prompt": last_turn, "request": row.get("request") or last_turn, **texts}
     messages = []
-    for message in as_messages(call):  # one pass: a placeholder's name inside an answer stays text
-        text = re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], message["content"])
-        messages += prompt if message["content"] == "{prompt}" else [{**message, "content": text}]
+    for message in as_messages(call):
+        if message["content"] == "{prompt}":
+            messages += prompt
+        else:
+            # One pass over the text: a placeholder's name inside an answer stays as it is.
+            text = re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], message["content"])
+            messages.append({**message, "content": text})
     return messages
 
 
 def as_messages(prompt):
-    """A prompt as messages: text is one user message. Raises an error for anything else."""
+    """A prompt as a list of messages; text is one user message. Anything else raises ValueError,
+    TypeError or KeyError."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    known = [message["role"] in ("system", "user", "assistant") for message in messages]
-    if not (known and all(known) and all(isinstance(m["content"], str) for m in messages)):
-        raise ValueError("messages are needed, of text and the role system, user or assistant")
+    for message in messages:
+        known = message["role"] in ("system", "user", "assistant")
+        if not known or not isinstance(message["content"], str):
+            raise ValueError("a message needs text and the role system, user or assistant")
+    if not messages:
+        raise ValueError("at least one message is needed")
     return messages
 
 
-def read_rows(path, *fields):
-    """Rows of a JSONL file; those without `error` have the fields. Raises BadInput for others."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
-    rows = []
-    # bytes, since an answer's own U+2028 does not end a line
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(**json.loads(line)))
-            missing = [field for field in fields if field not in rows[-1]]
-            if missing and not rows[-1].get("error"):
-                raise ValueError(f"the field '{missing[0]}' is missing")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
-    if not rows:
-        raise BadInput(f"{path}: empty; at least one row is needed")
-    return rows
-
-
+# ---- instructions --------------------------------------------------------------------------------
 def read_prompts(path, task, *needed):
-    """Instructions of a JSONL file: rows of id, task, group, split, prompt and the columns beside.
-    Rows without `group` are grouped by prompt. Rows without `split` are divided by a hash of their
-    group, four to one. Raises BadInput, also for a row without a needed column."""
+    """The instructions of a JSONL file: rows of id, task, group, split, prompt and other columns.
+
+    needed: columns that every row must have. Rows without `group` are grouped by prompt. Rows
+    without `split` are divided by a hash of their group, four to one. Raises BadInput.
+    """
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
-        key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
         try:
-            prompt = as_messages(columns["prompt"])
-            if prompt[-1]["role"] != "user":
-                raise ValueError("the prompt must end with the user's turn")
-            text = "\n".join(message["content"] for message in prompt)
-            group = str(text if columns.get("group") is None else columns["group"])
-            held_out = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
-            split = columns.get("split") or splits.get(group, "test" if held_out else "train")
-            if key in rows or splits.setdefault(group, split) != split:
-                raise ValueError(f"id {key} is there before, or its group is in another split")
-            if split not in ("train", "test"):
-                raise ValueError(f"split {split}: must be train or test")
+            row = read_prompt(columns, task, number, splits)
+            if row["id"] in rows:
+                raise ValueError(f"id {row['id']} is there before")
         except (ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{path}: row {number}: {error}") from None
-        row = {"id": key, "task": task, "prompt": prompt, "group": group, "split": split}
-        rows[key] = row | {k: v for k, v in columns.items() if k not in (*row, *WRITTEN)}
+        splits[row["group"]] = row["split"]
+        rows[row["id"]] = row
     return list(rows.values())
+
+
+def read_prompt(columns, task, number, splits):
+    """One instruction. splits: {group: split} of those before it. Raises ValueError."""
+    prompt = as_messages(columns["prompt"])
+    if prompt[-1]["role"] != "user":
+        raise ValueError("the prompt must end with the user's turn")
+    text = "\n".join(message["content"] for message in prompt)
+    group = str(text if columns.get("group") is None else columns["group"])
+    fifth = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 5 == 0
+    split = columns.get("split") or splits.get(group, "test" if fifth else "train")
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split}: must be train or test")
+    if splits.get(group, split) != split:
+        raise ValueError("its group is in another split")
+
+    key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
+    row = {"id": key, "task": task, "prompt": prompt, "group": group, "split": split}
+    others = {k: v for k, v in columns.items() if k not in row and k not in WRITTEN}
+    return row | others
+
+
+# ---- the metric ----------------------------------------------------------------------------------
+def measure(metric, row, answer):
+    """The task's metric of one answer, a number.
+
+    spread: the VADER compound score (Hutto & Gilbert 2014), -1 to 1, of which eval.py makes a
+        group's spread. positive: 1 if it is at least 0.05, the lexicon's own threshold, else 0.
+    match: 1 if a pattern occurs as whole words, in either case, else 0; for want = "none" the
+        other way round. Without patterns, the row's own markers are looked for."""
+    if metric["kind"] == "spread":
+        return LEXICON.polarity_scores(answer)["compound"]
+    if metric["kind"] == "positive":
+        return float(LEXICON.polarity_scores(answer)["compound"] >= 0.05)
+
+    patterns = metric.get("patterns")
+    if not patterns:
+        markers = row[metric["field"]]
+        markers = [markers] if isinstance(markers, str) else markers
+        patterns = [re.escape(marker) for marker in markers]  # they are no regular expressions
+    edge = r"(?!(?<=\w)(?=\w))"  # not inside a word; unlike \b it fits patterns of punctuation
+    text = answer.replace("\u2019", "'")
+    found = any(re.search(f"(?i){edge}(?:{pattern}){edge}", text) for pattern in patterns)
+    return float(found == (metric["want"] == "any"))

