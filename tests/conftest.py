@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import generate
+from prompts import chat, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -105,7 +105,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])
         status = 0
         try:
-            generate.run(importlib.import_module(stage).main)
+            rows.run(importlib.import_module(stage).main)
         except SystemExit as stop:
             status = int(stop.code or 0)
         wait_for_workers()
@@ -259,7 +259,7 @@ def server(monkeypatch):
         [],
     )
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
-    monkeypatch.setattr(generate.Retry, "get_backoff_time", lambda retry: 0.001)  # short pauses
+    monkeypatch.setattr(chat.Retry, "get_backoff_time", lambda retry: 0.001)  # short pauses
     http = ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)
     http.daemon_threads, http.handle_error = True, lambda *error: None  # of a client that left
     monkeypatch.setattr(HostileServer, "current", http)

@@ -23,11 +23,12 @@ import time
 from pathlib import Path
 
 import requests
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from generate import provenance  # noqa: E402
-from prompts import read_rows  # noqa: E402
+from prompts.rows import provenance  # noqa: E402
+from prompts.rows import read_rows  # noqa: E402
 
 # weights; those that slow all calls down are rare, as on a real server
 FAULTS = {"500": 20, "502": 20, "reset": 20, "half": 15, "no json": 10, "no choices": 10}
@@ -143,7 +144,7 @@ def main():
     common += ["--model", "big", "--task", "sentiment"]
     judge = ["score.py", *common, "--reward", "judge", "--in", pairs, "--out", scored]
     teacher = ["generate.py", *common, "--prompts", prompts, "--out", pairs]
-    results = provenance("cpu") | {"requests": requests.__version__}
+    results = provenance(torch.device("cpu")) | {"requests": requests.__version__}
     asked = answered = 0
     for out, command, calls in ((pairs, teacher, 3), (scored, judge, 2)):
         command = [sys.executable, *map(str, command)]

@@ -8,7 +8,7 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer, pair_row, write_jsonl
 from transformers import LlamaForSequenceClassification
 
-from generate import pick_device
+from prompts.chat import pick_device
 
 GOOD = pair_row(0, "Lovely.", "Bad.")
 TEST = pair_row(0, "Lovely.", "Bad.", split="test")

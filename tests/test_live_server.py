@@ -16,7 +16,7 @@ from conftest import read_rows
 for name in ("fastapi", "uvicorn"):
     pytest.importorskip(name, reason="transformers serve is missing; see requirements-dev.txt")
 
-from generate import model_folder  # noqa: E402
+from prompts.chat import model_folder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +71,5 @@ def test_teacher_and_judge_on_a_real_server(run, live, workdir):
     assert len(rows) == 2 and "completion tokens" in said
     for row in rows:
         for side in ("chosen", "rejected"):
-            assert row["reward"][f"said_{side}"]
+            assert row["reward"][f"comment_{side}"]
             assert row[f"score_{side}"] is None or 1 <= row[f"score_{side}"] <= 10

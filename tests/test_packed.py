@@ -8,7 +8,8 @@ import transformers
 from conftest import make_model
 
 from kernels import packed
-from kernels.packed import all_logps, check_model, collate, completion_logps
+from kernels.packed import all_logps, collate, completion_logps, use_packed_attention
+from prompts.rows import BadInput
 
 SEQUENCES = [([5, 6, 7, 8], [9, 10, 2]), ([5, 6], [11, 2]), ([20, 21, 22], list(range(30, 50)))]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
@@ -25,10 +26,11 @@ def by_hand(model, prompt, completion):
 
 def dense_mask(segments):
     """Which key (column) each query (row) attends to, by the words of packed.py: (T, T) bool."""
-    mask = torch.zeros(segments[-1][-1], segments[-1][-1], dtype=torch.bool)
-    for prompt_first, prompt_end, first, end in segments:
-        mask[first:end, prompt_first:prompt_end] = True
-        mask[first:end, first:end] = torch.ones(end - first, end - first).tril().bool()
+    mask = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.bool)
+    for start, end, prompt in segments:
+        if prompt is not None:
+            mask[start:end, segments[prompt].start : segments[prompt].end] = True
+        mask[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
     return mask
 
 
@@ -45,7 +47,7 @@ def build(kind, **options):
 def model():
     """Of packed attention."""
     model = make_model(600)
-    assert check_model(model) is True
+    assert use_packed_attention(model) is True
     return model
 
 
@@ -78,7 +80,7 @@ def test_packed_pairs_equal_separate_sequences_in_value_and_gradient():
     found = []
     for order, packs in (((0, 1, 2), False), ((0, 1, 2), True), ((0, 2, 1), True)):
         model = make_model(600)
-        assert not packs or check_model(model)
+        assert not packs or use_packed_attention(model)
         logps = completion_logps(model, [shared[i] for i in order])
         (torch.tensor([1.0, -2.0, 0.5])[list(order)] * logps).sum().backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -94,7 +96,7 @@ def test_a_prompt_shared_by_two_completions_is_in_the_packed_sequence_once():
     prompt, other = [5, 6, 7], [8, 9]
     batch = packed.collate([(prompt, [1, 2]), (prompt, [3]), (other, [4]), (prompt, [5])])
     assert batch.input_ids.tolist() == [[*prompt, 1, 2, 3, *other, 4, *prompt, 5]]
-    places = [segment[2:] for segment in batch.segments]
+    places = [segment[:2] for segment in batch.segments]
     assert places == [(0, 3), (3, 5), (5, 6), (6, 8), (8, 9), (9, 12), (12, 13)]
 
 
@@ -114,12 +116,12 @@ def test_a_model_with_a_sliding_window_runs_one_sequence_at_a_time():
     """Its attention stays as it is: one that transformers does not know would get no window."""
     long = [([5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 2]), ([5, 6, 7, 8], [30, 31, 32, 2])]
     window, full = (build("Mistral", sliding_window=size) for size in (4, None))
-    assert check_model(window) is False and check_model(full) is True
+    assert use_packed_attention(window) is False and use_packed_attention(full) is True
     assert window.config._attn_implementation == "sdpa"
     assert full.config._attn_implementation == "packed"
     want = [by_hand(window, *sequence) for sequence in long]
     assert completion_logps(window, long).tolist() == pytest.approx(want, abs=1e-3)
-    window.set_attn_implementation("packed")  # what check_model does not do
+    window.set_attn_implementation("packed")  # what use_packed_attention does not do
     assert completion_logps(window, long).tolist() != pytest.approx(want, abs=1e-3)
 
 
@@ -135,22 +137,21 @@ def test_a_model_with_a_sliding_window_runs_one_sequence_at_a_time():
 def test_an_output_layer_with_a_scale_a_cap_or_a_bias_is_exact(kind, options):
     model = build(kind, **options)
     want = [by_hand(model, *sequence) for sequence in SEQUENCES]
-    check_model(model)
+    use_packed_attention(model)
     got = completion_logps(model, SEQUENCES)
     assert got.tolist() == pytest.approx(want, abs=1e-3)
 
 
 def test_a_mask_that_lets_one_answer_see_the_other_is_noticed_in_16_bits_too(monkeypatch):
     """By a model of 30 nats an answer, of which rounding may take 5 %."""
-    assert check_model(make_model(600).to(torch.bfloat16)) is True
-    right = packed.blocks
+    assert use_packed_attention(make_model(600).to(torch.bfloat16)) is True
 
-    def leaky(segments):
-        for rows, _, own in right(segments):
-            yield rows, slice(0, own.start), own
+    def leaky(module, query, key, value, mask, scaling=None, segments=None, **options):
+        causal = {"is_causal": True, "scaling": scaling}
+        return packed.sdpa_attention_forward(module, query, key, value, None, **causal)
 
-    monkeypatch.setattr(packed, "blocks", leaky)
-    assert check_model(make_model(600).to(torch.bfloat16)) is False
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "packed", leaky)
+    assert use_packed_attention(make_model(600).to(torch.bfloat16)) is False
 
 
 def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
@@ -163,8 +164,8 @@ def test_an_output_layer_that_is_not_supported_is_refused(monkeypatch):
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(packed.UnsupportedModel, match="not those of its logits"):
-        check_model(model)
+    with pytest.raises(BadInput, match="not those of its logits"):
+        use_packed_attention(model)
 
 
 def test_a_model_that_hands_nothing_on_to_its_attention_runs_one_sequence_at_a_time(monkeypatch):
@@ -177,39 +178,41 @@ def test_a_model_that_hands_nothing_on_to_its_attention_runs_one_sequence_at_a_t
         return forward(self, input_ids, attention_mask, position_ids, use_cache=use_cache, **kw)
 
     monkeypatch.setattr(type(model.base_model), "forward", strict)
-    assert check_model(model) is False
+    assert use_packed_attention(model) is False
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_whose_attention_stays_its_own_is_not_taken_for_packed():
     """It only warns; under torchrun processes would make unequal numbers of passes."""
     model = build("Falcon")
-    assert check_model(model) is False
+    assert use_packed_attention(model) is False
     assert model.config._attn_implementation != "packed"
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
-def test_no_block_of_queries_meets_more_than_a_prompt_and_one_answer(monkeypatch):
-    monkeypatch.setattr(packed, "BLOCK", 3)  # so that segments have several blocks
+def test_no_query_is_multiplied_with_more_than_its_prompt_and_its_own_answer(monkeypatch):
     sequences = [*SEQUENCES, (SEQUENCES[-1][0], [7, 8, 9, 2])]  # two that share a prompt
-    model, widths, bmm = make_model(600), [], torch.bmm
-    assert check_model(model) and model.config._attn_implementation == "packed"
-    monkeypatch.setattr(torch, "bmm", lambda a, b: widths.append(b.shape[-1]) or bmm(a, b))
+    model, widths, attend = make_model(600), [], packed.scaled_dot_product_attention
+    assert use_packed_attention(model)
+
+    def watched(query, key, *rest, **options):
+        widths.append(key.shape[2])
+        return attend(query, key, *rest, **options)
+
+    monkeypatch.setattr(packed, "scaled_dot_product_attention", watched)
     completion_logps(model, sequences)
-    assert 3 < max(widths) <= max(len(prompt) + len(answer) for prompt, answer in sequences)
+    assert max(widths) == max(len(prompt) + len(answer) for prompt, answer in sequences)
 
 
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "value_size"), [(4, 4, 8, 8), (6, 2, 8, 5), (3, 1, 4, 16)]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_packed_attention_is_dense_attention_for_any_heads(
-    heads, groups, size, value_size, dtype, monkeypatch
-):
-    monkeypatch.setattr(packed, "BLOCK", 4)
-    segments = (0, 0, 0, 1), (0, 1, 1, 8), (0, 1, 8, 12), (12, 12, 12, 15), (12, 15, 15, 16)
+def test_packed_attention_is_dense_attention_for_any_heads(heads, groups, size, value_size, dtype):
+    segments = [(0, 1, None), (1, 8, 0), (8, 12, 0), (12, 15, None), (15, 16, 3)]
+    segments = tuple(packed.Segment(*segment) for segment in segments)
     random = torch.Generator().manual_seed(heads)
     shapes = (heads, size), (groups, size), (groups, value_size)
     operands = [torch.randn(1, n, 16, d, generator=random).to(dtype) for n, d in shapes]
@@ -234,7 +237,7 @@ def test_packed_attention_is_dense_attention_for_any_heads(
 def test_flash_attention_is_dense_attention(heads, groups, size):
     random = torch.Generator().manual_seed(heads)
     segments = collate(SEQUENCES).segments
-    shapes = [(1, n, segments[-1][-1], size) for n in (heads, groups, groups)]
+    shapes = [(1, n, segments[-1].end, size) for n in (heads, groups, groups)]
     operands = [torch.randn(shape, generator=random).bfloat16().cuda() for shape in shapes]
     exact = [operand.double().requires_grad_() for operand in operands]
     operands = [operand.requires_grad_() for operand in operands]
@@ -273,7 +276,7 @@ def test_what_flash_attention_is_told_is_the_mask(monkeypatch):
     monkeypatch.setattr(packed, "varlen_attn", stand_in)
     monkeypatch.setattr(packed, "GQA", {"enable_gqa": True})
     random, segments = torch.Generator().manual_seed(0), collate(SEQUENCES).segments
-    shapes = [(1, n, segments[-1][-1], 8) for n in (4, 2, 2)]
+    shapes = [(1, n, segments[-1].end, 8) for n in (4, 2, 2)]
     operands = [torch.randn(shape, generator=random).half() for shape in shapes]
     operands = [operand.requires_grad_() for operand in operands]
     found = []

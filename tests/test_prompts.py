@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 import prompts
-from generate import make_parser
-from prompts import BadInput, as_messages, fill, load_task, read_prompts, read_rows
+from prompts import as_messages, fill, load_task, read_prompts
+from prompts.rows import BadInput, newest_task, read_rows
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 TASKS = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
@@ -121,9 +121,9 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{answer}", "{anser}", "lacks the key or placeholder 'anser'"),
+    ("{draft}", "{drafft}", "lacks the key or placeholder 'drafft'"),
     ('role = "user"', 'role = "usr"', "role"),
-    ("revise = [", "revice = [", "lacks the key or placeholder 'revise'"),
+    ("revision = [", "revison = [", "lacks the key or placeholder 'revision'"),
     ("principle = [", "principal = [", "lacks the key or placeholder 'principle'"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
     ("patterns = [", "patterns = []\nothers = [", "lacks the key or placeholder 'field'"),
@@ -148,10 +148,10 @@ def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, r
 
 
 def test_the_default_task_is_the_newest_that_is_a_task(workdir):
-    assert make_parser("", "pairs.jsonl").get_default("task") == "sentiment"
+    assert newest_task("pairs.jsonl") == "sentiment"
     for name in ("safety", "demo"):
         write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
-    assert make_parser("", "pairs.jsonl").get_default("task") == "safety"
+    assert newest_task("pairs.jsonl") == "safety"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -161,9 +161,9 @@ def test_the_tasks_that_come_along_are_complete(task):
     held_out = {row["group"] for row in rows if row["split"] == "test"}
     assert len(held_out) >= 10  # the least for an interval that says something
     assert len({row["group"] for row in rows} - held_out) >= 8
-    written = {"answer": "A", "critique": "C"}
+    written = {"draft": "D", "critique": "C"}
     for form in ("conversation", "fresh"):
-        for call in ("answer", "critique", "revise"):
+        for call in ("draft", "critique", "revision"):
             for row in rows:
                 assert "{" not in json.dumps(
                     [m["content"] for m in fill(text[form][call], row, **written)]

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 import score
-from generate import encode, load_model
 from prompts import fill, load_task
-from score import Score, audit, contrast_reward, is_scored, rating_of
+from prompts.chat import encode, load_model
+from prompts.rows import is_scored
+from score import Score, audit, contrast_reward, rating_of
 
 CPU = torch.device("cpu")
 
@@ -283,7 +284,7 @@ def test_a_judges_rating_is_a_score_and_what_has_none_is_null_with_its_words(
     )
     assert status == 1 and "2 without a score" in out
     assert all(row["score_chosen"] == 9 and row["score_rejected"] is None for row in rows)
-    assert rows[0]["reward"]["said_rejected"] == poor and "error" not in rows[0]
+    assert rows[0]["reward"]["comment_rejected"] == poor and "error" not in rows[0]
     assert len(HostileServer.asked) == 4 and HostileServer.asked[0][1]["temperature"] == 0
 
 
@@ -302,7 +303,7 @@ def test_a_call_that_failed_leaves_its_row_without_a_score_and_is_asked_again(
     flags = ["--concurrency", "1"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
     assert status == 1 and rows[0]["score_chosen"] is None and "error" not in rows[1]
-    assert "status 413" in rows[0]["reward"]["said_chosen"]
+    assert "status 413" in rows[0]["reward"]["comment_chosen"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
     assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
     assert len(HostileServer.asked) == 5  # what was answered was not asked again
@@ -335,4 +336,4 @@ def test_the_model_on_this_machine_can_be_the_judge(run, tiny, workdir):
     flags = ["--task", "safety", "--reward", "judge", "--model", tiny, "--judge-tokens", "4"]
     status, _, err = run("score", *flags)
     (row,) = read_rows("runs/safety/scored.jsonl")
-    assert status == 1 and row["score_chosen"] is None and row["reward"]["said_chosen"], err
+    assert status == 1 and row["score_chosen"] is None and row["reward"]["comment_chosen"], err

@@ -13,7 +13,7 @@ import compare
 import study
 from study import Run
 
-from prompts import BadInput
+from prompts.rows import BadInput
 from train import preference_loss
 
 
@@ -55,11 +55,11 @@ def test_rdpo_does_not_change_where_labels_are_exchanged_with_their_scores():
     torch = pytest.importorskip("torch")
     logps, reference = torch.randn(6, 2), torch.randn(6, 2)
     delta, tokens = torch.randn(6), torch.randint(5, 90, (6, 2))
-    more = {"beta": 0.1, "tau": 0.3, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 1.0}
+    more = {"beta": 0.1, "tau": 0.3, "label_smoothing": 0.1, "mean_weight": 1.0}
     for kind in ("rdpo", "dpo"):
-        one, _ = preference_loss(kind, logps, reference, delta, tokens, **more)
+        one, _ = preference_loss(logps, reference, delta, tokens, kind=kind, **more)
         sides = (x.flip(1) for x in (logps, reference))
-        other, _ = preference_loss(kind, *sides, -delta, tokens.flip(1), **more)
+        other, _ = preference_loss(*sides, -delta, tokens.flip(1), kind=kind, **more)
         assert torch.allclose(one, other) == (kind == "rdpo")
 
 
@@ -76,7 +76,7 @@ def cell(workdir, monkeypatch):
     monkeypatch.setattr(study, "LIMIT", {"conversation": 40})
     monkeypatch.setattr(study, "other_words", lambda answers, rows: [type("", (), {"value": 0.1})])
     made, calls = study.Cell("sentiment", "conversation", 0), []
-    ends = {"answer": "stop", "critique": "length", "revision": "stop"}
+    ends = {"draft": "stop", "critique": "length", "revision": "stop"}
 
     def stage(script, *flags):
         calls.append((script, *map(str, flags)))
@@ -91,7 +91,11 @@ def cell(workdir, monkeypatch):
             write_jsonl(value["--out"], [row | scores for row in rows])
         elif script == "train.py":
             record = {name: "x" for name in (*study.MADE, "command")}
-            record |= {"lr": value["--lr"], "beta": value.get("--beta", 0.3), "epsilon": 0.1}
+            record |= {
+                "lr": value["--lr"],
+                "beta": value.get("--beta", 0.3),
+                "label_smoothing": 0.1,
+            }
             value["--out"].mkdir(exist_ok=True)
             (value["--out"] / "run.json").write_text(json.dumps(record | {"pairs": 36}))
             (value["--out"] / "model.safetensors").write_text("weights")
@@ -245,11 +249,11 @@ def test_flipped_labels_keep_their_scores_with_the_texts_and_swapped_scores_do_n
 
 
 def test_pairs_with_an_answer_that_was_cut_off_or_repeats_itself_are_not_usable():
-    finish = {"answer": "stop", "critique": "length", "revision": "stop"}
+    finish = {"draft": "stop", "critique": "length", "revision": "stop"}
     row = {"chosen": "a fine film", "teacher": {"finish": finish}}
     assert study.is_usable(row) and not study.is_usable(row | {"error": "no answer"})
     assert not study.is_usable(row | {"chosen": "a fine film " * 4})
-    for name in ("answer", "revision"):
+    for name in ("draft", "revision"):
         assert not study.is_usable(row | {"teacher": {"finish": finish | {name: "length"}}})
 
 

@@ -1,5 +1,6 @@
 """train.py: the losses against closed forms and limits, the data, the loop, what it saves."""
 
+import doctest
 import itertools
 import json
 import math
@@ -28,9 +29,9 @@ from transformers import (
 )
 
 import train
-from generate import load_model
-from prompts import BadInput
-from train import LOSSES, SCORED_LOSSES, Pair, preference_loss
+from prompts.chat import load_model
+from prompts.rows import BadInput
+from train import LOSSES, SCORED_LOSSES, Pair, preference_loss, total_loss
 
 FAST = "--dtype float32 --epochs 2 --batch-size 4 --pack-tokens 100 --lr 1e-3 --beta 0.1".split()
 CPU = torch.device("cpu")
@@ -39,25 +40,17 @@ CPU = torch.device("cpu")
 
 
 def losses_at(
-    kind,
-    z,
-    delta=1.0,
-    tau=1.0,
-    beta=0.1,
-    epsilon=0.1,
-    mean_weight=0.5,
-    tokens=10,
-    rejected=-40.0,
-    sft_weight=0.0,
-):
-    """The loss where log pi_ref is -30 and -40, and its slope over z; policy(rejected) as given."""
+    kind, z, delta=1.0, tau=1.0, beta=0.1, smoothing=0.1, mean_weight=0.5, rejected=-40.0, sft_weight=0.0
+):  # fmt: skip
+    """The loss where log pi_ref is -30 and -40, and its slope over z; policy(rejected) as given.
+    Both answers have ten tokens."""
     reference = torch.tensor([[-30.0, -40.0]], dtype=torch.float64)
     chosen = torch.tensor(-30.0 + z / beta + rejected + 40, dtype=torch.float64, requires_grad=True)
     policy = torch.stack([chosen, torch.tensor(rejected, dtype=torch.float64)])[None]
-    settings = {"tau": tau, "beta": beta, "epsilon": epsilon, "mean_weight": mean_weight}
-    settings["sft_weight"] = sft_weight
-    delta, tokens = torch.tensor([delta], dtype=torch.float64), torch.tensor([[tokens, tokens]])
-    losses, got_z = preference_loss(kind, policy, reference, delta, tokens, **settings)
+    settings = {"tau": tau, "beta": beta, "label_smoothing": smoothing, "mean_weight": mean_weight}
+    settings |= {"kind": kind, "sft_weight": sft_weight}
+    delta, tokens = torch.tensor([delta], dtype=torch.float64), torch.tensor([[10, 10]])
+    losses, got_z = total_loss(policy, reference, delta, tokens, **settings)
     assert kind == "sft" or got_z.item() == pytest.approx(z, abs=1e-9)
     losses.sum().backward()
     return losses.item(), chosen.grad.item() / beta
@@ -96,7 +89,7 @@ def test_every_loss_is_its_published_formula(z, delta):
         "sft": (30 - z / 0.1) / 10,
     }
     assert formulas.keys() == set(LOSSES)
-    options = {"delta": delta, "tau": 0.5, "epsilon": 0.2, "mean_weight": 0.3}
+    options = {"delta": delta, "tau": 0.5, "smoothing": 0.2, "mean_weight": 0.3}
     for kind, value in formulas.items():
         assert losses_at(kind, z, **options)[0] == pytest.approx(value, abs=1e-12), kind
 
@@ -108,9 +101,10 @@ def test_initial_loss_is_ln2(kind):
 
 def test_ipo_takes_means_over_the_tokens_of_each_answer():
     policy, reference = torch.tensor([[-20.0, -60.0]]), torch.tensor([[-30.0, -40.0]])
-    settings = {"tau": 1.0, "beta": 0.1, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 0.0}
     tokens = torch.tensor([[5, 40]])
-    losses, _ = preference_loss("ipo", policy, reference, torch.zeros(1), tokens, **settings)
+    losses, _ = preference_loss(
+        policy, reference, torch.zeros(1), tokens, kind="ipo", beta=0.1, tau=1.0
+    )
     assert losses.item() == pytest.approx((10 / 5 - -20 / 40 - 5) ** 2)
 
 
@@ -123,8 +117,8 @@ def test_rdpo_becomes_dpo_as_tau_falls_and_flips_the_label_of_a_failed_revision(
 
 
 def test_rdpo_with_a_constant_p_is_cdpo():
-    delta = math.log(0.9 / 0.1)  # p = 0.9 = 1 - epsilon
-    assert losses_at("rdpo", 0.7, delta) == pytest.approx(losses_at("cdpo", 0.7, epsilon=0.1))
+    delta = math.log(0.9 / 0.1)  # p = 0.9 = 1 - label_smoothing
+    assert losses_at("rdpo", 0.7, delta) == pytest.approx(losses_at("cdpo", 0.7, smoothing=0.1))
 
 
 @pytest.mark.parametrize("delta", [-1.5, 0.0, 0.8])
@@ -156,8 +150,8 @@ def test_under_the_weight_failed_revisions_have_no_gradient_and_certain_ones_are
 
 
 def test_robust_loss_is_unbiased_under_flipped_labels():
-    flipped = losses_at("robust", -0.6, epsilon=0.2)[0]
-    expected = 0.8 * losses_at("robust", 0.6, epsilon=0.2)[0] + 0.2 * flipped
+    flipped = losses_at("robust", -0.6, smoothing=0.2)[0]
+    expected = 0.8 * losses_at("robust", 0.6, smoothing=0.2)[0] + 0.2 * flipped
     assert expected == pytest.approx(losses_at("dpo", 0.6)[0])
 
 
@@ -172,9 +166,8 @@ def test_every_loss_and_gradient_is_finite_for_ties_and_extremes(kind, z):
 
 def settings_of(deltas, loss="rdpo", tau=0.5):
     pairs = [Pair(i, [1], [2], [3], delta) for i, delta in enumerate(deltas)]
-    return train.loss_settings(
-        SimpleNamespace(tau=tau, loss=loss, beta=0.1, epsilon=0.1, sft_weight=0.0), pairs
-    )
+    args = SimpleNamespace(tau=tau, loss=loss, beta=0.1, label_smoothing=0.1, sft_weight=0.0)
+    return train.loss_settings(args, pairs)
 
 
 def test_tau_is_in_units_of_the_root_mean_square_gap():
@@ -188,20 +181,27 @@ def test_tau_is_in_units_of_the_root_mean_square_gap():
 
 
 @pytest.mark.parametrize(
-    ("loss", "gap"), [*((loss, 0.0) for loss in SCORED_LOSSES), ("rdpo-weight", -1.0)]
-)
-def test_scores_that_say_nothing_stop_the_losses_that_listen_to_them(run, tiny, workdir, loss, gap):
-    """All ties, or for rdpo-weight no revision that won."""
+    ("loss", "gap", "said"),
+    [*((loss, 0.0, "all pairs tie") for loss in SCORED_LOSSES), ("rdpo-weight", -1.0, "no revision won")],
+)  # fmt: skip
+def test_scores_that_say_nothing_stop_the_losses_that_listen_to_them_before_the_first_step(
+    run, tiny, workdir, loss, gap, said
+):
     rows = [pair_row(i, f"Lovely {i}.", "Bad.", delta=gap) for i in range(4)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     status, _, err = run("train", "--model", tiny, "--out", workdir / "out", "--loss", loss, *FAST)
-    assert status == 2 and "gradient norm nan" in err
+    assert status == 2 and said in err and not (workdir / "out").exists()
     argv = ["--model", tiny, "--out", workdir / "dpo", "--loss", "dpo", *FAST]
     assert run("train", *argv)[0] == 0
 
 
+def test_the_examples_in_the_docstrings_hold():
+    failed, attempted = doctest.testmod(train)
+    assert attempted and not failed
+
+
 def test_the_learning_rate_rises_then_falls_to_zero():
-    args = SimpleNamespace(lr=2.0, warmup=0.2)
+    args = SimpleNamespace(lr=2.0, warmup_ratio=0.2)
     rates = [train.learning_rate(step, 20, args) for step in range(20)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert all(a > b for a, b in pairwise(rates[4:])) and 0 < rates[-1] < 0.04
@@ -328,31 +328,27 @@ PAIRS = [
 ]
 
 
-def student_of(model, activations=False):
+def policy_of(model, activations=False, pack_tokens=1000):
     args = SimpleNamespace(model=model, loss="rdpo", checkpoint_activations=activations)
-    return train.load_student(args, CPU, torch.float32)[0]
+    args.pack_tokens = pack_tokens
+    return train.Policy(args, CPU, torch.float32)
 
 
-def gradient_of(student, **options):
+def gradient_of(policy):
     """The gradient of one training step on PAIRS, by parameter, unclipped."""
-    args = {"loss": "rdpo", "pack_tokens": 1000, "clip": 1e9} | options
     kept = {}
 
     class Recorder:
         def step(self):
-            for name, parameter in student.model.named_parameters():
+            for name, parameter in policy.model.named_parameters():
                 kept[name] = parameter.grad.clone()
 
         def zero_grad(self, **_):
-            student.zero_grad()
+            policy.zero_grad()
 
-    settings = {"beta": 0.1, "tau": 1.0, "epsilon": 0.1, "mean_weight": 1.0, "sft_weight": 0.0}
-    reference = torch.zeros(len(PAIRS), 2)
-    with torch.no_grad():
-        reference += train.pair_logps(student, PAIRS, SimpleNamespace(**args)) + torch.tensor(
-            [1, -1]
-        )
-    train.training_step(student, Recorder(), PAIRS, reference, SimpleNamespace(**args), settings)
+    settings = {"kind": "rdpo", "sft_weight": 0.0, "beta": 0.1, "tau": 1.0}
+    reference = train.pair_logps(policy, PAIRS) + torch.tensor([1, -1])
+    train.training_step(policy, Recorder(), PAIRS, reference, settings, 1e9)
     return kept
 
 
@@ -373,10 +369,10 @@ def test_the_gradient_is_that_of_the_loss_by_the_model_s_own_logits(tiny):
         losses.append(-p * F.logsigmoid(z) - (1 - p) * F.logsigmoid(-z))
     (sum(losses) / 2).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for activations, options in ((False, {}), (False, {"pack_tokens": 1}), (True, {})):
-        student = student_of(tiny, activations)
-        assert student.packs and student.model.config._attn_implementation == "packed"
-        got = gradient_of(student, **options)
+    for activations, pack_tokens in ((False, 1000), (False, 1), (True, 1000)):
+        policy = policy_of(tiny, activations, pack_tokens)
+        assert policy.pack_tokens and policy.model.config._attn_implementation == "packed"
+        got = gradient_of(policy)
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, atol=2e-6, rtol=1e-4)
@@ -423,7 +419,7 @@ def test_training_raises_the_margin_and_saves_a_model_that_loads(run, tiny, pair
     rows, said = trained(run, tiny, workdir / "out", "--loss", "dpo", "--epochs", "4")
     steps = train_steps(rows)
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    assert steps[-1]["margin"] > steps[0]["margin"] + 0.05
+    assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"] + 0.05
     assert "4 held out" in said and "held_out" in rows[-1]
     model = AutoModelForCausalLM.from_pretrained(workdir / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -459,7 +455,7 @@ def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
     rows = [pair_row(i, f"good answer {i}", f"poor answer {i}", delta=-3.0) for i in range(4)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     steps = train_steps(trained(run, tiny, workdir / "out", "--loss", "rdpo", "--epochs", "6")[0])
-    assert steps[-1]["margin"] < -0.02 and steps[-1]["accuracy"] == 0
+    assert steps[-1]["rewards/margins"] < -0.02 and steps[-1]["rewards/accuracies"] == 0
 
 
 def torchrun(*argv, nodes=1):
@@ -531,7 +527,7 @@ def test_a_model_that_packed_sequences_do_not_suit_trains_in_two_processes_too(
 ):
     """Such a model runs sequence by sequence, and FSDP needs equally many on all processes."""
     model = save_windowed(workdir / "window", tokenizer, 16)
-    assert not student_of(model).packs
+    assert policy_of(model).pack_tokens == 0
     more = ["--batch-size", "3", "--pack-tokens", "1000", "--max-steps", "2", *ON_CPU]
     alone = train_steps(trained(run, model, workdir / "alone", *more)[0])
     torchrun("--model", model, "--out", workdir / "two", *FAST, *more)
@@ -558,30 +554,26 @@ def test_dropout_is_off(run, pairs_file, workdir, tokenizer):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(tiny, pairs_file, workdir):
-    command = [sys.executable, ROOT / "train.py", "--model", tiny, *FAST, "--batch-size", "2"]
-    command += ["--save-every", "2", "--eval-every", "3", "--epochs", "6", "--out"]
-
-    def start(out):
-        how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE}
-        return subprocess.Popen([*map(str, command), out], text=True, **how)
-
+def test_a_run_that_was_killed_ends_as_an_unbroken_one(run, tiny, pairs_file, workdir):
+    """Killed once before the first checkpoint and once behind it, which is amid an epoch."""
+    flags = [*FAST, "--batch-size", "2", "--save-every", "3", "--eval-every", "3", "--epochs", "3"]
     whole, cut = workdir / "whole", workdir / "cut"
-    start(whole).communicate()
+    trained(run, tiny, whole, *flags)
+    command = [sys.executable, ROOT / "train.py", "--model", tiny, *flags, "--out", cut]
     dates, kept = [], []
-    for lines in (1, 4, 8):  # before the first checkpoint, and between others
-        process = start(cut)
+    for lines in (1, 6):
+        process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE)
         for said in process.stdout:
             if said.startswith("step") and len(read_rows(cut / "log.jsonl")) >= lines:
                 break
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         dates.append(json.loads((cut / "run.json").read_text())["date"])
         kept.append(bool(train.checkpoints(cut)))
         assert "finished" not in json.loads((cut / "run.json").read_text())
     (cut / "checkpoint.part").mkdir(exist_ok=True)  # as a kill amid the writing leaves it
-    start(cut).communicate()
-    assert steps_of(whole) == steps_of(cut) and len(steps_of(cut)) == 24 + 8
+    trained(run, tiny, cut, *flags)
+    assert steps_of(whole) == steps_of(cut) and len(steps_of(cut)) == 12 + 4
     one, other = ((out / "model.safetensors").read_bytes() for out in (whole, cut))
     assert one == other and not train.checkpoints(cut)
     # the record is that of the start that made the first step which counts
@@ -635,7 +627,7 @@ def test_a_model_of_which_a_part_is_not_in_use_continues_too(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_student", full)
+        patch.setattr(train, "save_policy", full)
         assert run(*argv, "out")[0] == 2 and train.checkpoints(workdir / "out")
     for out in ("out", "whole"):
         status, _, err = run(*argv, out)
@@ -683,7 +675,7 @@ def test_a_run_of_which_no_step_is_left_has_the_record_of_the_start_that_made_it
     assert json.loads(path.read_text())["commit"] != "of a start that died"
 
 
-def test_a_student_that_changed_since_the_run_began_is_refused(run, pairs_file, workdir, tokenizer):
+def test_a_policy_that_changed_since_the_run_began_is_refused(run, pairs_file, workdir, tokenizer):
     base = make_model(len(tokenizer))
     for scale in (1.0, 1.05):
         base.model.embed_tokens.weight.data *= scale
@@ -716,8 +708,8 @@ def test_overwrite_keeps_the_run_that_was_there_and_spares_other_folders(
     assert (workdir / "precious" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_student_trained_on_in_its_own_folder_is_moved_aside(run, tiny, pairs_file, workdir):
-    out = workdir / "runs" / "sentiment" / "rdpo-margin"
+def test_a_policy_trained_on_in_its_own_folder_is_moved_aside(run, tiny, pairs_file, workdir):
+    out = workdir / "runs" / "sentiment" / "rdpo"
     trained(run, tiny, out, "--max-steps", "1")
     before = {path: path.read_bytes() for path in out.iterdir()}
     status, _, err = run("train", "--model", out, *FAST)
