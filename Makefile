@@ -1,4 +1,4 @@
-# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (under 8 minutes)
+# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (ten minutes)
 # make test   the tests                                make lint   ruff
 # make study  the methods side by side under noise, on three more seeds (many hours; TASK= and SEEDS= choose)
 # make parity and make bench-train   train.py beside TRL's DPOTrainer: its numbers, its speed and memory
@@ -9,14 +9,14 @@ TASK ?= sentiment
 SEEDS ?= 20 21 22
 RUN = . .venv/bin/activate &&
 
-# 80 of the task's 644 instructions, so that two cores need no more than eight minutes. Status 1 says that some rows
-# failed: they are counted, and the others go on. A small student that imitates revisions which repeat themselves runs in
+# 80 of the task's 644 instructions, so that two cores need ten minutes. Status 1 says that some rows
+# failed: they are counted, and the others go on. A small policy that imitates revisions which repeat themselves runs in
 # circles, so these are left out (results/pilots.md).
 demo: .venv/ready
 	$(RUN) python generate.py --task sentiment --limit 80 --out runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python score.py --task sentiment --in runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 4 --max-repeats 0.05
-	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo-margin
+	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo
 
 test: .venv/ready
 	$(RUN) python -m pytest
@@ -30,10 +30,10 @@ study: .venv/ready
 
 # TRL is needed here alone, so it has an environment of its own
 parity: .venv-dev/ready
-	. .venv-dev/bin/activate && python tests/against_trl.py parity --batch 1 --out results/parity
+	. .venv-dev/bin/activate && python results/against_trl.py parity --batch 1 --out results/parity
 
 bench-train: .venv-dev/ready
-	. .venv-dev/bin/activate && python tests/against_trl.py bench --steps 4 --batch 2 --out results/bench-train
+	. .venv-dev/bin/activate && python results/against_trl.py bench --steps 4 --batch 2 --out results/bench-train
 
 # torch first and by its exact version, so that nothing else pulls in another build of it
 .venv/ready: requirements.txt

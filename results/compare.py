@@ -31,8 +31,9 @@ from study import (
 )
 
 from eval import interval
-from generate import run as run_stage
-from prompts import BadInput, load_task, read_prompts
+from prompts import load_task, read_prompts
+from prompts.rows import BadInput
+from prompts.rows import run as run_stage
 
 LEAST_SEEDS = 3  # for a p-value
 RIVALS = {"base": ("dpo", "dsc"), "dsc": ("dpo", "dsc, the start")}  # of methods trained from there
@@ -57,7 +58,7 @@ SHOWN = {  # key of a row: heading, format
     "repeats": ("repeats", ".1%"),
     "base_logp": ("log-prob", ".2f"),
     "cut": ("cut off", ".0%"),
-    "settings": ("learning rate, beta, epsilon", ""),
+    "settings": ("learning rate, beta, label smoothing", ""),
 }
 IN_README = (*UNTRAINED, "sft", "dsc", "dpo", "dpo-accept", "rdpo", "rdpo-weight", "rdpo-margin")
 JUDGED = {  # of a file of pairs: heading
@@ -251,7 +252,7 @@ def summarise(lines):
 
 
 def used(line):
-    """The settings of a line, as text: learning rate, and beta and epsilon of losses with them."""
+    """The settings of a line, as text: learning rate, and beta and label smoothing of losses with them."""
     beta = [] if line["method"] in IMITATION else [line["beta"]]
     beta += [line["epsilon"]] if line["method"] in ("cdpo", "robust") else []
     return ", ".join(f"{value:g}" for value in (line["lr"], *beta))

@@ -64,12 +64,14 @@ from teacher import FOLDER as TEACHER
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import by_group, measure  # noqa: E402
-from generate import Rows, lines_of, load_model, pick_device, provenance  # noqa: E402
-from generate import run as run_stage  # noqa: E402
-from kernels.packed import check_model  # noqa: E402
-from prompts import BadInput, load_task, read_prompts, read_rows  # noqa: E402
-from score import SIDES, contrast_reward, repetition, text_of  # noqa: E402
+from eval import by_group  # noqa: E402
+from kernels.packed import use_packed_attention  # noqa: E402
+from prompts import load_task, measure, read_prompts  # noqa: E402
+from prompts.chat import load_model, pick_device  # noqa: E402
+from prompts.rows import SIDES, BadInput, Rows, lines_of, provenance, read_rows  # noqa: E402
+from prompts.rows import repetition, text_of  # noqa: E402
+from prompts.rows import run as run_stage  # noqa: E402
+from score import contrast_reward  # noqa: E402
 
 STEPS, PAIRS_A_STEP, POOLED = 24, 8, 3
 LATER = 9  # the seed of the trials of methods named -alone, which were added later
@@ -252,7 +254,7 @@ class Cell:
         if self.task in FACTS:
             facts = FACTS[self.task](read_rows(scored, "id"))
             if not there:
-                said = {"made": provenance(), "batch_size": size} | facts
+                said = {"made": provenance(pick_device()[0]), "batch_size": size} | facts
                 file.write_text(json.dumps(said, indent=1) + "\n")
             elif any(there[k] != facts[k] for k in there.keys() & facts.keys()):
                 raise BadInput(f"{file}: is of other pairs than {scored}; take other --seeds")
@@ -299,7 +301,7 @@ class Cell:
         """Trains with the settings that the trials say, evaluates, adds the line."""
         asked = self.rows("test" if run.trial is None else "trial")
         student = Path("smollm2" if run.method == "base" else "self-refine")
-        line, seconds = {"id": run.name, **run._asdict(), "made": provenance()}, 0.0
+        line, seconds = {"id": run.name, **run._asdict(), "made": provenance(pick_device()[0])}, 0.0
         if run.method not in UNTRAINED:
             student, facts, seconds = self.train(run, shares)
             line |= facts
@@ -328,13 +330,14 @@ class Cell:
         write(source, rows)
         flags = ["--in", source, "--out", student, "--model", start, "--lr", lr]
         flags += [] if run.method in IMITATION else ["--beta", beta, *RECIPE]
-        flags += ["--epsilon", round(rate, 3)] if run.method in ("cdpo", "robust") else []
+        flags += ["--label-smoothing", round(rate, 3)] if run.method in ("cdpo", "robust") else []
         flags += [*METHODS[run.method], "--seed", self.seed, "--batch-size", PAIRS_A_STEP]
         steps = STEPS * POOLED if run.kind == "pooled" else STEPS
         flags += f"--max-steps {steps} --epochs 1000 --save-every 1000 --pack-tokens 2048".split()
         seconds = self.call("train.py", *flags)
         record = json.loads((student / "run.json").read_text())
-        facts = {name: record[name] for name in ("lr", "beta", "epsilon", "pairs")}
+        facts = {name: record[name] for name in ("lr", "beta", "pairs")}
+        facts["epsilon"] = record["label_smoothing"]  # its name when the first lines were made
         facts |= {"won": float(np.mean(gaps > 0)), "lost": float(np.mean(gaps < 0))}
         facts["made"] = {name: record[name] for name in (*MADE, "command")}
         return student, facts, seconds
@@ -370,7 +373,7 @@ def claim(path, wait=False):
 def is_usable(row):
     """Whether neither answer of a pair was cut off, and the revision does not repeat itself."""
     finish = row["teacher"]["finish"]
-    if row.get("error") or "length" in (finish["answer"], finish["revision"]):
+    if row.get("error") or "length" in (finish["draft"], finish["revision"]):
         return False
     return repetition(text_of(row["chosen"])) <= MAX_REPEATS
 
@@ -507,7 +510,7 @@ def measures(task, run, answers, rows):
 @functools.cache
 def judge_of_other_words():
     model, tokenizer = load_model("smollm2", *pick_device())
-    check_model(model)
+    use_packed_attention(model)
     more = {"tokenizer": tokenizer, "table": OTHER_WORDS}
     return functools.partial(contrast_reward, model=model, **more)
 
