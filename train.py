@@ -47,12 +47,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # as the two above, set by torchrun
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
-RATES = {
-    "rdpo": 4e-5,
-    "rdpo-margin": 8e-5,
-    "rdpo-weight": 4e-5,
-    "sft": 2e-5,
-}  # chosen in results/study
+# Learning rates that results/study chose.
+RATES = {"rdpo": 4e-5, "rdpo-margin": 8e-5, "rdpo-weight": 4e-5, "sft": 2e-5}
 
 # ---- the losses ----------------------------------------------------------------------------------
 # From RLHF to rDPO, for a prompt x, chosen c and rejected r (equations of arXiv 2305.18290):
@@ -164,6 +160,7 @@ def training_step(policy, optimizer, pairs, reference_logps, settings, max_grad_
         # Times WORLD, because FSDP takes the mean over the processes where the sum is meant.
         (losses.sum() * weight * WORLD / len(pairs)).backward()
         policy_logps[indices] += weight * logps.detach()
+
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     norm = norm.full_tensor().item() if WORLD > 1 else norm.item()
     if not math.isfinite(norm):
@@ -194,6 +191,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out):
         batch, known = [pairs[i] for i in picks], reference_logps[picks]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, args)
         logps, norm = training_step(policy, optimizer, batch, known, settings, args.max_grad_norm)
+
         # The rest is diagnostics and saving.
         seconds = time.perf_counter() - began
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in policy.sides)
@@ -519,6 +517,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # only the first process prints
+
     rows = read_rows(args.input, "chosen", "rejected")[: args.limit]
     policy = Policy(args, device, dtype)
     pairs, held_out, left_out = make_pairs(rows, args.input, policy.tokenizer, args)
