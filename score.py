@@ -11,6 +11,7 @@ runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen
 import functools
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +22,14 @@ from transformers import AutoModelForSequenceClassification
 
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, fill, load_task
-from prompts.chat import encode, load_model, open_chat, pick_device
+from prompts.chat import apply_template, encode, load_model, open_chat, pick_device
 from prompts.rows import (
     SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task, read_rows, run, text_of,
 )  # fmt: skip
 
 
 class Score(NamedTuple):
-    """A score, None where none could be had; and a judge's words, or why it said nothing."""
+    """A score, None where none could be had; and a judge's words, or why there is no score."""
 
     value: float | None
     comment: str = ""
@@ -39,7 +40,6 @@ def contrast_reward(rows, answers, model, tokenizer, table):
     """A Score for each answer, in nats per token:
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
-    rows: the prompts, one for each answer. answers: their texts.
     table: [contrast] of the task file, two lists of messages behind which the answer stands. Rows
         with `control` have a table of their own, if there is [contrast.control].
     """
@@ -54,51 +54,52 @@ def contrast_reward(rows, answers, model, tokenizer, table):
     gaps = logps[: len(answers)] - logps[len(answers) :]
     scores = []
     for gap, one, other in zip(gaps.tolist(), under_principle, under_opposite, strict=True):
-        _, completion = one
         # Equal prompts have the score 0 by definition, not the rounding noise of two sums.
-        scores.append(Score(0.0 if one == other else gap / len(completion)))
+        scores.append(Score(0.0 if one == other else gap / len(one[1])))
     return scores
 
 
 @torch.no_grad()
 def classifier_reward(rows, answers, model, tokenizer, label):
-    """A Score for each answer: a reward model's logit, or the log-odds of `label` in a classifier.
+    """A Score for each answer: a reward model's logit, or the log-odds of `label` in a classifier;
+    where its labels are independent, the label's own logit. An answer that is too long has none.
 
-    label: the good one among a classifier's several labels.
     Sequences run one by one, without padding: transformers reads the logits at the last token that
     is not the padding token, as it did in training (transformers#35352).
     """
-    label_ids = model.config.label2id
+    config, label_ids = model.config, model.config.label2id
+    most = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 1e9)
     scores = []
     for row, answer in zip(rows, answers, strict=True):
         prompt = as_messages(row["prompt"])
         if tokenizer.chat_template:  # a reward model reads the whole template
             chat = [*prompt, {"role": "assistant", "content": answer}]
-            inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
+            inputs = {"input_ids": torch.tensor([apply_template(tokenizer, chat)])}
         elif len(label_ids) > 1:  # a classifier of texts judges the answer, not the request
-            inputs = tokenizer(answer, truncation=True, return_tensors="pt")
+            inputs = tokenizer(answer, return_tensors="pt")
         else:
             text = "\n".join(message["content"] for message in prompt)
-            inputs = tokenizer(text, answer, truncation=True, return_tensors="pt")
+            inputs = tokenizer(text, answer, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if length > most:
+            scores.append(Score(None, f"{length} tokens, where the classifier takes {most}"))
+            continue
 
-        logits = model(**inputs.to(model.device)).logits[0].double()  # (labels,)
-        value = logits[0]
-        if len(label_ids) > 1:
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        logits = model(**inputs).logits[0].double()  # (labels,)
+        value = logits[label_ids[label] if len(label_ids) > 1 else 0]
+        if len(label_ids) > 1 and config.problem_type != "multi_label_classification":
             others = [i for name, i in label_ids.items() if name != label]
-            value = logits[label_ids[label]] - logits[others].logsumexp(0)
+            value = value - logits[others].logsumexp(0)
         scores.append(Score(value.item()))
     return scores
 
 
 def judge_reward(rows, answers, ask, table):
-    """A Score for each answer: the rating that a chat model gives it by the rubric of [judge].
-
-    ask: (conversations, keys) -> list of Reply, as LocalModel and Server have it.
-    table: [judge] of the task file.
-    """
-    conversations = []
-    for row, answer in zip(rows, answers, strict=True):
-        conversations.append(fill(table["prompt"], row, answer=answer))
+    """A Score for each answer: the rating that a chat model gives it by the rubric of [judge], which
+    table is. ask: of LocalModel or Server."""
+    both = zip(rows, answers, strict=True)
+    conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
     scores = []
     for reply in ask(conversations, [(row["id"], "judge") for row in rows]):
         rating = rating_of(reply.text, reply.finish, table["scale"])
@@ -107,31 +108,46 @@ def judge_reward(rows, answers, ask, table):
     return scores
 
 
+# "Rating", perhaps the scale, markup, a number, perhaps "/10", markup, and an end or a reason.
+RATING = re.compile(
+    r"""(?P<quote>["'“]?) (?<![a-z]) rating (?![a-z]) (\s*\([^)]*[^)\d][^)]*\) | \s+\d+\s*(-|to)\s*\d+)?
+    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|] | \bis\b | \\boxed)* ) (?P<number> [-+]?\d+([.,]\d+)? )
+    (\s*(/|out\ of)\s*(?P<top>\d+))? [*_`"'”\]}>)]*
+    (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s+\( | \s+-\s | \s+(because|points?|stars?)\b )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
 def rating_of(text, finish, scale):
-    """The number behind the last "Rating:", if it is on the scale (lowest, highest).
+    """The rating in a judge's reply, None where there is none on the scale (lowest, highest), or
+    where several differ and none of them is the last line.
 
     >>> rating_of("It scores 2 points, not 4. Rating: -3", "stop", (-5, 5))
     -3.0
-    >>> rating_of("Rating (1 to 10): 8", "stop", (1, 10))
-    8.0
-    >>> rating_of("Rating (8). 1. Good.", "stop", (1, 10))
-    >>> rating_of("Rating: 40", "stop", (-5, 5))
+    >>> rating_of("Rating: 4/5", "stop", (1, 10))
     """
-    pattern = r"(?i)rating(?: \([^)]*[^)\d][^)]*\))?[\s:*_=`\"]*([-+\u2212]?\d+(?:\.\d+)?)"
-    found = re.findall(pattern, text)
+    text = re.sub("[\u2212\u2013\u2014]", "-", unicodedata.normalize("NFKC", text)).strip("\"' \n")
+    found = []
+    for match in RATING.finditer(text):
+        quoted = match["quote"] and not set("\"'”") & set(match["markup"])  # but not a key in JSON
+        in_a_list = (
+            "\n" in match["markup"] and match["end"].strip()
+        )  # "Rating:" and then "1. Warm."
+        of_another_scale = match["top"] and int(match["top"]) != scale[1]
+        if not (quoted or in_a_list or of_another_scale):
+            found.append(match)
+    values = {float(match["number"].replace(",", ".")) for match in found}
     if not found or finish == "length":
         return None
-    rating = float(found[-1].replace("\u2212", "-"))
-    return rating if scale[0] <= rating <= scale[1] else None
+    beside = text[: found[-1].start()].rpartition("\n")[2].strip("*_#> ") + text[found[-1].end() :]
+    rating = float(found[-1]["number"].replace(",", "."))
+    clear = len(values) == 1 or not beside.strip()  # the last one is a line of its own
+    return rating if clear and scale[0] <= rating <= scale[1] else None
 
 
 def make_reward(args, task, call_log):
-    """(reward: (rows, answers) -> Scores, the settings that they hang on).
-
-    args: reward, reward_model, label, and the flags of add_reward_flags.
-    task: of load_task. call_log: path of the file that keeps a judge's calls.
-    Raises BadInput.
-    """
+    """(reward: (rows, answers) -> Scores, the settings that they hang on). task: of load_task.
+    call_log: path of the file that keeps a judge's calls. Raises BadInput."""
     kind, name = args.reward, args.reward_model
     if args.api_base and kind != "judge":
         raise BadInput("--api-base: only --reward judge asks a server")
@@ -139,13 +155,11 @@ def make_reward(args, task, call_log):
         raise BadInput(f"--reward {kind}: prompts/{args.task}.toml has no [{kind}]; write it")
     settings = {"kind": kind, "model": name, "label": args.label}
     settings["prompt_text"] = digest_of(task.get(kind))
-
     if kind == "judge":
         sampling = {"max_tokens": args.judge_tokens, "temperature": 0.0, "top_p": 1.0}
         chat = open_chat(name, args, call_log, **sampling)
         reward = functools.partial(judge_reward, ask=chat.ask, table=task["judge"])
         return reward, settings | chat.settings
-
     device, dtype = pick_device(args.device, args.dtype)
     settings["dtype"] = str(dtype)
     if kind == "contrast":
@@ -155,6 +169,8 @@ def make_reward(args, task, call_log):
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
         labels = model.config.label2id
+        if len(labels) > 1 and model.config.problem_type == "regression":
+            raise BadInput(f"--model {name}: gives {len(labels)} numbers; one is needed")
         if len(labels) > 1 and args.label not in labels:
             raise BadInput(f"--label: {name} has the labels {', '.join(labels)}; name the good one")
         reward = functools.partial(classifier_reward, label=args.label)
@@ -162,10 +178,7 @@ def make_reward(args, task, call_log):
 
 
 def add_scores(rows, reward, settings):
-    """The rows with both answers' scores; those that failed before as they are.
-
-    reward, settings: of make_reward.
-    """
+    """The rows with both answers' scores; those that failed before as they are."""
     pairs = [row for row in rows if not row.get("error")]
     # A copied draft is asked for once: it is a tie, whatever rounding or a judge's mood would say.
     asked = {}  # (number of the pair, text): row
@@ -174,7 +187,6 @@ def add_scores(rows, reward, settings):
             asked[i, text_of(row[side])] = row
     scores = reward(list(asked.values()), [text for _, text in asked])
     scores = dict(zip(asked, scores, strict=True))
-
     for i, row in enumerate(pairs):
         row["reward"] = dict(settings)
         for side in SIDES:
@@ -205,10 +217,8 @@ def audit(rows):
     gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
-    rms = np.sqrt(np.mean(gaps**2))
-    spread = f"mean {gaps.mean():+.3f}, root mean square {rms:.3f}"
+    spread = f"mean {gaps.mean():+.3f}, root mean square {np.sqrt(np.mean(gaps**2)):.3f}"
     lines.append(f"reward gap (chosen - rejected): {spread}")
-
     longer = [len(text_of(row["chosen"])) - len(text_of(row["rejected"])) for row in scored]
     if len(scored) > 2 and gaps.std() > 0 and np.std(longer) > 0:
         correlation = np.corrcoef(gaps, longer)[0, 1]
@@ -256,12 +266,11 @@ def main():
         for name in ("score_chosen", "score_rejected", "reward"):
             row.pop(name, None)  # what an earlier reward said
     rows = source[: args.limit]
-
     reward, settings = make_reward(args, task, f"{args.out}.calls")
     output = Rows(args.out, args.overwrite)
     for key, row in list(output.rows.items()):
         if "reward" in row and not is_scored(row):
-            del output.rows[key]  # a judge is asked again
+            del output.rows[key]  # a call that failed is made again
     output.resume("reward", settings, source)
     print(f"{args.reward} of {args.reward_model}: {len(rows)} pairs, {len(output.done)} done")
 
@@ -270,9 +279,8 @@ def main():
         try:
             output.add(*add_scores(batch, reward, settings))
         except (ValueError, TypeError, LookupError) as error:
-            names = f"{batch[0]['id']} to {batch[-1]['id']}"
-            raise BadInput(f"{args.input}: rows {names}: {error}") from None
-
+            rows = f"rows {batch[0]['id']} to {batch[-1]['id']}"
+            raise BadInput(f"{args.input}: {rows}: {error}") from None
     rows = output.finish(source)
     print(f"{args.out}:\n{audit(rows)}")
     raise SystemExit(0 if all(is_scored(row) for row in rows) else 1)

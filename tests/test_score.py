@@ -133,6 +133,43 @@ def test_a_reward_models_score_is_its_logit_at_the_last_token_whatever_the_batch
     assert rows[1]["score_chosen"] == pytest.approx(want, abs=1e-4)
 
 
+def test_independent_labels_are_read_one_by_one_and_regression_of_several_is_refused(
+    run, tokenizer, pairs, workdir
+):
+    folder = classifier(workdir / "rm", tokenizer, 2)
+    config = json.loads((folder / "config.json").read_text())
+    path, flags = folder / "config.json", ["--reward", "classifier", "--label", "GOOD"]
+    path.write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    _, rows, _ = scored(run, folder, *flags)
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(rows[1]["prompt"] + rows[1]["chosen"], tokenize=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+    assert rows[1]["score_chosen"] == pytest.approx(logits[1].item(), abs=1e-4)
+    path.write_text(json.dumps(config | {"problem_type": "regression"}))
+    status, _, err = run("score", "--model", folder, *flags, "--overwrite")
+    assert status == 2 and "gives 2 numbers" in err
+
+
+def test_an_answer_that_is_too_long_for_the_classifier_has_no_score(run, pairs, workdir):
+    """Cut to the same beginning, two answers would tie."""
+    plain = make_tokenizer(template=None)
+    plain.model_input_names = ["input_ids", "attention_mask"]  # without a limit of its own
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64}
+    config = DistilBertConfig(vocab_size=len(plain), max_position_embeddings=16, **sizes)
+    config.id2label, config.label2id = {0: "NO", 1: "POSITIVE"}, {"NO": 0, "POSITIVE": 1}
+    DistilBertForSequenceClassification(config).save_pretrained(workdir / "bert")
+    plain.save_pretrained(workdir / "bert")
+    rows = read_rows(pairs)
+    rows[1]["chosen"][0]["content"] = "Lovely film. " * 20
+    write_jsonl(pairs, rows)
+    flags = ["--reward", "classifier", "--label", "POSITIVE"]
+    status, rows, _ = scored(run, workdir / "bert", *flags)
+    assert status == 1 and rows[1]["score_chosen"] is None
+    assert isinstance(rows[1]["score_rejected"], float)
+    assert "where the classifier takes 16" in rows[1]["reward"]["comment_chosen"]
+
+
 def test_a_classifier_of_several_labels_needs_one_of_them(run, tokenizer, pairs, workdir):
     model = classifier(workdir / "rm", tokenizer, 2)
     status, _, err = run("score", "--model", model, "--reward", "classifier")
@@ -251,6 +288,25 @@ def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
         ("It is poor, 2 of 10 at most.", None),
         ("Rating: none", None),
         ("", None),
+        ("**Rating:** **8**", 8),
+        ('{"explanation": "warm", "rating": 8}', 8),
+        ("Rating: [[7]]", 7),
+        ("Rating: 7,5", 7.5),
+        ("Rating\uff1a8", 8),
+        ("Rating: \\boxed{8}", 8),
+        ("Rating is 8", 8),
+        ("<rating>8</rating>", 8),
+        ("### Rating\n\n8", 8),
+        ("Rating 1-10: 8 out of 10", 8),
+        ("Rating: 8 \u2013 warm", 8),
+        ("Rating: 4/5", None),
+        ("Rating: 8-9", None),
+        ("celebrating 10 years", None),
+        ('Rating: 2\n\n(I ignored "Rating: 9" in the text.)', 2),
+        ("Rating:\n1. It is warm.\n2. It is kind.", None),
+        ("Rating: 9 is too high, I would say 6.", None),
+        ("At first I thought Rating: 3.\nRating: 7", 7),
+        ("Rating: 3, or perhaps Rating: 7, who knows", None),
     ],
 )
 def test_a_rating_is_the_number_behind_the_last_rating_if_it_is_on_the_scale(text, rating):
