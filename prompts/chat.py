@@ -1,6 +1,4 @@
-"""A chat model, on this machine or on a server: from messages to tokens, from tokens to replies.
-
-encode() comes first: it defines the tokens that all stages sample, score and train on."""
+"""Chat models, here or on a server: from messages to tokens (by encode, for all stages) to replies."""
 
 import hashlib
 import os
@@ -23,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from prompts.rows import BadInput, Rows, digest_of
 
 transformers.utils.logging.disable_progress_bar()
+FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
 
 
 # ---- from messages to tokens ---------------------------------------------------------------------
@@ -60,13 +59,14 @@ def encode_chat(tokenizer, messages, completion):
         return prompt_ids, prompt_ids
     answer = {"role": "assistant", "content": completion.strip()}
     whole = apply_template(tokenizer, [*messages, answer])
-    # Templates put a line break behind the end-of-turn token; a sampled answer has none.
-    while len(whole) > len(prompt_ids) and not tokenizer.decode(whole[-1:]).strip():
-        whole.pop()
-    # If the last token is ordinary text, the template wrote no end-of-turn token.
-    if tokenizer.decode(whole[-1:], skip_special_tokens=True):
-        whole.append(tokenizer.eos_token_id)
-    return prompt_ids, whole
+    # Behind the answer are special tokens and line breaks. The first special one ends the turn.
+    for end in range(len(whole), len(prompt_ids), -1):
+        if tokenizer.decode(whole[end - 1], skip_special_tokens=True).strip():
+            break
+    for i in range(end, len(whole)):
+        if tokenizer.decode(whole[i]).strip():
+            return prompt_ids, whole[: i + 1]
+    return prompt_ids, [*whole[:end], tokenizer.eos_token_id]
 
 
 def apply_template(tokenizer, messages, **options):
@@ -75,6 +75,7 @@ def apply_template(tokenizer, messages, **options):
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: has no chat template; take an instruct version")
     fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    fixed["chat_template"] = FIXED_DAY + tokenizer.get_chat_template()
     try:
         return tokenizer.apply_chat_template(messages, **fixed, **options)
     except TemplateError as error:
@@ -193,7 +194,9 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     completions = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     replies = {}  # number of the conversation: Reply
-    stop_ids = torch.tensor(model.generation_config.eos_token_id, device=device).view(-1)
+    eos = model.generation_config.eos_token_id or []  # a number, a list or None
+    end_of_turn = encode(tokenizer, conversations[0], "Yes.")[1][-1]
+    stop_ids = [end_of_turn, *(eos if isinstance(eos, list) else [eos])]
 
     # Prompts are padded on the left, so that the next token of every row has the same column.
     ids = [torch.tensor(prompt, device=device) for prompt in prompts]
@@ -202,7 +205,6 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     ids = ids.clamp(min=0)
     cache = DynamicCache(config=model.config)
     batch = list(range(len(prompts)))  # row k of the batch is conversation batch[k]
-
     for step in tqdm(range(max_tokens), f"{len(prompts)} answers", leave=False, disable=None):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of the new tokens
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -210,12 +212,11 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in batch])
         tokens = pick_tokens(logits, uniform.to(device), temperature, top_p)
 
-        stops = torch.isin(tokens, stop_ids).tolist()
-        for i, token, stop in zip(batch, tokens.tolist(), stops, strict=True):
+        for i, token in zip(batch, tokens.tolist(), strict=True):
             completions[i].append(token)
-            if i not in replies and (stop or step == max_tokens - 1):
+            if i not in replies and (token in stop_ids or step == max_tokens - 1):
                 text = tokenizer.decode(completions[i], skip_special_tokens=True).strip()
-                finish = "stop" if stop else "length"
+                finish = "stop" if token in stop_ids else "length"
                 replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
         if len(replies) == len(prompts):
             break
@@ -273,9 +274,8 @@ class Server:
         except (requests.RequestException, ValueError) as error:
             reason = f"{type(error).__name__}; check the URL and the key in {args.api_key_env}"
             raise BadInput(f"{self.where}: cannot be asked: {reason}") from None
-        backoff = {"total": 7, "backoff_factor": 0.5, "backoff_jitter": 0.5}
-        how = {"allowed_methods": None, "status_forcelist": RETRY_STATUS, "raise_on_status": False}
-        retry = Retry(**backoff, **how)
+        how = {"backoff_factor": 0.5, "backoff_jitter": 0.5, "status_forcelist": RETRY_STATUS}
+        retry = Retry(total=7, allowed_methods=None, raise_on_status=False, **how)
         adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
         self.session.adapters = {"http": adapter}  # what http:// and https:// begin with
         self.call_log = Rows(call_log, args.overwrite)

@@ -1,5 +1,6 @@
 """generate.py: tokens, sampling, rows, and a server that answers, fails and is wrong."""
 
+import copy
 import functools
 import gc
 import json
@@ -68,6 +69,27 @@ def test_neither_thoughts_nor_todays_date_are_in_what_is_trained():
     assert tokenizer.decode(completion) == "A fine film.<|im_end|>"
 
 
+@pytest.mark.parametrize("behind", ["<|end|>\n<|im_end|>", "<|end|><|im_end|><|im_start|>"])
+def test_nothing_behind_the_end_of_the_turn_is_trained(behind):
+    """Phi-3's template puts the end of the text behind it, Command-A's the next turn's start."""
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", behind))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    _, completion = encode(tokenizer, USER, "A fine film.")
+    assert tokenizer.decode(completion) == "A fine film.<|end|>"
+
+
+def test_special_tokens_before_an_answer_are_not_its_end():
+    tokenizer = make_tokenizer(CHATML.replace("{{ m.content }}", "<|pad|>{{ m.content }}"))
+    _, completion = encode(tokenizer, USER, "A fine film.")
+    assert tokenizer.decode(completion) == "<|pad|>A fine film.<|im_end|>"
+
+
+def test_a_template_that_asks_for_today_gets_the_same_day_every_day():
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    prompt, _ = encode(tokenizer, USER, "A fine film.")
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024")
+
+
 def test_an_answer_ends_with_the_end_of_its_turn_where_the_template_has_none():
     tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""))
     _, completion = encode(tokenizer, USER, "A fine film.")
@@ -92,7 +114,8 @@ def test_lists_of_messages_need_a_chat_template():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return make_model(len(tokenizer))
+    """In fp64, so that a batch of another size or other threads round away no token."""
+    return make_model(len(tokenizer)).double()
 
 
 def chats(count):
@@ -115,6 +138,19 @@ def test_rows_that_finish_early_leave_the_batch_and_change_nothing(model, tokeni
     assert len({reply.completion_tokens for reply in together}) > 3
     for i in (0, 5, 11):
         assert sample(model, tokenizer, chats(12)[i : i + 1], [i], **how) == [together[i]]
+
+
+@pytest.mark.parametrize("eos", [None, 3, [3]])
+def test_sampling_stops_at_the_end_of_the_turn_whatever_the_configuration_says(
+    model, tokenizer, eos
+):
+    how = {"max_tokens": 80, "temperature": 3.0, "top_p": 1.0}
+    want = sample(model, tokenizer, chats(6), range(6), **how)
+    assert {reply.finish for reply in want} == {"stop", "length"}
+    other = copy.deepcopy(model)
+    other.generation_config.eos_token_id = eos
+    for one, reply in zip(sample(other, tokenizer, chats(6), range(6), **how), want, strict=True):
+        assert one == reply or one.completion_tokens < reply.completion_tokens  # ended by <s>
 
 
 def test_greedy_sampling_is_that_of_transformers(model, tokenizer):
