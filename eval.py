@@ -25,7 +25,7 @@ from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, load_task, measure
 from prompts.chat import LocalModel, encode, pick_device
 from prompts.rows import (
-    BadInput, Rows, make_parser, newest_task, provenance, read_rows, repetition, run, text_of,
+    BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, repetition, run, text_of,
 )  # fmt: skip
 from score import add_reward_flags, finite, make_reward
 
@@ -280,11 +280,11 @@ def parse_args():
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the runs' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
-    add("--samples", type=int, default=1, help="answers a prompt (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="answers that are sampled, and written, together (default: %(default)s)")
-    add("--max-tokens", type=int, help="longest answer, in tokens (default: as in the pairs, else 200)")
-    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--samples", type=number(), default=1, help="answers a prompt (default: %(default)s)")
+    add("--batch-size", type=number(), default=64, help="answers that are sampled, and written, together (default: %(default)s)")
+    add("--max-tokens", type=number(), help="longest answer, in tokens (default: as in the pairs, else 200)")
+    add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     args.task = args.task or newest_task("scored.jsonl")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prompts import CALLS, FOLDER, FORMS, fill, load_task, read_prompts
 from prompts.chat import open_chat
-from prompts.rows import BadInput, Rows, digest_of, make_parser, run
+from prompts.rows import BadInput, Rows, digest_of, make_parser, number, run
 
 
 # ---- the method: draft, criticise, revise --------------------------------------------------------
@@ -67,10 +67,10 @@ def parse_args():
     add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of one group are in one split, without group those of one prompt")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=FORMS, help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type=int, default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
+    add("--max-tokens", type=number(), default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
+    add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
+    add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
+    add("--batch-size", type=number(), default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, and ask nothing")
     # fmt: on
     return parser.parse_args()

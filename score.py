@@ -23,9 +23,8 @@ from transformers import AutoModelForSequenceClassification
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, fill, load_task
 from prompts.chat import apply_template, encode, load_model, open_chat, pick_device
-from prompts.rows import (
-    SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task, read_rows, run, text_of,
-)  # fmt: skip
+from prompts.rows import SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task
+from prompts.rows import number, read_rows, run, text_of
 
 
 class Score(NamedTuple):
@@ -233,7 +232,7 @@ def add_reward_flags(parser, kind=None):
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
     add("--label", help="label of a classifier of several labels that counts as good")
-    add("--judge-tokens", type=int, default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
+    add("--judge-tokens", type=number(), default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on
 
 
@@ -245,7 +244,7 @@ def parse_args():
     add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type=int, default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type=number(), default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     args.task = args.task or newest_task("pairs.jsonl")

@@ -37,8 +37,8 @@ from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_pac
 from prompts import as_messages
 from prompts.chat import encode, load_model, pick_device
 from prompts.rows import (
-    BadInput, digest_of, is_scored, make_parser, newest_task, provenance, read_rows, repetition,
-    positive_float, positive_int, run, write,
+    BadInput, digest_of, is_scored, make_parser, newest_task, number, provenance, read_rows,
+    repetition, run, write,
 )  # fmt: skip
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
@@ -283,8 +283,8 @@ class Pair(NamedTuple):
 def make_pairs(rows, path, tokenizer, args):
     """(training pairs, held-out pairs, {why rows were left out: how many}). Raises BadInput."""
     pairs, held_out, left_out = [], [], {}
-    for number, row in enumerate(rows, 1):
-        name = row.get("id", number)
+    for i, row in enumerate(rows, 1):
+        name = row.get("id", i)
         try:
             pair, reason = make_pair(row, name, tokenizer, args)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -478,21 +478,21 @@ def parse_args():
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
     add("--max-repeats", type=float, default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small policy that imitates them runs in circles (default: %(default)s, which is none)")
-    add("--beta", type=float, default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
-    add("--tau", type=float, default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73 (default: %(default)s)")
-    add("--label-smoothing", type=float, default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
-    add("--sft-weight", type=float, help="weight of the SFT loss of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type=float, help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo and rdpo-weight 4e-5, rdpo-margin 8e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
-    add("--warmup-ratio", type=float, default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
-    add("--max-grad-norm", type=positive_float, default=1.0, help="larger gradients are scaled down to this norm (default: %(default)s)")
-    add("--epochs", type=int, default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type=int, help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
-    add("--batch-size", type=positive_int, default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
-    add("--pack-tokens", type=int, default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
+    add("--beta", type=number(1e-9, kind=float), default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
+    add("--tau", type=number(1e-9, kind=float), default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73 (default: %(default)s)")
+    add("--label-smoothing", type=number(0, 0.499, float), default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
+    add("--sft-weight", type=number(0, kind=float), help="weight of the SFT loss of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
+    add("--lr", type=number(0, kind=float), help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo and rdpo-weight 4e-5, rdpo-margin 8e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
+    add("--warmup-ratio", type=number(0, 1, float), default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
+    add("--max-grad-norm", type=number(1e-9, kind=float), default=1.0, help="larger gradients are scaled down to this norm (default: %(default)s)")
+    add("--epochs", type=number(), default=2, help="passes over the training pairs (default: %(default)s)")
+    add("--max-steps", type=number(0), help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
+    add("--batch-size", type=number(), default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
+    add("--pack-tokens", type=number(), default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
-    add("--max-length", type=int, default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
-    add("--eval-every", type=positive_int, default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
-    add("--save-every", type=positive_int, default=10, help="steps between checkpoints (default: %(default)s)")
+    add("--max-length", type=number(), default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
+    add("--eval-every", type=number(), default=20, help="steps between evaluations on the held-out pairs (default: %(default)s)")
+    add("--save-every", type=number(), default=10, help="steps between checkpoints (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":

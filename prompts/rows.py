@@ -211,7 +211,7 @@ def make_parser(doc, server=True):
     add = parser.add_argument
     # fmt: off
     add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="task: the name of a file prompts/TASK.toml (default: generate.py sentiment, the others the one whose input is newest)")
-    add("--limit", type=int, help="use the first LIMIT rows only (default: all)")
+    add("--limit", type=number(), help="use the first LIMIT rows only (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
@@ -219,24 +219,22 @@ def make_parser(doc, server=True):
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-        add("--concurrency", type=int, default=16, help="calls made to the server at the same time (default: %(default)s)")
-        add("--timeout", type=int, default=300, help="seconds that the server may be silent (default: %(default)s)")
+        add("--concurrency", type=number(), default=16, help="calls made to the server at the same time (default: %(default)s)")
+        add("--timeout", type=number(), default=300, help="seconds that the server may be silent (default: %(default)s)")
     # fmt: on
     return parser
 
 
-def positive_int(text):
-    """An argparse type: a whole number above 0."""
-    if int(text) <= 0:
-        raise ArgumentTypeError(f"{text}: must be more than 0")
-    return int(text)
+def number(least=1, most=math.inf, kind=int):
+    """An argparse type: a number of this kind from least to most; what is not finite is refused."""
 
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            raise ArgumentTypeError(f"{text}: must be from {least} to {most}")
+        return value
 
-def positive_float(text):
-    """An argparse type: a number above 0."""
-    if not 0 < float(text) < math.inf:
-        raise ArgumentTypeError(f"{text}: must be more than 0")
-    return float(text)
+    return parse
 
 
 def newest_task(name):

@@ -109,7 +109,14 @@ CASES = [
     case("empty answers", "train", IN, "1 with an empty answer", pair_row(1, " ", "Bad.")),
     # flags
     case("an unknown flag", "train", ["--bta", "1"], "unrecognized arguments: --bta"),
-    case("steps of no pairs", "train", [*IN, "--batch-size", "0"], "must be more than 0", GOOD),
+    case("steps of no pairs", "train", [*IN, "--batch-size", "0"], "0: must be from 1", GOOD),
+    case("no tokens", "generate", ["--max-tokens", "-3"], "-3: must be from 1"),
+    case("no calls at a time", "generate", ["--concurrency", "0"], "0: must be from 1"),
+    case("no rows", "score", [*IN, "--limit", "-1"], "-1: must be from 1", GOOD),
+    case("a share above 1", "generate", ["--top-p", "1.5"], "1.5: must be from"),
+    case("below greedy", "generate", ["--temperature", "-1"], "-1: must be from 0"),
+    case("no temperature of p", "train", [*IN, "--tau", "0"], "0: must be from", GOOD),
+    case("not a number", "train", [*IN, "--beta", "nan"], "nan: must be from", GOOD),
     case("an unknown choice", "train", ["--loss", "dpoo"], "invalid choice: 'dpoo'"),
 ]  # fmt: skip
 
