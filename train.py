@@ -533,7 +533,7 @@ def main():
     record = {
         **vars(args), **provenance(device), "dtype": str(dtype), "processes": WORLD, "steps": steps,
         "data": digest_of([pairs, held_out]), "weights": policy.digest, "pairs": len(pairs),
-        "left_out": left_out, "tau_absolute": settings["tau"],
+        "left_out": left_out, "tau_absolute": settings["tau"] if settings["tau"] > 0 else None,
     }  # fmt: skip
     if RANK == 0:
         open_run(out, record, args.overwrite)
