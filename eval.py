@@ -64,9 +64,9 @@ def add_measures(rows, prompts, metric, reward, base):
 
 
 def by_group(rows, field, kind="mean"):
-    """{group: mean over samples}, of the mean of `field` over the group's prompts, or for the kind
-    spread of the largest minus the smallest. A value that is None is left out; from a spread, which
-    would be too small without it, its whole sample is left out."""
+    """{group: value}. Of each sample the mean of `field` over the group's prompts, or for the kind
+    spread the largest minus the smallest; then the mean over the samples. None is left out; a
+    spread, which would be too small without it, loses the whole sample."""
     samples = {}  # (group, sample): values
     for row in rows:
         samples.setdefault((row["group"], row["sample"]), []).append(row[field])

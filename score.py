@@ -110,7 +110,7 @@ def judge_reward(rows, answers, ask, table):
 # "Rating", perhaps the scale, markup, a number, perhaps "/10", markup, and an end or a reason.
 RATING = re.compile(
     r"""(?P<quote>["'“]?) (?<![a-z]) rating (?![a-z]) (\s*\([^)]*[^)\d][^)]*\) | \s+\d+\s*(-|to)\s*\d+)?
-    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|] | \bis\b | \\boxed)* ) (?P<number> [-+]?\d+([.,]\d+)? )
+    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|] | \bis\b | \\boxed)* ) (?P<number> ((?<![a-z])[-+])?\d+([.,]\d+)? )
     (\s*(/|out\ of)\s*(?P<top>\d+))? [*_`"'”\]}>)]*
     (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s+\( | \s+-\s | \s+(because|points?|stars?)\b )""",
     re.IGNORECASE | re.VERBOSE,
@@ -138,9 +138,9 @@ def rating_of(text, finish, scale):
     values = {float(match["number"].replace(",", ".")) for match in found}
     if not found or finish == "length":
         return None
-    beside = text[: found[-1].start()].rpartition("\n")[2].strip("*_#> ") + text[found[-1].end() :]
+    before = text[: found[-1].start()].rpartition("\n")[2].strip("*_#> ")
+    clear = len(values) == 1 or not (before or text[found[-1].end() :].strip())  # alone, and last
     rating = float(found[-1]["number"].replace(",", "."))
-    clear = len(values) == 1 or not beside.strip()  # the last one is a line of its own
     return rating if clear and scale[0] <= rating <= scale[1] else None
 
 

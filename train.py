@@ -399,7 +399,7 @@ def open_run(out, record, overwrite):
         out.rename(f"{out}.bak")
     out.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
-    for key in SAME:  # of which a new run has its own
+    for key in SAME:  # a new run is compared with itself
         if before.get(key) != record[key]:
             made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")

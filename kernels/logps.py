@@ -143,8 +143,8 @@ def _dlogits_kernel(
         else:
             z = _cap(x * logit_scale, softcap, HAS_SOFTCAP)
             p = tl.exp(z - lse)
-        if HAS_SOFTCAP:
-            p *= 1.0 - (z / softcap) * (z / softcap)  # d softcap tanh(u/softcap) / du = 1 - tanh^2
+        if HAS_SOFTCAP:  # d softcap tanh(u/softcap) / du = 1 - tanh^2, which dlabel has already
+            p *= 1.0 - (z / softcap) * (z / softcap)
         dz = (tl.where(start + columns == label_column, dlabel, p) * c).to(dz_ptr.dtype.element_ty)
         tl.store(dz_ptr + start + columns, dz, mask=start + columns < width)
 
@@ -198,7 +198,7 @@ def _update(z, labels, first_column, lse, target, logit_scale, softcap, e=None):
 
 def _dlogits(x, block_max, labels, first_column, lse, dlabel, c, out, logit_scale, softcap):
     """Writes c dZ (eq. 2) of a chunk to out, which may be x: logits if block_max is None, which
-    PyTorch overwrites, else e of eq. 4. dlabel (N,): p[y] - 1 from fp32 numbers, 0 where c is 0."""
+    PyTorch overwrites, else e of eq. 4. dlabel (N,): dZ of the label, with softcap's derivative."""
     if _on_triton(x):
         kept = block_max is not None
         block_max = block_max if kept else lse[:, None]  # never read
@@ -462,7 +462,7 @@ def _operand(x):
 
 
 def _check(x, labels, V, ignore_index):
-    """Labels as int64. Ignored ones become -1 - V, which lies in no chunk: column 0 is never it."""
+    """Labels as int64. Ignored ones become -1 - V: minus any chunk's first column it is negative."""
     if labels.shape != x.shape[:-1] or labels.is_floating_point():
         raise ValueError(f"labels must be {list(x.shape[:-1])} integers, not {list(labels.shape)}")
     if x.dtype == torch.float64 and _on_triton(x):

@@ -1,9 +1,7 @@
 """Log-probs of completions from one packed sequence, in which completions share their prompt.
 
-Pairs are one sequence [prompt | chosen | rejected | next prompt | ...] without padding, in which
-each prompt is there once (prefix sharing, as in github.com/frankxwang/dpo-prefix-sharing). Only
-completion tokens reach the output layer (logps.linear_logps).
-"""
+[prompt | chosen | rejected | next prompt | ...], without padding, has each prompt once (prefix
+sharing, as in github.com/frankxwang/dpo-prefix-sharing). Only completions reach the output layer."""
 
 import contextlib
 import functools
@@ -185,14 +183,13 @@ def flash_attention(query, key, value, segments, scaling):
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
     key, value = key.index_select(0, places), value.index_select(0, places)
     # Causal, aligned at the last query and key: all of a segment's tokens see the whole prompt.
-    causal = {"window_size": (-1, 0), "scale": scaling}
-    return varlen_attn(query, key, value, **lengths, **causal, **GQA)[None]
+    options = {"window_size": (-1, 0), "scale": scaling, **GQA}
+    return varlen_attn(query, key, value, **lengths, **options)[None]
 
 
 @functools.lru_cache(maxsize=1)  # all layers ask for the same
 def ragged(segments, device):
-    """What varlen_attn is told of the segments: the places of their keys, one segment after the
-    other, and where the queries and the keys of each end."""
+    """For varlen_attn: the places of all segments' keys, and where each one's queries and keys end."""
     places, key_ends, most_queries, most_keys = [], [0], 0, 0
     for segment in segments:
         if segment.prompt is not None:
@@ -222,19 +219,18 @@ def use_packed_attention(model):
         ids = torch.tensor([prompt + completion], device=model.device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         expected.append(-cross_entropy(logits.double(), ids[0, len(prompt) :], reduction="sum"))
-    expected = torch.stack(expected)
-    rtol = 1e-3 if logits.dtype == torch.float32 else 5e-2
-
-    def as_expected(logps):
-        return torch.allclose(logps.double(), expected, rtol, 1e-2)
-
-    if not as_expected(completion_logps(model, sequences)):  # with the usual attention, one by one
+    error = {"rtol": 1e-3 if logits.dtype == torch.float32 else 5e-2, "atol": 1e-2}
+    as_expected = functools.partial(torch.allclose, torch.stack(expected), **error)
+    if not as_expected(completion_logps(model, sequences).double()):
         raise BadInput(f"model {model.name_or_path}: log-probs are not those of its logits")
     config = model.config.get_text_config()
+    rope = str(getattr(config, "rope_parameters", None))
+    if "dynamic" in rope:
+        raise BadInput(f"model {model.name_or_path}: dynamic rotary embeddings change with length")
     usual = model.config._attn_implementation
     other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    # The sequences above are shorter than any window, so they would pass wrongly.
-    if other_layers or getattr(config, "sliding_window", None):
+    # The sequences above are shorter than any window, and than longrope's, so they would pass wrongly.
+    if other_layers or getattr(config, "sliding_window", None) or "longrope" in rope:
         return False
 
     # Layers that cannot take the argument `segments` raise one of these.
@@ -244,7 +240,11 @@ def use_packed_attention(model):
         # A completion must not change with its neighbour; 1e-4 is tighter than rtol in 16 bits.
         changed = completion_logps(model, [([3, 4, 5], [9, 8, 7, 6]), *sequences[1:]])
         switched = model.config._attn_implementation == "packed"  # some models only warn
-        if switched and as_expected(logps) and torch.allclose(logps[1:], changed[1:], 1e-4):
+        if (
+            switched
+            and as_expected(logps.double())
+            and torch.allclose(logps[1:], changed[1:], 1e-4)
+        ):
             return True
     model.set_attn_implementation(usual)
     return False

@@ -48,15 +48,15 @@ def check_task(task):
     for key in task:
         if key not in KEYS:
             raise ValueError(f"'{key}' is not among {', '.join(sorted(KEYS))}")
-    calls = []
     for form in FORMS:
-        if form in task:
-            calls += [task[form][call] for call in CALLS]
+        texts = {}  # that the calls before have made
+        for call in CALLS if form in task else ():
+            fill(task[form][call], {"prompt": "P"}, **texts)
+            texts[call] = "text"
     if "contrast" in task:
         for table in (task["contrast"], task["contrast"].get("control", task["contrast"])):
-            calls += [table["principle"], table["opposite"]]
-    for call in calls:
-        fill(call, {"prompt": "P"}, draft="D", critique="C")
+            fill(table["principle"], {"prompt": "P"})
+            fill(table["opposite"], {"prompt": "P"})
     if "judge" in task:
         fill(task["judge"]["prompt"], {"prompt": "P"}, answer="A")
     metric = task.get("metric", {})

@@ -59,10 +59,12 @@ def encode_chat(tokenizer, messages, completion):
         return prompt_ids, prompt_ids
     answer = {"role": "assistant", "content": completion.strip()}
     whole = apply_template(tokenizer, [*messages, answer])
-    # Behind the answer are special tokens and line breaks. The first special one ends the turn.
-    for end in range(len(whole), len(prompt_ids), -1):
+    end = len(whole)  # to be: just behind the last token that is neither special nor white space
+    while end > len(prompt_ids):
         if tokenizer.decode(whole[end - 1], skip_special_tokens=True).strip():
             break
+        end -= 1
+    # The first special token from there ends the turn.
     for i in range(end, len(whole)):
         if tokenizer.decode(whole[i]).strip():
             return prompt_ids, whole[: i + 1]
@@ -281,7 +283,6 @@ class Server:
         self.call_log = Rows(call_log, args.overwrite)
 
     def ask(self, conversations, keys):
-        """As ask() of LocalModel."""
         bodies = []
         for messages, key in zip(conversations, keys, strict=True):
             seed = seed_of(self.settings["seed"], *key) >> 32  # 31 bits suit all servers
@@ -314,9 +315,8 @@ class Server:
 
     def refusal(self, response):
         """The Reply of a call that failed for good. Raises BadInput if all calls will."""
-        fault = f"error: status {response.status_code}: {response.text}"
-        if self.key:
-            fault = fault.replace(self.key, "[key]")  # a server may send it back
+        said = response.text.replace(self.key, "[key]") if self.key else response.text
+        fault = f"error: status {response.status_code}: {said}"  # the key may be sent back
         if response.status_code in (401, 402, 403, 404):
             raise BadInput(f"{self.where}: {fault[:200]}; check URL, key and --model")
         return Reply("", fault[:200])

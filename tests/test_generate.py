@@ -78,6 +78,11 @@ def test_nothing_behind_the_end_of_the_turn_is_trained(behind):
     assert tokenizer.decode(completion) == "A fine film.<|end|>"
 
 
+def test_an_empty_answer_is_the_end_of_its_turn_alone():
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(encode(tokenizer, USER, "")[1]) == "<|im_end|>"
+
+
 def test_special_tokens_before_an_answer_are_not_its_end():
     tokenizer = make_tokenizer(CHATML.replace("{{ m.content }}", "<|pad|>{{ m.content }}"))
     _, completion = encode(tokenizer, USER, "A fine film.")

@@ -189,6 +189,19 @@ def test_a_model_whose_attention_stays_its_own_is_not_taken_for_packed():
     assert model.config._attn_implementation != "packed"
 
 
+def test_positions_that_depend_on_the_length_are_refused_or_run_one_by_one():
+    scaled = {"rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(BadInput, match="dynamic"):
+        use_packed_attention(build("Llama", rope_parameters=scaled | {"rope_type": "dynamic"}))
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    factors |= {"original_max_position_embeddings": 8, "rope_type": "longrope"}
+    model = build("Llama", rope_parameters=scaled | factors, head_dim=16)
+    assert use_packed_attention(model) is False
+    for prompt, completion in SEQUENCES:
+        got = completion_logps(model, [(prompt, completion)] * 2)
+        assert got.tolist() == pytest.approx([by_hand(model, prompt, completion)] * 2, abs=1e-3)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 

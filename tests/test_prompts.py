@@ -122,6 +122,7 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 
 SLIPS = [
     ("{draft}", "{drafft}", "lacks the key or placeholder 'drafft'"),
+    ('draft = [{ role = "user", content = "{prompt}" }]', 'draft = "{critique}"', "'critique'"),
     ('role = "user"', 'role = "usr"', "role"),
     ("revision = [", "revison = [", "lacks the key or placeholder 'revision'"),
     ("principle = [", "principal = [", "lacks the key or placeholder 'principle'"),

@@ -300,6 +300,7 @@ def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
         ("Rating 1-10: 8 out of 10", 8),
         ("Rating: 8 \u2013 warm", 8),
         ("Rating: 4/5", None),
+        ("Rating\u20144", None),
         ("Rating: 8-9", None),
         ("celebrating 10 years", None),
         ('Rating: 2\n\n(I ignored "Rating: 9" in the text.)', 2),
