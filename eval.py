@@ -8,8 +8,8 @@ with its scores; report.md, the table and answers side by side; report.png.
 
 Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
 phrases), which training never saw, stands beside the reward, which training listened to, and beside
-what a gain may have cost: length, repetition, and the log-prob under the first model, low where
-text is no English any more and high where it runs in circles. Differences are from the first model,
+what a gain may have cost: length, repetition, and the log-prob under the first model, low for
+broken English and high for text that repeats itself. Differences are from the first model,
 group by group, with a 95 % interval from a bootstrap over groups, since variants of one text are
 not independent.
 """
@@ -176,17 +176,17 @@ def make_report(args, task, table, lines, samples, reward):
 
 {lines}
 
-In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), silent on \
-other training seeds. Answers a prompt: {args.samples}; temperature {args.temperature}, \
+In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), not over \
+training seeds. Answers per prompt: {args.samples}; temperature {args.temperature}, \
 seed {args.seed}.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
 that look harmful; there lower is better. **difference**: from {first}, paired.
 - **mean reward**: {reward["kind"]} reward of {reward["model"]}.
 - **of long answers**: the metric of answers at least half as long as {first}'s. \
-**words**: mean length. **repeats**: share of 4-grams that an answer has had before. \
-**log-prob**: nats a token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
-- **{SELF_REFINE}**: no model, but the teacher's revisions of the same prompts.
+**words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. \
+**log-prob**: nats per token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
+- **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
 ![metric of every model](report.png)
 
@@ -201,7 +201,7 @@ torch {made["torch"]}, transformers {made["transformers"]}.
 
 def draw(path, table, metric):
     """report.png: the metric of every model, with its interval."""
-    from matplotlib.figure import Figure  # slow to import, and needed at the end alone
+    from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
     figure = Figure((8, 0.35 * len(table) + 1.2), layout="constrained")
     axis = figure.subplots()
@@ -280,7 +280,7 @@ def parse_args():
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the runs' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
-    add("--samples", type=number(), default=1, help="answers a prompt (default: %(default)s)")
+    add("--samples", type=number(), default=1, help="answers per prompt (default: %(default)s)")
     add("--batch-size", type=number(), default=64, help="answers that are sampled, and written, together (default: %(default)s)")
     add("--max-tokens", type=number(), help="longest answer, in tokens (default: as in the pairs, else 200)")
     add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
@@ -333,7 +333,7 @@ def main():
     prompts = {row["id"]: row for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
-    for job in jobs:  # a policy that was trained anew answers anew
+    for job in jobs:  # a policy that was trained anew is asked again
         if job["id"] in output.rows and output.rows[job["id"]].get("made") != job["made"]:
             del output.rows[job["id"]]
     # Rows of models that are not named now stay; resume() wants a source for each, so themselves.
@@ -352,8 +352,8 @@ def main():
             output.add(*(job | {"settings": settings} for job in batch))
     chat = None
 
-    # All are measured anew, since metric, reward and first model may have changed. These are the
-    # dictionaries of output.rows, so that finish() writes the measures too.
+    # All answers are measured again, since metric, reward and first model may have changed. They
+    # are the dictionaries of output.rows, so that finish() writes the measures too.
     answers = [output.rows[job["id"]] for job in jobs]
     base = LocalModel(args.models[0], args, **sampling)
     use_packed_attention(base.model)

@@ -5,7 +5,7 @@
     python generate.py --task safety --model NAME --api-base http://localhost:8000/v1    # a server
 
 prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> runs/TASK/pairs.jsonl:
-`rejected` is the draft, `chosen` the revision. The names are no verdicts; score.py judges.
+`rejected` is the draft, `chosen` the revision. The names imply no judgement; score.py judges.
 
 The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
 departure: beside the papers' single conversation a task has a second form, `fresh`, whose reviser
@@ -25,7 +25,7 @@ def refine(rows, form, ask, seed_by="id"):
 
     rows: instructions, as read_prompts gives them.
     form: {"draft": messages, "critique": messages, "revision": messages}, from the task file.
-    ask: (conversations, keys) -> list of Reply. A key is what a conversation's random numbers hang
+    ask: (conversations, keys) -> list of Reply. A key is what a conversation's random numbers depend
         on.
     seed_by: the field whose rows share random numbers, see load_task.
     """
@@ -45,7 +45,7 @@ def refine(rows, form, ask, seed_by="id"):
             facts["finish"][call] = reply.finish
             facts["prompt_tokens"][call] = reply.prompt_tokens
             facts["completion_tokens"][call] = reply.completion_tokens
-            empty = not reply.text and call != "critique"
+            empty = not reply.text and call != "critique"  # a revision can do without a critique
             if empty or reply.finish not in ("stop", "length"):
                 pairs[i]["error"] = f"{call}: no answer, finish reason {reply.finish}"
 
@@ -64,14 +64,14 @@ def parse_args():
     add = parser.add_argument
     # fmt: off
     add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
-    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of one group are in one split, without group those of one prompt")
+    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of a group stay in one split; rows without a group are grouped by prompt")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
     add("--form", choices=FORMS, help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type=number(), default=200, help="longest answer, in tokens; longer ones are cut off, marked and later left out of training (default: %(default)s)")
+    add("--max-tokens", type=number(), default=200, help="maximum length of an answer, in tokens; longer ones are cut off, marked and left out of training (default: %(default)s)")
     add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     add("--batch-size", type=number(), default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
-    add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, and ask nothing")
+    add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, without calling the model")
     # fmt: on
     return parser.parse_args()
 

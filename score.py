@@ -5,7 +5,7 @@
     python score.py --task safety --reward judge --model NAME --api-base http://localhost:8000/v1
 
 runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen and score_rejected
-(null where no score could be had, never 0) and reward; then an audit of the scores.
+(null, never 0, if there is no score) and reward; then an audit of the scores.
 """
 
 import functools
@@ -28,7 +28,7 @@ from prompts.rows import number, read_rows, run, text_of
 
 
 class Score(NamedTuple):
-    """A score, None where none could be had; and a judge's words, or why there is no score."""
+    """A score, None if there is none; and a judge's words, or why there is no score."""
 
     value: float | None
     comment: str = ""
@@ -145,7 +145,7 @@ def rating_of(text, finish, scale):
 
 
 def make_reward(args, task, call_log):
-    """(reward: (rows, answers) -> Scores, the settings that they hang on). task: of load_task.
+    """(reward: (rows, answers) -> Scores, the settings that they depend on). task: of load_task.
     call_log: path of the file that keeps a judge's calls. Raises BadInput."""
     kind, name = args.reward, args.reward_model
     if args.api_base and kind != "judge":
@@ -177,7 +177,7 @@ def make_reward(args, task, call_log):
 
 
 def add_scores(rows, reward, settings):
-    """The rows with both answers' scores; those that failed before as they are."""
+    """The rows with both answers' scores; those that failed before are unchanged."""
     pairs = [row for row in rows if not row.get("error")]
     # A copied draft is asked for once: it is a tie, whatever rounding or a judge's mood would say.
     asked = {}  # (number of the pair, text): row
@@ -197,7 +197,7 @@ def add_scores(rows, reward, settings):
 
 
 def finite(value):
-    """The value, or None where it is none or not finite: that is no score."""
+    """The value, or None if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -231,7 +231,7 @@ def add_reward_flags(parser, kind=None):
     add, default = parser.add_argument, "that of the pairs"
     # fmt: off
     add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
-    add("--label", help="label of a classifier of several labels that counts as good")
+    add("--label", help="for a classifier with several labels: the one that counts as good")
     add("--judge-tokens", type=number(), default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
     # fmt: on
 
@@ -257,7 +257,7 @@ def main():
     args = parse_args()
     task = load_task(args.task)
     if Path(args.out).resolve() == Path(args.input).resolve():
-        raise BadInput(f"--out {args.out}: is --in too; name another file")
+        raise BadInput(f"--out {args.out}: is --in too; choose another file")
     source = read_rows(args.input, "id", "prompt", *SIDES)
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {source[0]['task']}")

@@ -41,10 +41,10 @@ from prompts.rows import (
     repetition, run, write,
 )  # fmt: skip
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process has no need of it
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # as the two above, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # like the two above, set by torchrun
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 # Learning rates that results/study chose.
@@ -175,7 +175,7 @@ def training_step(policy, optimizer, pairs, reference_logps, settings, max_grad_
 def train(policy, optimizer, pairs, held_out, settings, args, steps, out):
     """Trains for `steps` steps, from the newest checkpoint in the run directory `out` if there is
     one. Each step is a line on the screen and in log.jsonl."""
-    # The reference is the policy before training, so its log-probs come before the checkpoint.
+    # The reference is the policy before training, so it comes before a checkpoint is loaded.
     reference_logps = torch.zeros(len(pairs) + len(held_out), 1, device=policy.device)
     if args.loss != "sft":
         reference_logps = pair_logps(policy, pairs + held_out)
@@ -330,7 +330,7 @@ def make_pair(row, name, tokenizer, args):
 
 def split_row(row):
     """(prompt, chosen text, rejected text); the prompt is text, or all messages before the answer.
-    Answers are text, messages behind the prompt (TRL), or whole conversations (UltraFeedback)."""
+    Answers are text, messages after the prompt (TRL), or whole conversations (UltraFeedback)."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, chosen, rejected
@@ -382,7 +382,7 @@ class Policy(torch.nn.Module):
 
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
 
-# A run is continued only where all of these are as they were; data and weights are hashes.
+# A run is continued only if none of these has changed; data and weights are hashes.
 SAME = (
     "data", "weights", "loss", "beta", "tau", "label_smoothing", "sft_weight", "lr", "warmup_ratio",
     "max_grad_norm", "steps", "batch_size", "dtype", "seed",
@@ -393,7 +393,7 @@ def open_run(out, record, overwrite):
     """Makes or continues a run directory. Raises BadInput where it is another run's, or none."""
     path = out / "run.json"
     if out.exists() and not path.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: is no run directory (it has no run.json), so it stays")
+        raise BadInput(f"--out {out}: is no run directory (no run.json), so it is left alone")
     if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # worth keeping as .bak
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
@@ -454,7 +454,7 @@ def load_checkpoint(out, model, optimizer):
 
 def save_policy(policy, out, record):
     """Saves the policy in fp32, as transformers does: bf16 would lose changes below 1/512 of a
-    weight. Sharded weights meet in the first process."""
+    weight. Sharded weights are gathered in the first process."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dcp_state.get_model_state_dict(policy.model, options=options)
     if RANK == 0:
@@ -477,17 +477,17 @@ def parse_args():
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
-    add("--max-repeats", type=float, default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small policy that imitates them runs in circles (default: %(default)s, which is none)")
+    add("--max-repeats", type=float, default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small policy that imitates them repeats itself (default: %(default)s, which is none)")
     add("--beta", type=number(1e-9, kind=float), default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
     add("--tau", type=number(1e-9, kind=float), default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73 (default: %(default)s)")
     add("--label-smoothing", type=number(0, 0.499, float), default=0.1, help="share of flipped labels that cdpo and robust assume, below 0.5 (default: %(default)s)")
     add("--sft-weight", type=number(0, kind=float), help="weight of the SFT loss of the better answer that is added to the preference losses; keeps answers of small models from running on (default: 1 with the rdpo losses, and with the others 0, as published)")
-    add("--lr", type=number(0, kind=float), help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo and rdpo-weight 4e-5, rdpo-margin 8e-5, sft 2e-5; the others, which run on without an SFT term, 1e-5)")
+    add("--lr", type=number(0, kind=float), help="peak learning rate; 5e-7 to 1e-6 is usual for 7B models and thousands of steps (default, for the embedded one alone: rdpo and rdpo-weight 4e-5, rdpo-margin 8e-5, sft 2e-5; the others, whose answers run on without an SFT term, 1e-5)")
     add("--warmup-ratio", type=number(0, 1, float), default=0.1, help="share of the steps with a rising learning rate (default: %(default)s)")
     add("--max-grad-norm", type=number(1e-9, kind=float), default=1.0, help="larger gradients are scaled down to this norm (default: %(default)s)")
     add("--epochs", type=number(), default=2, help="passes over the training pairs (default: %(default)s)")
-    add("--max-steps", type=number(0), help="optimizer steps at most; the learning rate falls to 0 over those that are made (default: as many as the epochs have)")
-    add("--batch-size", type=number(), default=8, help="pairs an optimizer step, over all processes (default: %(default)s)")
+    add("--max-steps", type=number(0), help="maximum number of optimizer steps; the learning rate falls to 0 over them (default: as many as the epochs have)")
+    add("--batch-size", type=number(), default=8, help="pairs per optimizer step, over all processes (default: %(default)s)")
     add("--pack-tokens", type=number(), default=PACK_TOKENS, help="tokens of a micro-batch, at least one pair; changes memory and speed, not results (default: %(default)s)")
     add("--checkpoint-activations", action="store_true", help="keep each layer's input only and compute the layer again in the backward pass: less memory, a third more time")
     add("--max-length", type=number(), default=1024, help="longest prompt and answer together, in tokens; longer answers are shortened, pairs with longer prompts left out (default: %(default)s)")
@@ -511,7 +511,7 @@ def parse_args():
 def main():
     args = parse_args()
     if WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)  # before anything is put on the first one
+        torch.cuda.set_device(LOCAL_RANK)  # before anything is allocated on GPU 0
     device, dtype = pick_device(args.device, args.dtype)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -541,7 +541,7 @@ def main():
         dist.barrier()
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
-        return print(f"{out}: finished before; nothing to do (--overwrite starts afresh)")
+        return print(f"{out}: already finished; nothing to do (--overwrite starts afresh)")
     print(
         f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in units of the scores"
     )

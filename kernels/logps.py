@@ -1,5 +1,5 @@
-"""Log-probabilities of given tokens without all logits in memory: linear_logps, from hidden states and
-the output layer; gather_logps, from logits that are there. Both must equal plain_logps, three lines.
+"""Log-probabilities of given tokens without holding all logits: linear_logps, from hidden states and
+the output layer; gather_logps, from given logits. Both must equal the three lines of plain_logps.
 
 The problem
     A preference loss needs for every completion token with label y the log-probability
@@ -26,7 +26,7 @@ Three modes, by whether a gradient is wanted and by a budget of bytes
     The logits of one chunk of the vocabulary, a few thousand columns, are in memory at a time.
 
 What is retained
-    Logits rounded to bf16 would spoil p as they spoil (1). Kept are their exponentials: with m the
+    Rounding logits to bf16 would spoil p, as it spoils (1). So exponentials are kept: with m the
     largest logit of a row in a block of columns, e = exp(z - m) in fp16 and m in fp32 give
         p = e exp(m - LSE)                                                                       (4)
     e is at most 1 and off by at most 2^-11 of itself, or by 2^-25 below 2^-14; so is p. p[y] - 1,
@@ -40,7 +40,7 @@ Online softmax (Milakov & Gimelshein, arXiv 1805.02867)
     A finished LSE is the pair (LSE, 1), so a chunk goes on from the LSE of the chunks before it.
 
 CUDA runs Triton; a CPU runs PyTorch or, with TRITON_INTERPRET=1, Triton's interpreter (for tests).
-LSE and z[y] are fp32 (fp64 operands: fp64). There are no atomics, so a run repeats its bits.
+LSE and z[y] are fp32 (fp64 operands: fp64). There are no atomics: results are bitwise reproducible.
 """
 
 from __future__ import annotations  # without Triton, annotations that name tl stay text
@@ -127,7 +127,7 @@ def _dlogits_kernel(
     dz_ptr += row * dz_row_stride
     c = tl.load(c_ptr + row)
     wanted = c != 0.0
-    # A row that nobody wants is not read: it may hold NaN, and its lse may be -inf. Its dz is 0.
+    # A row without gradient (c = 0) is not read: it may hold NaN, and its lse may be -inf. Its dz is 0.
     lse = tl.where(wanted, tl.load(lse_ptr + row), 0.0)
     readable = tl.where(wanted, width, 0)
     dlabel = tl.load(dlabel_ptr + row)

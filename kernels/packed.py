@@ -86,7 +86,7 @@ def collate(sequences, device="cpu"):
 
 
 def micro_batches(costs, budget):
-    """Lists of neighbouring indices of costs that add up to at most budget, or hold one index."""
+    """Lists of neighbouring indices, whose costs add up to at most budget, or of one index."""
     batches, spent = [], 0
     for i, cost in enumerate(costs):
         if not batches or spent + cost > budget:
@@ -155,7 +155,7 @@ def packed_attention(module, query, key, value, mask, scaling=None, segments=Non
     query: (1, heads, T, d); key, value: perhaps fewer heads. Returns ((1, T, heads, d), None)."""
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-    # Rotary embeddings may have left query and key in another type than autocast's.
+    # Rotary embeddings may have left query and key in another dtype than autocast's.
     query, key = query.to(value.dtype), key.to(value.dtype)
     flash = value.device.type == FLASH_DEVICE and value.element_size() == 2
     if flash and query.shape[-1] == value.shape[-1] <= 256 and value.shape[-1] % 8 == 0:
@@ -187,7 +187,7 @@ def flash_attention(query, key, value, segments, scaling):
     return varlen_attn(query, key, value, **lengths, **options)[None]
 
 
-@functools.lru_cache(maxsize=1)  # all layers ask for the same
+@functools.lru_cache(maxsize=1)  # every layer makes the same call
 def ragged(segments, device):
     """For varlen_attn: the places of all segments' keys, and where each one's queries and keys end."""
     places, key_ends, most_queries, most_keys = [], [0], 0, 0

@@ -1,6 +1,6 @@
 """Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions.
 
-Only this file knows their form. It imports nothing from the stages."""
+Only this file knows their format. It imports nothing from the stages."""
 
 import hashlib
 import re
@@ -23,8 +23,8 @@ LEXICON = SentimentIntensityAnalyzer()
 def load_task(name):
     """The checked dictionary of prompts/NAME.toml, with two keys added. Raises BadInput.
 
-    seed_by: the field that a row's random numbers hang on (default "id"). With "group" the variants
-        of one text share them.
+    seed_by: the field that a row's random numbers depend on (default "id"). With "group" the
+        variants of one text share them.
     columns: what rows must have for the metric.
     """
     path = FOLDER / f"{name}.toml"
@@ -36,7 +36,7 @@ def load_task(name):
         check_task(task)
     except KeyError as error:
         raise BadInput(f"{path}: lacks the key or placeholder {error}") from None
-    except (LookupError, ValueError, TypeError, re.error) as error:  # also: no TOML, no UTF-8
+    except (LookupError, ValueError, TypeError, re.error) as error:  # also invalid TOML, UTF-8
         raise BadInput(f"{path}: {error}") from None
 
     by_markers = task["metric"]["kind"] == "match" and not task["metric"].get("patterns")
@@ -44,7 +44,7 @@ def load_task(name):
 
 
 def check_task(task):
-    """Raises KeyError, ValueError, TypeError or re.error. Each call is filled in once, on trial."""
+    """Raises KeyError, ValueError, TypeError or re.error. Each call is filled in once, as a test."""
     for key in task:
         if key not in KEYS:
             raise ValueError(f"'{key}' is not among {', '.join(sorted(KEYS))}")
@@ -118,7 +118,7 @@ def read_prompts(path, task, *needed):
         try:
             row = read_prompt(columns, task, number, splits)
             if row["id"] in rows:
-                raise ValueError(f"id {row['id']} is there before")
+                raise ValueError(f"id {row['id']} is used twice")
         except (ValueError, TypeError, LookupError) as error:
             raise BadInput(f"{path}: row {number}: {error}") from None
         splits[row["group"]] = row["split"]
@@ -152,7 +152,7 @@ def measure(metric, row, answer):
 
     spread: the VADER compound score (Hutto & Gilbert 2014), -1 to 1, of which eval.py makes a
         group's spread. positive: 1 if it is at least 0.05, the lexicon's own threshold, else 0.
-    match: 1 if a pattern occurs as whole words, in either case, else 0; for want = "none" the
+    match: 1 if a pattern occurs as whole words, ignoring case, else 0; for want = "none" the
         other way round. Without patterns, the row's own markers are looked for."""
     if metric["kind"] == "spread":
         return LEXICON.polarity_scores(answer)["compound"]

