@@ -220,21 +220,17 @@ def draw(path, table, metric):
 def models_in(folder, refined):
     """What --models is by default: the common base of the runs in folder, the revisions if there are
     rows `refined`, and the finished runs. Raises BadInput where the runs have no common base."""
-    finished, bases = [], set()
+    runs = {}
     for file in sorted(folder.glob("*/run.json")):
-        name = os.path.relpath(file.parent)
-        record = json.loads(file.read_text())
-        if file.parent.suffix == ".bak":
-            continue
-        if record.get("finished"):
-            finished.append(name)
-            bases.add(os.path.relpath(record["model"]))
-        else:
-            print(f"{name} is left out: its training has not finished")
+        if file.parent.suffix != ".bak":
+            runs[os.path.relpath(file.parent)] = json.loads(file.read_text())
+    finished = [name for name, record in runs.items() if record.get("finished")]
+    for name in sorted(runs.keys() - finished):
+        print(f"{name} is left out: its training has not finished")
 
-    runs = {os.path.relpath(file.parent) for file in folder.glob("*/run.json")}
     # A run that began from another one here, as rdpo from sft, has the base of that one.
-    bases = sorted(bases - runs) or ["smollm2"]
+    bases = {os.path.relpath(runs[name]["model"]) for name in finished}
+    bases = sorted(bases - runs.keys()) or ["smollm2"]
     if len(bases) > 1:
         several = " and ".join(bases)
         raise BadInput(f"{folder}: its runs have several bases, {several}; pass --models")

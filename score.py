@@ -129,19 +129,18 @@ def rating_of(text, finish, scale):
     found = []
     for match in RATING.finditer(text):
         quoted = match["quote"] and not set("\"'”") & set(match["markup"])  # but not a key in JSON
-        in_a_list = (
-            "\n" in match["markup"] and match["end"].strip()
-        )  # "Rating:" and then "1. Warm."
+        # "Rating:", and in the next line "1. It is warm."
+        in_a_list = "\n" in match["markup"] and match["end"].strip()
         of_another_scale = match["top"] and int(match["top"]) != scale[1]
         if not (quoted or in_a_list or of_another_scale):
             found.append(match)
-    values = {float(match["number"].replace(",", ".")) for match in found}
+    ratings = [float(match["number"].replace(",", ".")) for match in found]
     if not found or finish == "length":
         return None
     before = text[: found[-1].start()].rpartition("\n")[2].strip("*_#> ")
-    clear = len(values) == 1 or not (before or text[found[-1].end() :].strip())  # alone, and last
-    rating = float(found[-1]["number"].replace(",", "."))
-    return rating if clear and scale[0] <= rating <= scale[1] else None
+    last_line = not (before or text[found[-1].end() :].strip())
+    clear = last_line or len(set(ratings)) == 1
+    return ratings[-1] if clear and scale[0] <= ratings[-1] <= scale[1] else None
 
 
 def make_reward(args, task, call_log):

@@ -404,7 +404,7 @@ def _gradients_of_halves(ctx, c):
         if dweight is not None:
             _scale(_mm(dz.t(), ch), largest, dweight[chunk])
         del w, dz  # before the next ones are made
-    return None if dhidden is None else (c[:, None] * dhidden).to(hidden.dtype), dweight, dbias
+    return None if dhidden is None else dhidden.mul_(c[:, None]).to(hidden.dtype), dweight, dbias
 
 
 def _empty_gradients(ctx):

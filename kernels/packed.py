@@ -189,7 +189,7 @@ def flash_attention(query, key, value, segments, scaling):
 
 @functools.lru_cache(maxsize=1)  # every layer makes the same call
 def ragged(segments, device):
-    """For varlen_attn: the places of all segments' keys, and where each one's queries and keys end."""
+    """For varlen_attn: the places of all segments' keys, where each one's queries and keys end."""
     places, key_ends, most_queries, most_keys = [], [0], 0, 0
     for segment in segments:
         if segment.prompt is not None:
@@ -229,7 +229,7 @@ def use_packed_attention(model):
         raise BadInput(f"model {model.name_or_path}: dynamic rotary embeddings change with length")
     usual = model.config._attn_implementation
     other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    # The sequences above are shorter than any window, and than longrope's, so they would pass wrongly.
+    # The sequences above are shorter than any window, or longrope's, so they would pass wrongly.
     if other_layers or getattr(config, "sliding_window", None) or "longrope" in rope:
         return False
 
@@ -240,11 +240,8 @@ def use_packed_attention(model):
         # A completion must not change with its neighbour; 1e-4 is tighter than rtol in 16 bits.
         changed = completion_logps(model, [([3, 4, 5], [9, 8, 7, 6]), *sequences[1:]])
         switched = model.config._attn_implementation == "packed"  # some models only warn
-        if (
-            switched
-            and as_expected(logps.double())
-            and torch.allclose(logps[1:], changed[1:], 1e-4)
-        ):
+        apart = torch.allclose(logps[1:], changed[1:], 1e-4)
+        if switched and apart and as_expected(logps.double()):
             return True
     model.set_attn_implementation(usual)
     return False

@@ -5,13 +5,11 @@ Only this file knows their format. It imports nothing from the stages."""
 import hashlib
 import re
 import tomllib
-from pathlib import Path
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from prompts.rows import BadInput, read_rows
+from prompts.rows import FOLDER, BadInput, read_rows
 
-FOLDER = Path(__file__).parent
 FORMS = ("conversation", "fresh")  # what critic and reviser see
 CALLS = ("draft", "critique", "revision")  # of a form
 KEYS = ("about", "seed_by", *FORMS, "contrast", "judge", "metric")  # of a task

@@ -16,7 +16,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-TASKS = Path(__file__).parent
+FOLDER = Path(__file__).parent
 SIDES = ("chosen", "rejected")  # of a preference pair
 
 
@@ -183,7 +183,7 @@ def digest_of(value):
 
 def provenance(device):
     """The facts that are needed to reproduce a result. device: a torch.device."""
-    git = f"git -C '{TASKS}' describe --always --abbrev=12 --dirty=+ --exclude='*' 2>/dev/null"
+    git = f"git -C '{FOLDER}' describe --always --abbrev=12 --dirty=+ --exclude='*' 2>/dev/null"
     hardware = f"{os.cpu_count()} cores, {cpu_name()}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
@@ -240,7 +240,7 @@ def number(least=1, most=math.inf, kind=int):
 def newest_task(name):
     """The task whose file runs/TASK/NAME is newest; sentiment where there is none."""
     files = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
-    tasks = [file.parent.name for file in files if (TASKS / f"{file.parent.name}.toml").exists()]
+    tasks = [file.parent.name for file in files if (FOLDER / f"{file.parent.name}.toml").exists()]
     return tasks[-1] if tasks else "sentiment"
 
 
