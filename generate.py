@@ -12,6 +12,8 @@ departure: beside the papers' single conversation a task has a second form, `fre
 does not see the draft, because a small model copies a draft that it sees.
 """
 
+import re
+
 from tqdm import tqdm
 
 from prompts import CALLS, FOLDER, FORMS, fill, load_task, read_prompts
@@ -47,7 +49,7 @@ def refine(rows, form, ask, seed_by="id"):
             facts["completion_tokens"][call] = reply.completion_tokens
             empty = not reply.text and call != "critique"  # a revision can do without a critique
             if empty or reply.finish not in ("stop", "length"):
-                pairs[i]["error"] = f"{call}: no answer, finish reason {reply.finish}"
+                pairs[i]["error"] = f"{call}: no answer ({reply.finish})"
 
     for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
@@ -90,6 +92,24 @@ def show_plan(rows, form, max_tokens):
     print(f"{len(calls):,} calls, about {prompts:,} prompt and {most:,} completion tokens at most")
 
 
+def summary(rows):
+    """The last line: pairs made, cut off and failed, and the error that occurs most often."""
+    cut, errors = 0, {}  # errors that differ in numbers alone are one kind: {kind: errors}
+    for row in rows:
+        if row.get("error"):
+            kind = re.sub(r"\w*\d\w*", "#", row["error"])
+            errors.setdefault(kind, []).append(row["error"])
+        else:
+            finish = row["teacher"]["finish"]
+            cut += "length" in (finish["draft"], finish["revision"])
+    failed = sum(map(len, errors.values()))
+    text = f"{len(rows) - failed} pairs, {cut} of them cut off, {failed} failed"
+    if failed:
+        most = max(errors.values(), key=len)
+        text += f"; {len(most)} by: {most[0]}"
+    return text
+
+
 def main():
     args = parse_args()
     task = load_task(args.task)
@@ -121,14 +141,8 @@ def main():
         output.add(*pairs)
 
     rows = output.finish(source)
-    made = [row for row in rows if not row.get("error")]
-    cut = 0
-    for row in made:
-        finish = row["teacher"]["finish"]
-        cut += "length" in (finish["draft"], finish["revision"])
-    failed = len(rows) - len(made)
-    print(f"{out}: {len(made)} pairs, {cut} of them cut off, {failed} failed")
-    raise SystemExit(1 if failed else 0)
+    print(f"{out}: {summary(rows)}")
+    raise SystemExit(1 if any(row.get("error") for row in rows) else 0)
 
 
 if __name__ == "__main__":

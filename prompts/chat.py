@@ -1,24 +1,20 @@
-"""Chat models, here or on a server: from messages to tokens (by encode, for all stages) to replies."""
+"""Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
 
-import hashlib
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import requests
 import torch
 import transformers
 from jinja2 import TemplateError
-from requests.adapters import HTTPAdapter, Retry
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from prompts.rows import BadInput, Rows, digest_of
+from prompts.rows import BadInput
+from prompts.server import Reply, Server, seed_of
 
 transformers.utils.logging.disable_progress_bar()
 FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
@@ -153,15 +149,6 @@ def pick_device(device="auto", dtype="auto"):
 
 
 # ---- replies of a model on this machine ----------------------------------------------------------
-class Reply(NamedTuple):
-    """An answer. finish: stop, length (cut off at --max-tokens), or why it cannot be used."""
-
-    text: str
-    finish: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
 class LocalModel:
     """A chat model on this machine. Like Server it has ask(), and settings that replies depend on;
     sampling: max_tokens, temperature, top_p."""
@@ -176,11 +163,6 @@ class LocalModel:
         """A Reply to each conversation. keys: what its random numbers depend on, besides the seed."""
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
-
-
-def seed_of(*parts):
-    """A 63-bit seed from anything printable, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 @torch.inference_mode()
@@ -248,91 +230,10 @@ def pick_tokens(logits, uniform, temperature, top_p):
     return tokens.gather(-1, place).squeeze(-1)
 
 
-# ---- replies of a model on a server --------------------------------------------------------------
-
-RETRY_STATUS = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
-
-
-class Server:
-    """Chat completions of an OpenAI-compatible server, whose key comes from the environment.
-
-    urllib3 repeats a try that failed with one of RETRY_STATUS, after Retry-After or a growing,
-    jittered pause. Each answer is a line of the file call_log before it is used, so that a call that
-    was answered is never made again."""
-
-    def __init__(self, name, args, call_log, **sampling):
-        self.where = f"--api-base {args.api_base}"
-        self.url = f"{args.api_base.rstrip('/')}/chat/completions"
-        self.concurrency, self.timeout = args.concurrency, args.timeout
-        self.settings = {"model": name, "seed": args.seed, **sampling}
-        self.key = os.environ.get(args.api_key_env, "").strip()
-        self.session = requests.Session()
-        if self.key:
-            self.session.headers["Authorization"] = f"Bearer {self.key}"
-        # Without an auth function of its own, requests would look for a key in a .netrc file.
-        self.session.auth = lambda request: request
-        try:
-            self.session.get(args.api_base, timeout=10)
-        except (requests.RequestException, ValueError) as error:
-            reason = f"{type(error).__name__}; check the URL and the key in {args.api_key_env}"
-            raise BadInput(f"{self.where}: cannot be asked: {reason}") from None
-        how = {"backoff_factor": 0.5, "backoff_jitter": 0.5, "status_forcelist": RETRY_STATUS}
-        retry = Retry(total=7, allowed_methods=None, raise_on_status=False, **how)
-        adapter = HTTPAdapter(pool_maxsize=args.concurrency, max_retries=retry)
-        self.session.adapters = {"http": adapter}  # what http:// and https:// begin with
-        self.call_log = Rows(call_log, args.overwrite)
-
-    def ask(self, conversations, keys):
-        bodies = []
-        for messages, key in zip(conversations, keys, strict=True):
-            seed = seed_of(self.settings["seed"], *key) >> 32  # 31 bits suit all servers
-            bodies.append({**self.settings, "messages": messages, "seed": seed})
-        calls = {digest_of(body): body for body in bodies}  # equal ones are made once
-        pool = ThreadPoolExecutor(self.concurrency)
-        results = pool.map(self.call, calls.keys(), calls.values())
-        results = list(tqdm(results, "calls", len(calls), leave=False, disable=None))
-        replies = dict(zip(calls, results, strict=True))
-        paid = [Reply(*row["reply"]) for row in self.call_log.rows.values()]
-        prompts = sum(reply.prompt_tokens for reply in paid)
-        completions = sum(reply.completion_tokens for reply in paid)
-        tqdm.write(f"{prompts:,} prompt and {completions:,} completion tokens so far")
-        return [replies[digest_of(body)] for body in bodies]
-
-    def call(self, digest, body):
-        """The Reply of the call log or the server; without an answer its finish is "error: ..."."""
-        if digest in self.call_log.rows:
-            return Reply(*self.call_log.rows[digest]["reply"])
-        try:
-            response = self.session.post(self.url, json=body, timeout=(10, self.timeout))
-            if response.status_code != 200:
-                return self.refusal(response)
-            reply = read_reply(response.json())
-        except (requests.RequestException, LookupError, TypeError, AttributeError) as error:
-            return Reply("", f"error: {type(error).__name__}")  # or the JSON is no chat completion
-        if reply.text or reply.completion_tokens:  # an answer that was not empty, or was paid
-            self.call_log.add({"id": digest, "reply": reply})
-        return reply
-
-    def refusal(self, response):
-        """The Reply of a call that failed for good. Raises BadInput if all calls will."""
-        said = response.text.replace(self.key, "[key]") if self.key else response.text
-        fault = f"error: status {response.status_code}: {said}"  # the key may be sent back
-        if response.status_code in (401, 402, 403, 404):
-            raise BadInput(f"{self.where}: {fault[:200]}; check URL, key and --model")
-        return Reply("", fault[:200])
-
-
-def read_reply(answer):
-    """The Reply in a server's JSON. Raises LookupError, TypeError or AttributeError."""
-    choice = answer["choices"][0]
-    text = (choice["message"].get("content") or "").strip()
-    usage = answer.get("usage") or {}
-    counts = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    return Reply(text, choice.get("finish_reason") or "stop", *counts)
-
-
 def open_chat(name, args, call_log, **sampling):
     """The chat model `name`: at --api-base if that is given, else on this machine."""
+    if args.extra_body and not args.api_base:
+        raise BadInput("--extra-body: is for a server; pass --api-base too")
     if not args.api_base:
         return LocalModel(name, args, **sampling)
     if name == "smollm2":

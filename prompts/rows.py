@@ -28,7 +28,7 @@ class BadInput(Exception):
 def read_rows(path, *fields):
     """The rows of a JSONL file, a list of dictionaries.
 
-    fields: what every row without `error` must have.
+    fields: what every row without `error` must have. NaN and Infinity, which JSON lacks, are None.
     Raises BadInput for a missing file, a line that is no JSON object, or a missing field.
     """
     if not Path(path).is_file():
@@ -40,14 +40,17 @@ def read_rows(path, *fields):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)
             if not isinstance(row, dict):
                 raise ValueError("a JSON object is needed")
+            if re.search(rb"\\u[dD]", line):  # half of a character's two codes can't be written
+                json.dumps(row, ensure_ascii=False).encode()
             for field in fields:
                 if field not in row and not row.get("error"):
                     raise ValueError(f"the field '{field}' is missing")
         except ValueError as error:
-            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}") from None
+            hint = "; datasets.load_dataset(...)['train'].to_json(...) converts it" * (number == 1)
+            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}{hint}") from None
         rows.append(row)
 
     if not rows:
@@ -62,11 +65,8 @@ def text_of(answer):
 
 def is_scored(row):
     """Whether both scores of a row are finite numbers; anything else is no score."""
-    for side in SIDES:
-        score = row.get(f"score_{side}")
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            return False
-    return True
+    scores = [row.get(f"score_{side}") for side in SIDES]
+    return all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
 
 
 def repetition(answer):
@@ -90,26 +90,23 @@ class Rows:
         overwrite: begin an empty file; the old one becomes NAME.bak.
         Raises BadInput for a file of something else, which stays as it is.
         """
-        self.path = Path(path)
-        self.rows = {}
-        self.done = {}
+        self.path, self.done = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite and self.path.is_file() and self.path.stat().st_size:
-            os.replace(path, f"{path}.bak")
-
-        self.file = open(path, "a+b")
+        self.file = open_locked(path)
         self.file.seek(0)
-        *lines, torn = self.file.read().split(b"\n")
+        content = self.file.read()
+        if overwrite and content:
+            write(f"{path}.bak", content)
+            content = b""
+        *lines, torn = content.split(b"\n")
         try:
-            for line in lines:
-                if line.strip():
-                    row = json.loads(line)
-                    self.rows[row["id"]] = row
+            rows = [json.loads(line) for line in lines if line.strip()]
+            self.rows = {row["id"]: row for row in rows}
             if torn and not torn.startswith(b"{"):
                 raise ValueError("the last line was never a row")
         except (ValueError, LookupError, TypeError):
             raise BadInput(f"{path}: is not of this stage; choose another --out") from None
-        self.file.truncate(self.file.tell() - len(torn))
+        self.file.truncate(len(content) - len(torn))
 
     def add(self, *rows):
         """Writes the rows that are not done, so that a killed run keeps them."""
@@ -122,8 +119,7 @@ class Rows:
         """Marks the rows without `error` as done, and refuses to mix two runs.
 
         made_by: the field in which rows keep the settings that they were made with.
-        settings: those of this run.
-        source: the rows of the input.
+        settings, source: those of this run, and the rows of its input.
         Raises BadInput if a row has other settings, or if its source row changed or is gone.
         """
         origins = {row["id"]: row for row in source}
@@ -150,12 +146,8 @@ class Rows:
             rows = [row for row in rows if row["id"] not in self.done]
             size = len(rows) or 1
 
-        batches = []
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            if any(row["id"] not in self.done for row in batch):
-                batches.append(batch)
-        return batches
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [batch for batch in batches if any(row["id"] not in self.done for row in batch)]
 
     def finish(self, source):
         """Rewrites the file in the order of the input, and returns the input's rows."""
@@ -164,9 +156,24 @@ class Rows:
         return rows
 
 
+def open_locked(path):
+    """A file to read and append to. Raises BadInput where another run has it open in this way."""
+    file = open(path, "a+b")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{path}: another run writes to it; wait, or choose another --out") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return file
+
+
 def lines_of(rows):
-    """Rows as the bytes of a JSONL file."""
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    """Rows as the bytes of a JSONL file. Half of a character's two codes stays an escape of JSON."""
+    texts = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(texts).encode(errors="backslashreplace")
 
 
 def write(path, content):
@@ -184,7 +191,8 @@ def digest_of(value):
 def provenance(device):
     """The facts that are needed to reproduce a result. device: a torch.device."""
     git = f"git -C '{FOLDER}' describe --always --abbrev=12 --dirty=+ --exclude='*' 2>/dev/null"
-    hardware = f"{os.cpu_count()} cores, {cpu_name()}"
+    names = re.findall("model name.*: (.*)", subprocess.getoutput("cat /proc/cpuinfo"))  # Linux
+    hardware = f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {
@@ -195,13 +203,6 @@ def provenance(device):
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def cpu_name():
-    """The name that Linux gives the CPU; elsewhere its architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.machine()
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ def make_parser(doc, server=True):
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
+        add("--extra-body", metavar="JSON", help='fields to add to each request; null leaves one out, e.g. {"max_tokens": null, "max_completion_tokens": 800} or {"seed": null} (default: none)')
         add("--concurrency", type=number(), default=16, help="calls made to the server at the same time (default: %(default)s)")
         add("--timeout", type=number(), default=300, help="seconds that the server may be silent (default: %(default)s)")
     # fmt: on

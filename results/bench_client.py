@@ -23,7 +23,7 @@ import torch
 from requests.adapters import HTTPAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prompts.chat import Server
+from prompts.server import Server
 from prompts.rows import provenance
 
 MESSAGE = {"role": "assistant", "content": "word " * 100}
@@ -63,7 +63,7 @@ def serve(ports):
 
 def with_client(url, calls, threads):
     args = SimpleNamespace(api_base=url, api_key_env="NO_KEY", concurrency=threads, timeout=60)
-    args.overwrite, args.seed = False, 0
+    args.overwrite, args.seed, args.extra_body = False, 0, None
     with tempfile.TemporaryDirectory() as folder:
         server = Server("m", args, f"{folder}/calls", max_tokens=200, temperature=0.7, top_p=0.95)
 

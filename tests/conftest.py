@@ -19,7 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prompts import chat, rows
+from prompts import rows
+from prompts import server as client
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -117,11 +118,11 @@ def run(monkeypatch, capsys):
 
 def wait_for_workers():
     """What the end of a process does: waits for a server's calls, and closes the files they hold."""
-    workers = [thread for thread in threading.enumerate() if thread.name.startswith("calls")]
-    for worker in workers:
-        worker.join(60)
-    if workers:
-        gc.collect()
+    gc.collect()  # an executor that nobody holds ends its idle threads
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPool"):
+            thread.join(60)
+    gc.collect()
 
 
 @pytest.fixture
@@ -177,13 +178,15 @@ def pairs_file(workdir):
 
 class HostileServer(BaseHTTPRequestHandler):
     """Answers chat completions; `script` holds faults to give before the first good answer, `fault` makes them up, and
-    `speak` makes the text of an answer."""
+    `speak` makes the text of an answer. `respond`, of the body and how often it came before, may give a whole answer:
+    (status, headers, JSON), else None."""
 
     protocol_version = "HTTP/1.1"
     script, asked, answered, hooks, lock = [], [], [], [], threading.Lock()
     current = None  # the server of this test, where there are several
     fault = staticmethod(lambda body: 200)
     speak = staticmethod(lambda body: f"reply to {body['messages'][-1]['content'][:20]}")
+    respond = staticmethod(lambda body, turn: None)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -193,8 +196,12 @@ class HostileServer(BaseHTTPRequestHandler):
             self.asked.append((self.headers.get("Authorization"), body))
             kind = self.script.pop(0) if self.script else self.fault(body)
             hook = self.hooks.pop() if self.hooks else None
+            turn = sum(body == before for _, before in self.asked) - 1
         if hook:
             hook(body)
+        whole = self.respond(body, turn)
+        if whole:
+            return self.send(*whole)
         text, finish, status, headers = self.speak(body), "stop", kind, {}
         if isinstance(kind, str):
             status, _, detail = kind.partition(" ")
@@ -241,6 +248,15 @@ class HostileServer(BaseHTTPRequestHandler):
             with self.lock:
                 self.answered.append(json.dumps(body, sort_keys=True))
 
+    def send(self, status, headers, payload):
+        payload = json.dumps(payload).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
     def do_GET(self):  # what a client asks first: is a server there?
         self.send_response(404)
         self.send_header("Content-Length", "0")
@@ -259,7 +275,8 @@ def server(monkeypatch):
         [],
     )
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: 200))
-    monkeypatch.setattr(chat.Retry, "get_backoff_time", lambda retry: 0.001)  # short pauses
+    monkeypatch.setattr(HostileServer, "respond", staticmethod(lambda body, turn: None))
+    monkeypatch.setattr(client, "pause_of", lambda retry_after, attempt: 0.001)  # short pauses
     http = ThreadingHTTPServer(("127.0.0.1", 0), HostileServer)
     http.daemon_threads, http.handle_error = True, lambda *error: None  # of a client that left
     monkeypatch.setattr(HostileServer, "current", http)

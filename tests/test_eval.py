@@ -241,7 +241,7 @@ def test_a_judge_on_a_server_scores_the_answers_and_no_call_is_made_twice(
     write_jsonl(workdir / "runs/safety/scored.jsonl", [row | {"task": "safety"} for row in rows])
     argv = ["--task", "safety", "--models", tiny, "--max-tokens", "8", "--api-base", server]
     argv += ["--concurrency", "1", "--reward", "judge", "--reward-model", "big"]
-    HostileServer.script = [413]
+    HostileServer.script = [200, 413]
     status, _, _ = run("eval", *argv)
     assert status == 1
     rows = read_rows("runs/safety/eval.jsonl")

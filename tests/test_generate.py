@@ -208,7 +208,7 @@ def test_a_row_whose_draft_failed_is_not_asked_further():
     form = {"draft": "{prompt}", "critique": "{draft}?", "revision": "{draft} ({critique})"}
     rows = [{"id": name, "prompt": f"P{name}"} for name in "ab"]
     bad, good = refine(rows, form, ask)
-    assert bad["error"] == "draft: no answer, finish reason error: status 400"
+    assert bad["error"] == "draft: no answer (error: status 400)"
     assert "chosen" not in bad and "rejected" not in bad
     assert good["rejected"] == [{"role": "assistant", "content": "A"}]
     assert good["chosen"] == [{"role": "assistant", "content": "R"}] and good["critique"] == ""
@@ -364,7 +364,7 @@ def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(
     run, server, workdir, monkeypatch
 ):
     monkeypatch.setenv("MY_KEY", "secret-123")
-    HostileServer.script = ["429 0", 400]
+    HostileServer.script = ["429 0", 200, 400]
     argv = ["--api-key-env", "MY_KEY", "--limit", "5", "--task", "roleplay"]
     _, said, err = ask(run, server, *argv)
     status, said2, err2 = ask(run, server, *argv)
@@ -381,7 +381,7 @@ def test_a_server_is_asked_three_times_a_row_and_its_key_reaches_no_file(
 
 
 def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, server, workdir):
-    """The first call waits for eight others; the file has the order of the instructions."""
+    """The second call waits for eight others; the file has the order of the instructions."""
     calls = workdir / f"{PAIRS}.calls"
 
     def wait(body):
@@ -391,14 +391,14 @@ def test_an_answered_call_is_on_disk_while_an_earlier_row_still_waits(run, serve
             time.sleep(0.02)
         HostileServer.script.append(400)  # it never came: spoil a row, so that the test fails
 
-    HostileServer.hooks = [wait]
+    HostileServer.hooks = [wait, lambda body: None]  # the last one is taken first
     status, _, err = ask(run, server, "--limit", "10", "--concurrency", "2")
     assert status == 0, err
     assert [row["id"] for row in read_rows(PAIRS)] == [f"sentiment-{n:03d}" for n in range(1, 11)]
 
 
 FAULTS = ["429", "429 0", "429 Wed, 21 Oct 2015 07:28:00 GMT", 500, 502, "503 0", 529]
-FAULTS += ["reset"]
+FAULTS += ["reset", "half", "no json", "no choices", "429 soon"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -410,30 +410,12 @@ def test_a_passing_fault_costs_a_try_and_nothing_else(run, server, workdir, faul
     assert "error" not in read_rows(PAIRS)[0]
 
 
-def test_a_server_that_asks_for_a_pause_gets_it(run, server, workdir):
-    HostileServer.script = ["429 1"]
-    began = time.perf_counter()
-    assert ask(run, server, "--limit", "1")[0] == 0
-    assert 1 <= time.perf_counter() - began < 10
-
-
-def test_an_answer_beyond_the_timeout_is_asked_for_again(run, server, workdir):
-    HostileServer.script = ["slow"]
-    assert ask(run, server, "--limit", "1", "--timeout", "1")[0] == 0
-    assert len(HostileServer.asked) == 4
-
-
-@pytest.mark.parametrize(
-    "fault", ["empty", "content_filter", 413, "429 soon", "half", "no json", "no choices"]
-)
+@pytest.mark.parametrize("fault", ["empty", "content_filter", 413])
 def test_an_answer_that_cannot_be_used_is_an_error_of_its_row(run, server, workdir, fault):
-    HostileServer.script = [fault]
+    HostileServer.script = [200, fault]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
-    bad, good = read_rows(PAIRS)
-    reasons = {"empty": "reason stop", "half": "ChunkedEncodingError", "no json": "JSONDecodeError"}
-    reason = (reasons | {"no choices": "IndexError", "429 soon": "InvalidHeader"}).get(
-        fault, str(fault)
-    )
+    good, bad = read_rows(PAIRS)
+    reason = "stop" if fault == "empty" else str(fault)
     assert status == 1 and reason in bad["error"] and "chosen" not in bad and "1 failed" in said
     assert "chosen" in good and len(HostileServer.asked) == 4
 
@@ -501,29 +483,29 @@ def test_a_fault_that_stays_costs_its_row_alone(run, server, workdir, monkeypatc
     monkeypatch.setattr(HostileServer, "fault", staticmethod(of_the_first_row))
     status, _, err = ask(run, server, "--limit", "2", "--concurrency", "1")
     bad, good = read_rows(PAIRS)
-    assert status == 1 and "draft: no answer, finish reason error" in bad["error"], err
+    assert status == 1 and "draft: no answer (error" in bad["error"], err
     assert "chosen" in good and len(set(HostileServer.answered)) == 3
     assert 5 < len(HostileServer.asked) < 40  # no critique of an answer that is not there
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, workdir, status):
     HostileServer.script = [status] * 50
     code, _, err = ask(run, server, "--limit", "20", "--concurrency", "4")
-    assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) <= 8
+    assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) == 1
     assert len([line for line in err.splitlines() if line.startswith("generate.py: ")]) == 1
 
 
 def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):
-    HostileServer.script = [400]
+    HostileServer.script = [200, 400]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     rows = read_rows(PAIRS)
-    assert status == 1 and "status 400" in rows[0]["error"] and "1 failed" in said
-    assert "chosen" not in rows[0] and "chosen" in rows[1] and len(HostileServer.asked) == 4
+    assert status == 1 and "status 400" in rows[1]["error"] and "1 failed; 1 by: draft" in said
+    assert "chosen" not in rows[1] and "chosen" in rows[0] and len(HostileServer.asked) == 4
     status, _, _ = ask(run, server, "--limit", "2")  # tried again, in its place
     again = read_rows(PAIRS)
-    assert status == 0 and again[1] == rows[1] and again[0]["id"] == rows[0]["id"]
-    assert "error" not in again[0] and len(HostileServer.asked) == 7
+    assert status == 0 and again[0] == rows[0] and again[1]["id"] == rows[1]["id"]
+    assert "error" not in again[1] and len(HostileServer.asked) == 7
 
 
 def test_counts_that_are_null_and_a_key_beyond_the_first_words_do_no_harm(
@@ -578,9 +560,9 @@ def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
 # made the tests deaf to it
 STAGE = """
 import signal, generate
-from prompts import chat as chat_module, rows
+from prompts import rows, server
 signal.signal(signal.SIGINT, signal.default_int_handler)
-chat_module.Retry.get_backoff_time = lambda retry: 0.001
+server.pause_of = lambda retry_after, attempt: 0.001
 rows.run(generate.main)
 """
 
@@ -619,14 +601,15 @@ def wait_for(test):
 @pytest.mark.parametrize("fault", ["stall", "stall inside"])
 def test_ctrl_c_ends_a_run_whose_server_stalls_at_once(start, monkeypatch, fault):
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: fault))
+    HostileServer.script = [200]
     process = start("--concurrency", "4")
-    wait_for(lambda: len(HostileServer.asked) == 4)
+    wait_for(lambda: len(HostileServer.asked) == 5)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130 and time.perf_counter() - began < 2
     said = process.stderr.read().decode()
     assert "the same command" in said and "Traceback" not in said
-    assert len(HostileServer.asked) == 4
+    assert len(HostileServer.asked) == 5
 
 
 def test_nothing_is_paid_twice_through_faults_and_kills(start, workdir, monkeypatch):

@@ -356,18 +356,18 @@ def test_ratings_outside_the_scale_are_none(run, server, workdir, monkeypatch):
 def test_a_call_that_failed_leaves_its_row_without_a_score_and_is_asked_again(
     run, server, workdir, monkeypatch
 ):
-    HostileServer.script = [413]
+    HostileServer.script = [200, 413]
     flags = ["--concurrency", "1"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
-    assert status == 1 and rows[0]["score_chosen"] is None and "error" not in rows[1]
-    assert "status 413" in rows[0]["reward"]["comment_chosen"]
+    assert status == 1 and rows[0]["score_rejected"] is None and "error" not in rows[1]
+    assert "status 413" in rows[0]["reward"]["comment_rejected"]
     status, rows, _ = judged(run, server, monkeypatch, lambda text: "Rating: 5", *flags)
     assert status == 0 and all(row["score_chosen"] == row["score_rejected"] == 5 for row in rows)
     assert len(HostileServer.asked) == 5  # what was answered was not asked again
 
 
 def test_rows_without_a_score_bind_nobody_to_their_settings(run, server, workdir, monkeypatch):
-    HostileServer.script = [400] * 50
+    HostileServer.script = ["length", *[400] * 3]
     assert judged(run, server, monkeypatch, lambda text: "Rating: 5")[0] == 1
     HostileServer.script = []
     flags = ["--judge-tokens", "200"]
