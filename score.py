@@ -99,12 +99,10 @@ def judge_reward(rows, answers, ask, table):
     table is. ask: of LocalModel or Server."""
     both = zip(rows, answers, strict=True)
     conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
-    scores = []
-    for reply in ask(conversations, [(row["id"], "judge") for row in rows]):
-        rating = rating_of(reply.text, reply.finish, table["scale"])
-        # A failed call has no text; its finish says why it failed.
-        scores.append(Score(rating, reply.text or reply.finish))
-    return scores
+    replies = ask(conversations, [(row["id"], "judge") for row in rows])
+    ratings = [rating_of(reply.text, reply.finish, table["scale"]) for reply in replies]
+    # A failed call has no text; its finish says why it failed.
+    return list(map(Score, ratings, [reply.text or reply.finish for reply in replies]))
 
 
 # "Rating", perhaps the scale, markup, a number, perhaps "/10", markup, and an end or a reason.
@@ -195,6 +193,16 @@ def add_scores(rows, reward, settings):
     return rows
 
 
+def score_batch(rows, reward, settings):
+    """add_scores; where that raises, of each row alone, so that a bad one costs no other its score."""
+    try:
+        return add_scores(rows, reward, settings)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if len(rows) == 1:
+            return [rows[0] | {"error": f"score: {type(error).__name__}: {error}"}]
+        return [score_batch([row], reward, settings)[0] for row in rows]
+
+
 def finite(value):
     """The value, or None if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None
@@ -205,10 +213,8 @@ def audit(rows):
     """What to know of the scores before training on them, as text."""
     scored = [row for row in rows if is_scored(row)]
     failed = sum(bool(row.get("error")) for row in rows)
-    unscored = len(rows) - len(scored) - failed
-    lines = [
-        f"scored {len(scored)} of {len(rows)} pairs; {unscored} without a score, {failed} failed"
-    ]
+    left = len(rows) - len(scored) - failed
+    lines = [f"scored {len(scored)} of {len(rows)} pairs; {left} without a score, {failed} failed"]
     if not scored:
         return lines[0]
 
@@ -261,8 +267,8 @@ def main():
     if source[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {source[0]['task']}")
     for row in source:
-        for name in ("score_chosen", "score_rejected", "reward"):
-            row.pop(name, None)  # what an earlier reward said
+        for name in ("score_chosen", "score_rejected", "reward"):  # of an earlier reward
+            row.pop(name, None)
     rows = source[: args.limit]
     reward, settings = make_reward(args, task, f"{args.out}.calls")
     output = Rows(args.out, args.overwrite)
@@ -274,11 +280,7 @@ def main():
 
     batch_size = None if args.api_base else args.batch_size
     for batch in tqdm(output.batches(rows, batch_size), unit="batch"):
-        try:
-            output.add(*add_scores(batch, reward, settings))
-        except (ValueError, TypeError, LookupError) as error:
-            rows = f"rows {batch[0]['id']} to {batch[-1]['id']}"
-            raise BadInput(f"{args.input}: {rows}: {error}") from None
+        output.add(*score_batch(batch, reward, settings))
     rows = output.finish(source)
     print(f"{args.out}:\n{audit(rows)}")
     raise SystemExit(0 if all(is_scored(row) for row in rows) else 1)

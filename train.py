@@ -37,8 +37,8 @@ from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_pac
 from prompts import as_messages
 from prompts.chat import encode, load_model, pick_device
 from prompts.rows import (
-    BadInput, digest_of, is_scored, make_parser, newest_task, number, provenance, read_rows,
-    repetition, run, write,
+    BadInput, digest_of, is_scored, lines_of, make_parser, newest_task, number, open_locked, provenance,
+    read_rows, repetition, run, write,
 )  # fmt: skip
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
@@ -71,8 +71,8 @@ def preference_loss(
 
     policy_logps, reference_logps: (B, 2) fp32, sums in nats over the tokens of chosen and rejected.
     delta: (B,) score_chosen - score_rejected, in the same units as tau. tokens: (B, 2) lengths.
-    beta: strength of the pull to the reference.
-    label_smoothing: share of flipped labels that cdpo and robust assume.
+    beta: strength of the pull to the reference. label_smoothing: share of flipped labels that cdpo
+        and robust assume.
     mean_weight: mean of max(0, 2p - 1) over the training pairs, which gives rdpo-weight the mean 1.
 
     The gradient on log pi(chosen) of a win, a tie and a loss at z = 0; negative means: learn it.
@@ -172,15 +172,14 @@ def training_step(policy, optimizer, pairs, reference_logps, settings, max_grad_
     return policy_logps, norm
 
 
-def train(policy, optimizer, pairs, held_out, settings, args, steps, out):
+def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     """Trains for `steps` steps, from the newest checkpoint in the run directory `out` if there is
-    one. Each step is a line on the screen and in log.jsonl."""
+    one. Each step is a line on the screen and in log, the open file log.jsonl."""
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
     reference_logps = torch.zeros(len(pairs) + len(held_out), 1, device=policy.device)
     if args.loss != "sft":
         reference_logps = pair_logps(policy, pairs + held_out)
     start = load_checkpoint(out, policy.model, optimizer)
-    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a" if start else "w", buffering=1)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
 
     for step in range(start, steps):
@@ -268,7 +267,7 @@ def log_metrics(file, step, metrics, part=None):
         text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
         print(f" | {name.rpartition('/')[2]} {text:>8}", end="")
     print(flush=True)
-    file.write(json.dumps({"step": step} | ({part: metrics} if part else metrics)) + "\n")
+    file.write(lines_of([{"step": step} | ({part: metrics} if part else metrics)]))
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def make_pairs(rows, path, tokenizer, args):
         name = row.get("id", i)
         try:
             pair, reason = make_pair(row, name, tokenizer, args)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, BadInput) as error:
             raise BadInput(f"{path}: row {name}: {error}") from None
         if reason:
             left_out[reason] = left_out.get(reason, 0) + 1
@@ -304,14 +303,15 @@ def make_pair(row, name, tokenizer, args):
         row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
     if (args.loss in SCORED_LOSSES or args.accept) and not is_scored(row):
         return None, "without scores"
-    for call, finish in (row.get("teacher") or {}).get("finish", {}).items():
-        if call != "critique" and finish == "length":
-            return None, "cut off by the teacher"
+    teacher = row.get("teacher")  # in a data set of others it may be anything
+    finish = teacher.get("finish") if isinstance(teacher, dict) else None
+    if any(call != "critique" and why == "length" for call, why in (finish or {}).items()):
+        return None, "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return None, "not accepted"
     if row.get("split") not in (None, "", "train", "test"):
         return None, f"of the split {row['split']}"
-    context, chosen, rejected = split_row(row)
+    context, chosen, rejected = split_row(row, args.raw_text or not tokenizer.chat_template)
     if not (chosen.strip() and rejected.strip()):
         return None, "with an empty answer"
     if repetition(chosen) > args.max_repeats:
@@ -328,14 +328,15 @@ def make_pair(row, name, tokenizer, args):
     return Pair(name, prompt, chosen, rejected, float(delta)), None
 
 
-def split_row(row):
-    """(prompt, chosen text, rejected text); the prompt is text, or all messages before the answer.
-    Answers are text, messages after the prompt (TRL), or whole conversations (UltraFeedback)."""
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
+def split_row(row, raw_text):
+    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
+    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
+    whole conversations (UltraFeedback)."""
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
+        return prompt, *sides
     prompt = as_messages(prompt) if prompt else []
-    sides = [as_messages(chosen), as_messages(rejected)]
+    sides = [as_messages(side, "assistant") for side in sides]
     chosen, rejected = [prompt + s if s[0]["role"] == "assistant" else s for s in sides]
     context = chosen[:-1]
     # A whole conversation may have a system message that the prompt lacks.
@@ -381,7 +382,6 @@ class Policy(torch.nn.Module):
 
 
 # ---- the run directory: checkpoints and the saved model ------------------------------------------
-
 # A run is continued only if none of these has changed; data and weights are hashes.
 SAME = (
     "data", "weights", "loss", "beta", "tau", "label_smoothing", "sft_weight", "lr", "warmup_ratio",
@@ -390,14 +390,17 @@ SAME = (
 
 
 def open_run(out, record, overwrite):
-    """Makes or continues a run directory. Raises BadInput where it is another run's, or none."""
-    path = out / "run.json"
-    if out.exists() and not path.exists() and any(out.iterdir()):
+    """Makes or continues a run directory; returns its open log.jsonl, which keeps other runs out.
+    Raises BadInput where the directory is another run's, or none."""
+    path, log = out / "run.json", out / "log.jsonl"
+    if out.exists() and not path.exists() and {*out.iterdir()} - {log}:
         raise BadInput(f"--out {out}: is no run directory (no run.json), so it is left alone")
+    out.mkdir(parents=True, exist_ok=True)
+    file = open_locked(log)
     if overwrite and (checkpoints(out) or (out / "config.json").exists()):  # worth keeping as .bak
         shutil.rmtree(f"{out}.bak", ignore_errors=True)
         out.rename(f"{out}.bak")
-    out.mkdir(parents=True, exist_ok=True)
+        return open_run(out, record, overwrite=False)
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
     for key in SAME:  # a new run is compared with itself
         if before.get(key) != record[key]:
@@ -405,6 +408,8 @@ def open_run(out, record, overwrite):
             raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
     if not (checkpoints(out) or before.get("finished")):  # no step is saved: the run starts anew
         write(path, json.dumps(record, indent=1).encode())
+        file.truncate(0)
+    return file
 
 
 def state_of(model, optimizer):
@@ -477,6 +482,7 @@ def parse_args():
     add("--out", metavar="DIR", help="run directory (default: LOSS beside --in, so runs/TASK/LOSS)")
     add("--loss", default="rdpo", choices=LOSSES, help="see preference_loss in this file (default: %(default)s)")
     add("--accept", action="store_true", help="train only on pairs whose revision won: score_chosen > score_rejected")
+    add("--raw-text", action="store_true", help="prompts and answers that are text are trained as they are, without the chat template (default: as a user's and an assistant's turn, where the model has a template)")
     add("--max-repeats", type=float, default=1.0, help="leave out pairs whose chosen answer has a larger share of repeated 4-grams of words, 0 to 1; a small policy that imitates them repeats itself (default: %(default)s, which is none)")
     add("--beta", type=number(1e-9, kind=float), default=0.1, help="strength of the pull to the reference, as in DPO (default: %(default)s)")
     add("--tau", type=number(1e-9, kind=float), default=0.15, help="temperature of the preference probability p, in units of the root mean square reward gap of the training pairs: a gap of TAU units has p = 0.73 (default: %(default)s)")
@@ -503,8 +509,7 @@ def parse_args():
         args.sft_weight = float(args.loss in SCORED_LOSSES)
     args.task = args.task or newest_task("scored.jsonl")
     args.input = args.input or f"runs/{args.task}/scored.jsonl"
-    name = f"{args.loss}-accept" if args.accept else args.loss
-    args.out = args.out or str(Path(args.input).parent / name)
+    args.out = args.out or str(Path(args.input).parent / (args.loss + "-accept" * args.accept))
     return args
 
 
@@ -535,19 +540,16 @@ def main():
         "data": digest_of([pairs, held_out]), "weights": policy.digest, "pairs": len(pairs),
         "left_out": left_out, "tau_absolute": settings["tau"] if settings["tau"] > 0 else None,
     }  # fmt: skip
-    if RANK == 0:
-        open_run(out, record, args.overwrite)
+    log = open_run(out, record, args.overwrite) if RANK == 0 else open(os.devnull, "wb")
     if WORLD > 1:
         dist.barrier()
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return print(f"{out}: already finished; nothing to do (--overwrite starts afresh)")
-    print(
-        f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in units of the scores"
-    )
+    print(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in score units")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.model.parameters(), args.lr, **options)
-    train(policy, optimizer, pairs, held_out, settings, args, steps, out)
+    train(policy, optimizer, pairs, held_out, settings, args, steps, out, log)
     save_policy(policy, out, record)
     print(f"{out}: saved")
 

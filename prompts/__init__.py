@@ -91,10 +91,10 @@ def fill(call, row, **texts):
     return messages
 
 
-def as_messages(prompt):
-    """A prompt as a list of messages; text is one user message. Anything else raises ValueError,
-    TypeError or KeyError."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def as_messages(prompt, role="user"):
+    """A prompt as a list of messages; text is one message of this role. Anything else raises
+    ValueError, TypeError or KeyError."""
+    messages = [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages:
         known = message["role"] in ("system", "user", "assistant")
         if not known or not isinstance(message["content"], str):

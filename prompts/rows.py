@@ -113,7 +113,6 @@ class Rows:
         new = {row["id"]: row for row in rows if row["id"] not in self.done}
         self.rows |= new
         self.file.write(lines_of(new.values()))
-        self.file.flush()
 
     def resume(self, made_by, settings, source):
         """Marks the rows without `error` as done, and refuses to mix two runs.
@@ -157,8 +156,9 @@ class Rows:
 
 
 def open_locked(path):
-    """A file to read and append to. Raises BadInput where another run has it open in this way."""
-    file = open(path, "a+b")
+    """A file to read and append to, without a buffer, so that a kill loses nothing that was written.
+    Raises BadInput where another run has opened it like this."""
+    file = open(path, "a+b", buffering=0)
     try:
         import fcntl
 

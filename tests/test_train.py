@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_model, pair_row, read_rows, write_jsonl
+from conftest import ROOT, make_model, make_tokenizer, pair_row, read_rows, write_jsonl
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -217,7 +217,8 @@ MORE = {"role": "user", "content": "Really?"}
 
 
 def load(rows, tokenizer, **options):
-    args = {"loss": "dpo", "accept": False, "max_length": 512, "max_repeats": 1.0} | options
+    args = {"loss": "dpo", "accept": False, "max_length": 512, "max_repeats": 1.0}
+    args |= {"raw_text": False} | options
     return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
 
 
@@ -226,22 +227,63 @@ def test_every_published_form_of_preference_data_gives_the_same_pair(tokenizer):
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
         {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [USER], "chosen": "Yes.", "rejected": "No."},
     ]
-    scores = [{"score_chosen": 4.0, "score_rejected": 1.0}] * 2
+    scores = [{"score_chosen": 4.0, "score_rejected": 1.0}] * 4
     scores += [{"chosen_rating": 4.0, "rejected_rating": 1.0}]
     rows = [form | score for form, score in zip(forms, scores, strict=True)]
     pairs, _, counts = load(rows, tokenizer, loss="rdpo")
-    assert pairs[0][1:] == pairs[1][1:] == pairs[2][1:] and not counts
+    assert all(pair[1:] == pairs[0][1:] for pair in pairs) and len(pairs) == 5 and not counts
     assert pairs[0].delta == 3.0 and pairs[0].chosen[-1] == tokenizer.eos_token_id
 
 
 def test_plain_text_ends_with_one_end_of_sequence_token(tokenizer):
-    ((pair,), _, _) = load(
-        [{"prompt": "The film", "chosen": " Up.", "rejected": " It."}], tokenizer
-    )
-    assert tokenizer.decode(pair.prompt) == "The film"
-    assert pair.chosen.count(tokenizer.eos_token_id) == 1
-    assert pair.chosen[-1] == tokenizer.eos_token_id
+    row = {"prompt": "The film", "chosen": " Up.", "rejected": " It."}
+    without_template = make_tokenizer(template=None)
+    for made_by, raw_text in ((tokenizer, True), (without_template, False)):
+        ((pair,), _, _) = load([row], made_by, raw_text=raw_text)
+        assert made_by.decode(pair.prompt) == "The film"
+        assert pair.chosen.count(made_by.eos_token_id) == 1
+        assert pair.chosen[-1] == made_by.eos_token_id
+    with pytest.raises(BadInput, match=r"row 1.*has no chat template"):
+        load([row | {"prompt": [USER]}], without_template)
+
+
+@pytest.mark.parametrize("teacher", ["gpt-4", 3, ["a"], None, {"name": "gpt-4"}, {"finish": None}])
+def test_a_column_teacher_of_other_people_means_nothing(tokenizer, teacher):
+    row = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No.", "teacher": teacher}
+    pairs, _, counts = load([row], tokenizer)
+    assert len(pairs) == 1 and not counts
+
+
+def test_a_row_that_the_template_refuses_is_named():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    row = {"id": "a7", "prompt": [{"role": "system", "content": "Be kind."}, USER]}
+    with pytest.raises(BadInput, match=r"in.jsonl: row a7: .*no system"):
+        load([row | {"chosen": [GOOD], "rejected": [BAD]}], make_tokenizer(template))
+
+
+def test_a_second_run_in_one_directory_is_refused(run, tiny, pairs_file, monkeypatch):
+    """The second one, with other settings, starts while the first one trains."""
+    step, second = train.training_step, []
+
+    def training_step(*args):
+        if not second:
+            second.append(None)
+            second[0] = run("train", "--model", tiny, "--lr", "1e-3", "--overwrite")
+        return step(*args)
+
+    monkeypatch.setattr(train, "training_step", training_step)
+    argv = ["--model", tiny, "--lr", "1e-4", "--max-steps", "2"]
+    status, _, err = run("train", *argv)
+    ((refused, _, said),) = second
+    assert status == 0, err
+    assert refused == 2 and "rdpo/log.jsonl: another run writes to it" in said
+    lines = read_rows("runs/sentiment/rdpo/log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert not Path("runs/sentiment/rdpo.bak").exists()
+    assert run("train", *argv, "--overwrite")[0] == 0
 
 
 def test_all_turns_before_the_answer_are_its_context(tokenizer):
