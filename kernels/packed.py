@@ -144,7 +144,7 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 def packed_attention(
     module, query, key, value, mask, *, segments, scaling=None, sliding_window=None,
-    dropout=0.0, position_ids=None, use_cache=False,
+    dropout=0.0, position_ids=None, use_cache=False, output_attentions=None,
 ):  # fmt: skip
     """Attention in a packed sequence, as transformers calls it: ((1, T, heads, d), None). query: (1,
     heads, T, d); key, value: perhaps fewer heads. sliding_window: how many tokens, itself the last,

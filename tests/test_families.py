@@ -42,6 +42,14 @@ YARN = rotary("yarn", factor=8.0, original_max_position_embeddings=64, truncate=
 GEMMA = TIED | {"head_dim": 16, "query_pre_attn_scalar": 24}
 GEMMA2 = GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+DEEPSEEK |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16}
+DEEPSEEK |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+DEEPSEEK |= {"v_head_dim": 4, "num_key_value_heads": 4, "routed_scaling_factor": 2.5}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+LINEAR |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 600}
+GEMMA4 |= {"global_head_dim": 32, "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
 LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
 LLAMA4 |= {"head_dim": 16, "attention_chunk_size": 8, "no_rope_layers": [1, 0], "moe_layers": [1]}
@@ -56,7 +64,9 @@ FAMILIES = [
     ("Qwen 2.5, windows", "qwen2", MIXED | {"use_sliding_window": True}, True),
     ("Qwen 3", "qwen3", TIED | {"head_dim": 16}, True),
     ("Qwen 3 MoE", "qwen3_moe", QWEN_MOE | {"norm_topk_prob": True, "head_dim": 16}, True),
+    ("Qwen 3.5", "qwen3_5_text", LINEAR | {"head_dim": 16}, False),
     ("Mistral 0.1", "mistral", WINDOW, True),
+    ("Ministral 3", "ministral3", {"head_dim": 16}, True),
     ("Mixtral", "mixtral", EXPERTS | {"sliding_window": None}, True),
     ("Phi 3", "phi3", WINDOW, True),
     ("Phi 3, longrope", "phi3", WINDOW | longrope(4), False),
@@ -64,11 +74,13 @@ FAMILIES = [
     ("Gemma 2", "gemma2", MIXED | GEMMA2, False),
     ("Gemma 3", "gemma3_text", MIXED | GEMMA, True),
     ("Gemma 3, images", "gemma3", {"text_config": SIZES | MIXED | GEMMA, "vision_config": IMAGES, "mm_tokens_per_image": 4}, True),
+    ("Gemma 4", "gemma4_text", MIXED | GEMMA | GEMMA4, True),
     ("Granite", "granite", TIED | GRANITE | {"attention_multiplier": 0.0625}, True),
     ("Cohere", "cohere", TIED | {"logit_scale": 0.0625, "use_qk_norm": True}, True),
     ("Cohere 2", "cohere2", TIED | MIXED | {"logit_scale": 0.25}, True),
     ("OLMo 2", "olmo2", {}, True),
     ("OLMo 3", "olmo3", MIXED, True),
+    ("DeepSeek V3", "deepseek_v3", DEEPSEEK, True),
     ("gpt-oss", "gpt_oss", MIXED | EXPERTS | YARN | {"head_dim": 16}, False),
     ("Llama 4", "llama4_text", LLAMA4, False),
     ("Llama 4, images", "llama4", {"text_config": SIZES | LLAMA4, "vision_config": IMAGES | LLAMA4_IMAGES}, False),
@@ -160,3 +172,18 @@ def test_saved_weights_have_the_names_and_shapes_of_the_original(
     assert shapes_in(workdir / "out") == shapes_in(folder)
     for file in PROCESSOR if "images" in name else ():
         assert (workdir / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_a_hub_ids_processor_is_saved_too(run, workdir, tokenizer, train_argv, monkeypatch):
+    """From the cache of a hub that cannot be reached, which lacks the second file."""
+    kind, options = next(row[1:3] for row in FAMILIES if row[0] == "Gemma 3, images")
+    cache = workdir / "cache" / "models--lab--gemma"
+    folder = save_model(cache / "snapshots" / "1", tokenizer, kind, options)
+    (folder / PROCESSOR[1]).unlink()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(workdir / "cache"))
+    status, _, err = run("train", "--model", "lab/gemma", *train_argv)
+    assert status == 0, err
+    found = [name for name in PROCESSOR if (workdir / "out" / name).exists()]
+    assert found == [PROCESSOR[0]]
