@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import cached_file
 
 from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_packed_attention
 from prompts import as_messages
@@ -43,8 +44,7 @@ from prompts.rows import (
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
 RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # like the two above, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # like RANK and LOCAL_RANK, set by torchrun
 SCORED_LOSSES = ("rdpo", "rdpo-margin", "rdpo-weight")
 LOSSES = (*SCORED_LOSSES, "dpo", "cdpo", "robust", "ipo", "sft")
 # Learning rates that results/study chose.
@@ -467,6 +467,10 @@ def save_policy(policy, out, record):
             del weights[name]  # a tied weight is saved once
         policy.model.save_pretrained(out, state_dict=weights)
         policy.tokenizer.save_pretrained(out)
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        for kind in ("processor", "preprocessor", "video_preprocessor"):  # of images and videos
+            if path := cached_file(policy.model.name_or_path, f"{kind}_config.json", **optional):
+                shutil.copy(path, out)
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
@@ -516,7 +520,7 @@ def parse_args():
 def main():
     args = parse_args()
     if WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)  # before anything is allocated on GPU 0
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before GPU 0 has a tensor
     device, dtype = pick_device(args.device, args.dtype)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -532,8 +536,7 @@ def main():
     print(f"{args.input}: {len(pairs)} training pairs, {len(held_out)} held out; left out: {why}")
     settings = loss_settings(args, pairs)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
-    most = math.inf if args.max_steps is None else args.max_steps
-    steps = min(args.epochs * per_epoch, most)
+    steps = min(args.epochs * per_epoch, math.inf if args.max_steps is None else args.max_steps)
     out = Path(args.out)
     record = {
         **vars(args), **provenance(device), "dtype": str(dtype), "processes": WORLD, "steps": steps,
@@ -546,7 +549,7 @@ def main():
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return print(f"{out}: already finished; nothing to do (--overwrite starts afresh)")
-    print(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in score units")
+    print(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in the scores' units")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.model.parameters(), args.lr, **options)
     train(policy, optimizer, pairs, held_out, settings, args, steps, out, log)

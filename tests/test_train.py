@@ -24,8 +24,6 @@ from transformers import (
     AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 import train
@@ -420,13 +418,12 @@ def test_the_gradient_is_that_of_the_loss_by_the_model_s_own_logits(tiny):
             torch.testing.assert_close(got[name], value, atol=2e-6, rtol=1e-4)
 
 
-def save_windowed(folder, tokenizer, window):
-    """A model whose sliding window packed sequences would lose."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": window}
-    config = MistralConfig(vocab_size=len(tokenizer), eos_token_id=2, **sizes)
-    MistralForCausalLM(config).save_pretrained(folder)
+def save_unpacked(folder, tokenizer):
+    """A model whose positions depend on the length of its sequence."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope |= {"original_max_position_embeddings": 16}
+    make_model(len(tokenizer), rope_parameters=rope).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -568,7 +565,7 @@ def test_a_model_that_packed_sequences_do_not_suit_trains_in_two_processes_too(
     run, pairs_file, workdir, tokenizer
 ):
     """Such a model runs sequence by sequence, and FSDP needs equally many on all processes."""
-    model = save_windowed(workdir / "window", tokenizer, 16)
+    model = save_unpacked(workdir / "longrope", tokenizer)
     assert policy_of(model).pack_tokens == 0
     more = ["--batch-size", "3", "--pack-tokens", "1000", "--max-steps", "2", *ON_CPU]
     alone = train_steps(trained(run, model, workdir / "alone", *more)[0])
