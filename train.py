@@ -32,11 +32,10 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import cached_file
 
 from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_packed_attention
 from prompts import as_messages
-from prompts.chat import encode, load_model, pick_device
+from prompts.chat import encode, load_model, pick_device, save_tokenizer
 from prompts.rows import (
     BadInput, digest_of, is_scored, lines_of, make_parser, newest_task, number, open_locked, provenance,
     read_rows, repetition, run, write,
@@ -466,11 +465,7 @@ def save_policy(policy, out, record):
         for name in policy.model.all_tied_weights_keys:
             del weights[name]  # a tied weight is saved once
         policy.model.save_pretrained(out, state_dict=weights)
-        policy.tokenizer.save_pretrained(out)
-        optional = {"_raise_exceptions_for_missing_entries": False}
-        for kind in ("processor", "preprocessor", "video_preprocessor"):  # of images and videos
-            if path := cached_file(policy.model.name_or_path, f"{kind}_config.json", **optional):
-                shutil.copy(path, out)
+        save_tokenizer(policy.tokenizer, policy.model.name_or_path, out)
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)

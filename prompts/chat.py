@@ -1,6 +1,8 @@
 """Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
 
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import cached_file
 
 from prompts.rows import BadInput
 from prompts.server import Reply, Server, seed_of
@@ -27,7 +30,8 @@ def encode(tokenizer, prompt, completion=None):
     prompt: messages, or text for a model without a chat template.
     completion: an answer's text, or None for the prompt alone. Its ids end with the end-of-turn
         token and nothing behind it.
-    Raises ValueError where the prompt's ids are no prefix of the whole, BadInput for the template.
+    Raises ValueError where the prompt's ids are no prefix of the whole, where the template refuses
+        the messages, or for tokens that the model lacks.
     """
     if isinstance(prompt, str):
         prompt_ids, whole = encode_text(tokenizer, prompt, completion)
@@ -35,16 +39,24 @@ def encode(tokenizer, prompt, completion=None):
         prompt_ids, whole = encode_chat(tokenizer, prompt, completion)
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
+    if None in whole:
+        raise ValueError("the tokenizer has no end-of-sequence token, which an answer needs")
+    if max(whole, default=0) >= getattr(tokenizer, "embeddings", math.inf):  # set by load_model
+        raise ValueError(f"the model has no embedding of token {max(whole)}")
     return prompt_ids, whole[len(prompt_ids) :]
 
 
 def encode_text(tokenizer, prompt, completion):
     """Ids of the prompt, and of prompt and completion, which has one end-of-sequence token."""
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + (completion or ""))["input_ids"]
+    texts = [prompt, prompt + (completion or "")]
+    prompt_ids, whole = tokenizer(texts)["input_ids"]
     for ids in (prompt_ids, whole):
         if ids[-1:] == [tokenizer.eos_token_id]:
             ids.pop()
+    # White space at the prompt's end may be one token with the answer's first word.
+    text = prompt.rstrip()
+    if whole[: len(prompt_ids)] != prompt_ids and text != prompt:
+        return encode_text(tokenizer, text, prompt[len(text) :] + completion)
     return prompt_ids, whole if completion is None else [*whole, tokenizer.eos_token_id]
 
 
@@ -55,12 +67,20 @@ def encode_chat(tokenizer, messages, completion):
         return prompt_ids, prompt_ids
     answer = {"role": "assistant", "content": completion.strip()}
     whole = apply_template(tokenizer, [*messages, answer])
-    end = len(whole)  # to be: just behind the last token that is neither special nor white space
+
+    # The first special token behind the answer's text ends the turn. Some templates open another
+    # turn behind that, with the tokens that end the prompt.
+    end = len(whole)
+    for own, opening in zip(reversed(whole[len(prompt_ids) :]), reversed(prompt_ids), strict=False):
+        if own != opening:
+            break
+        end -= 1
+    while end < len(whole) and tokenizer.decode(whole[end], skip_special_tokens=True).strip():
+        end += 1
     while end > len(prompt_ids):
         if tokenizer.decode(whole[end - 1], skip_special_tokens=True).strip():
             break
         end -= 1
-    # The first special token from there ends the turn.
     for i in range(end, len(whole)):
         if tokenizer.decode(whole[i]).strip():
             return prompt_ids, whole[: i + 1]
@@ -69,7 +89,8 @@ def encode_chat(tokenizer, messages, completion):
 
 def apply_template(tokenizer, messages, **options):
     """Token ids of messages, without thoughts before the answer, and on a fixed day, since a run that
-    continues tomorrow must see the same tokens. The template alone writes BOS."""
+    continues tomorrow must see the same tokens. The template alone writes BOS. Raises ValueError
+    for messages that the template refuses, BadInput where there is none."""
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: has no chat template; use an instruct version")
     fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -77,7 +98,7 @@ def apply_template(tokenizer, messages, **options):
     try:
         return tokenizer.apply_chat_template(messages, **fixed, **options)
     except TemplateError as error:
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template says: {error}") from None
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} says: {error}") from None
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -98,10 +119,22 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
             raise ValueError(f"it is a {kind}; score.py takes it with --reward classifier")
         if missing := sorted(loading["missing_keys"]):  # they would be filled in at random
             raise ValueError(f"it is another kind of model, its weights lack {missing[0]}")
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.embeddings = len(model.get_input_embeddings().weight)
+        return model.to(device).eval(), tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"model {name}: cannot be loaded: {reason}") from None
+
+
+def save_tokenizer(tokenizer, name, folder):
+    """Saves what a model's text needs beside its weights; of a model that sees images or videos too,
+    the settings of these, which the model `name` was loaded with."""
+    tokenizer.save_pretrained(folder)
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    for kind in ("processor", "preprocessor", "video_preprocessor"):
+        if path := cached_file(name, f"{kind}_config.json", **optional):
+            shutil.copy(path, folder)
 
 
 def model_folder(name):
@@ -160,7 +193,13 @@ class LocalModel:
         self.settings = {"model": name, "dtype": str(dtype), "seed": args.seed, **sampling}
 
     def ask(self, conversations, keys):
-        """A Reply to each conversation. keys: what its random numbers depend on, besides the seed."""
+        """A Reply to each conversation. keys: what its random numbers depend on, besides the seed,
+        first of all the row. Raises BadInput for a row whose conversation cannot be encoded."""
+        for messages, key in zip(conversations, keys, strict=True):
+            try:
+                encode(self.tokenizer, messages, "Yes.")
+            except ValueError as error:
+                raise BadInput(f"row {key[0]}: {error}") from None
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from conftest import (
     HostileServer,
     make_model,
     make_tokenizer,
+    pair_row,
     read_rows,
     write_jsonl,
 )
@@ -107,6 +109,62 @@ def test_line_breaks_around_an_answer_are_not_merged_with_those_of_the_template(
     tokenizer.add_tokens(["\n\n"])
     answers = ("A fine film.", "\nA fine film.\n")
     assert encode(tokenizer, USER, answers[0]) == encode(tokenizer, USER, answers[1])
+
+
+def test_a_template_that_always_opens_the_next_turn_does_not_lengthen_the_answer():
+    """As Llama 3's first template did."""
+    always = CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("\n{% endif %}") + "{{ '\\n' }}"
+    tokenizer = make_tokenizer(always)
+    for text in ("A fine film.", "I am an assistant", ""):
+        prompt, completion = encode(tokenizer, USER, text)
+        assert tokenizer.decode(completion) == f"{text}<|im_end|>"
+        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+def test_white_space_between_a_text_prompt_and_its_answer_may_be_in_one_token_with_it(tokenizer):
+    for prompt, answer in (("Review it: ", "A fine film."), ("Film:\n", "\nA fine film.")):
+        ids, completion = encode(tokenizer, prompt, answer)
+        assert tokenizer.decode([*ids, *completion]) == f"{prompt}{answer}<|im_end|>"
+        assert tokenizer.decode(ids).rstrip() == prompt.rstrip()
+
+
+def test_a_tokenizer_without_an_end_of_sequence_token_is_one_line():
+    tokenizer = make_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.eos_token = None
+    for prompt in ("Hello", USER):
+        with pytest.raises(ValueError, match="no end-of-sequence token"):
+            encode(tokenizer, prompt, "A fine film.")
+
+
+def test_a_token_beyond_the_embedding_names_its_row(run, tiny, workdir, tokenizer):
+    more = make_tokenizer()
+    more.add_tokens(["<new>"])
+    shutil.copytree(tiny, workdir / "more")
+    more.save_pretrained(workdir / "more")
+    rows = [{"id": "a", "prompt": "Hello"}, {"id": "b", "prompt": "Say <new>"}]
+    write_jsonl(workdir / "in.jsonl", rows)
+    status, _, err = run("generate", "--model", "more", "--prompts", "in.jsonl")
+    assert status == 2 and f"row b: the model has no embedding of token {len(tokenizer)}" in err
+    pairs = [pair_row(i, "good", f"poor{' <new>' * i}") for i in range(2)]
+    write_jsonl(workdir / "pairs.jsonl", pairs)
+    argv = ["--in", "pairs.jsonl", "--task", "sentiment", "--model", "more"]
+    status, out, err = run("score", *argv)
+    good, bad = read_rows("scored.jsonl")
+    assert status == 1 and "no embedding of token" in bad["error"] and "1 failed" in out, err
+    assert isinstance(good["score_chosen"], float)
+    status, _, err = run("train", *argv, "--lr", "1e-4", "--loss", "dpo", "--out", "out")
+    assert status == 2 and "pairs.jsonl: row row-1: the model has no embedding" in err
+
+
+def test_a_template_that_refuses_a_system_message_names_the_row(run, tiny, workdir):
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    shutil.copytree(tiny, workdir / "strict")
+    make_tokenizer(refuse + CHATML).save_pretrained(workdir / "strict")
+    system = [{"role": "system", "content": "Be kind."}, *USER]
+    write_jsonl(workdir / "in.jsonl", [{"id": "a", "prompt": USER}, {"id": "b", "prompt": system}])
+    argv = ["--model", "strict", "--prompts", "in.jsonl", "--form", "conversation"]
+    status, _, err = run("generate", *argv)
+    assert status == 2 and "row b: the chat template of strict says: no system" in err
 
 
 def test_lists_of_messages_need_a_chat_template():
