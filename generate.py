@@ -106,7 +106,7 @@ def summary(rows):
     text = f"{len(rows) - failed} pairs, {cut} of them cut off, {failed} failed"
     if failed:
         most = max(errors.values(), key=len)
-        text += f"; {len(most)} by: {most[0]}"
+        text += f"; {len(most)} of them: {most[0]}"
     return text
 
 

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
+from urllib.parse import urljoin
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -145,7 +146,7 @@ class Server:
 
         if response.is_redirect:  # requests would turn the POST into a GET
             self.stopped.set()
-            url = response.headers["Location"].removesuffix("/chat/completions")
+            url = urljoin(self.url, response.headers["Location"]).removesuffix("/chat/completions")
             raise BadInput(f"{self.where}: the server has moved; pass --api-base {url}")
         said = f"status {response.status_code}: {response.content.decode(errors='replace')}"
         said = " ".join(said.split())

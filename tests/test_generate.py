@@ -113,7 +113,10 @@ def test_line_breaks_around_an_answer_are_not_merged_with_those_of_the_template(
 
 def test_a_template_that_always_opens_the_next_turn_does_not_lengthen_the_answer():
     """As Llama 3's first template did."""
-    always = CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("\n{% endif %}") + "{{ '\\n' }}"
+    always = (
+        CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("\n{% endif %}")
+        + "{{ '\\n' }}"
+    )
     tokenizer = make_tokenizer(always)
     for text in ("A fine film.", "I am an assistant", ""):
         prompt, completion = encode(tokenizer, USER, text)
@@ -558,7 +561,7 @@ def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, serve
     HostileServer.script = [200, 400]
     status, said, _ = ask(run, server, "--limit", "2", "--concurrency", "1")
     rows = read_rows(PAIRS)
-    assert status == 1 and "status 400" in rows[1]["error"] and "1 failed; 1 by: draft" in said
+    assert status == 1 and "status 400" in rows[1]["error"] and "1 failed; 1 of them: draft" in said
     assert "chosen" not in rows[1] and "chosen" in rows[0] and len(HostileServer.asked) == 4
     status, _, _ = ask(run, server, "--limit", "2")  # tried again, in its place
     again = read_rows(PAIRS)

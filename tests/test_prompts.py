@@ -94,6 +94,25 @@ def test_empty_lines_are_no_rows(tmp_path):
     assert [row["prompt"] for row in read_rows(tmp_path / "a.jsonl")] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"prompt,film\nHello,Heat\n", b"PAR1\x15\x04\x15\xc8", b'[{"prompt": "Hello"}]', b'[\n {"prompt": "Hello"}\n]'],
+)  # fmt: skip
+def test_a_file_of_another_format_is_one_line_with_its_conversion(tmp_path, content):
+    (tmp_path / "in.csv").write_bytes(content)
+    with pytest.raises(BadInput, match=r"in.csv:1: .*load_dataset\(.*to_json\("):
+        read_prompts(tmp_path / "in.csv", "sentiment")
+
+
+def test_nan_in_a_column_beside_is_null_and_the_same_run_goes_on(run, tiny, workdir):
+    rows = '{"prompt": "Hello", "year": NaN}\n{"prompt": "Bye", "year": Infinity}\n'
+    (workdir / "in.jsonl").write_text(rows)
+    for done in (0, 2):
+        status, out, err = run("generate", "--model", tiny, "--prompts", "in.jsonl")
+        assert status == 0 and f"{done} done" in out, err
+    assert [row["year"] for row in read_rows("runs/sentiment/pairs.jsonl")] == [None, None]
+
+
 def test_a_group_is_never_split_between_train_and_test(tmp_path):
     rows = [{"prompt": f"p{i}", "group": f"g{i % 40}"} for i in range(200)]
     sides = {}

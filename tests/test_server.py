@@ -151,7 +151,7 @@ def test_an_answer_that_was_paid_is_never_lost_by_how_it_is_read(ask, monkeypatc
 
     respond(monkeypatch, lambda body, turn: (200, {}, answer(TEXT, "a_new_word")))
     status, said, _ = ask("--overwrite")
-    assert status == 1 and "4 failed; 4 by: draft: no answer (a_new_word)" in said
+    assert status == 1 and "4 failed; 4 of them: draft: no answer (a_new_word)" in said
     monkeypatch.setattr("prompts.server.ENDED", "stop|a_new_word")
     assert ask()[0] == 0 and len(HostileServer.asked) == 12 + 12  # the drafts were not asked again
 
@@ -184,7 +184,7 @@ def test_an_answer_that_was_cut_off_in_other_words_has_no_rating(
 def test_a_moderated_answer_is_said_to_be_one(ask, monkeypatch):
     respond(monkeypatch, lambda body, turn: (200, {}, answer("", "content_filter", usage=(5, 0))))
     status, said, _ = ask()
-    assert status == 1 and "4 by: draft: no answer (content_filter)" in said
+    assert status == 1 and "4 of them: draft: no answer (content_filter)" in said
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_refused_prompt_costs_its_row_alone(ask, monkeypatch, refusal):
     words = refusal[2]["error"]["message"]
     assert status == 1 and ["error" in row for row in rows] == [False, True, False, False], err
     assert words in rows[1]["error"] and "3 pairs" in said
-    assert f"1 failed; 1 by: {rows[1]['error']}" in said and len(HostileServer.asked) == 10
+    assert f"1 failed; 1 of them: {rows[1]['error']}" in said and len(HostileServer.asked) == 10
 
 
 @pytest.mark.parametrize("status", [401, 402, 429])
@@ -307,15 +307,17 @@ def test_an_answer_beyond_the_timeout_may_be_paid_so_it_is_not_asked_for_again(a
     monkeypatch.setattr(HostileServer, "fault", staticmethod(lambda body: "slow"))
     status, said, _ = ask("--timeout", "1", "--limit", "2")
     assert status == 1 and len(HostileServer.asked) == 2
-    assert "2 by: draft: no answer (error: no answer within --timeout 1 seconds)" in said
+    assert "2 of them: draft: no answer (error: no answer within --timeout 1 seconds)" in said
 
 
 @pytest.mark.parametrize("code", [301, 302, 307, 308])
-def test_a_server_that_has_moved_is_named_and_gets_no_call(ask, monkeypatch, code):
-    moved = code, {"Location": "http://127.0.0.1:9/v1/chat/completions"}, {}
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9", ""])
+def test_a_server_that_has_moved_is_named_and_gets_no_call(ask, server, monkeypatch, code, place):
+    moved = code, {"Location": f"{place}/v2/chat/completions"}, {}
     respond(monkeypatch, lambda body, turn: moved)
     status, _, err = ask()
-    assert status == 2 and "pass --api-base http://127.0.0.1:9/v1" in err.splitlines()[-1]
+    where = place or server.removesuffix("/v1")
+    assert status == 2 and err.splitlines()[-1].endswith(f"pass --api-base {where}/v2")
     assert len(HostileServer.asked) == 1
 
 
