@@ -1,5 +1,6 @@
 """Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
 
+import functools
 import math
 import os
 import shutil
@@ -16,14 +17,33 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 
-from prompts.rows import BadInput
-from prompts.server import Reply, Server, seed_of
+from prompts import as_messages
+from prompts.rows import BadInput, Rows, digest_of
+from prompts.server import Reply, Server, as_answer, read_reply, seed_of
 
 transformers.utils.logging.disable_progress_bar()
 FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
 
 
-# ---- from messages to tokens ---------------------------------------------------------------------
+# ---- from rows to messages to tokens -------------------------------------------------------------
+def split_row(row, raw_text):
+    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
+    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
+    whole conversations (UltraFeedback)."""
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
+        return prompt, *sides
+    prompt = as_messages(prompt) if prompt else []
+    sides = [as_messages(side, "assistant") for side in sides]
+    chosen, rejected = [prompt + s if s[0]["role"] == "assistant" else s for s in sides]
+    context = chosen[:-1]
+    # A whole conversation may have a system message that the prompt lacks.
+    same = context and context == rejected[:-1] and all(message in context for message in prompt)
+    if not same or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("its answers must be the last messages, behind the same prompt")
+    return context, chosen[-1]["content"], rejected[-1]["content"]
+
+
 def encode(tokenizer, prompt, completion=None):
     """(prompt ids, completion ids): the tokens that a model samples, is scored and is trained on.
 
@@ -183,25 +203,49 @@ def pick_device(device="auto", dtype="auto"):
 
 # ---- replies of a model on this machine ----------------------------------------------------------
 class LocalModel:
-    """A chat model on this machine. Like Server it has ask(), and settings that replies depend on;
-    sampling: max_tokens, temperature, top_p."""
+    """A chat model on this machine. Like Server it has ask(), settings that replies depend on, and a
+    call_log, so that a kill costs one call of a batch. It is loaded when it is needed.
 
-    def __init__(self, name, args, **sampling):
-        device, dtype = pick_device(args.device, args.dtype)
-        self.model, self.tokenizer = load_model(name, device, dtype)
-        self.sampling = sampling
-        self.settings = {"model": name, "dtype": str(dtype), "seed": args.seed, **sampling}
+    call_log: path of the log, None for no log. sampling: max_tokens, temperature, top_p.
+    """
+
+    def __init__(self, name, args, call_log=None, **sampling):
+        self.name, self.sampling = name, sampling
+        self.device, self.dtype = pick_device(args.device, args.dtype)
+        self.settings = {"model": name, "dtype": str(self.dtype), "seed": args.seed, **sampling}
+        if args.overwrite:  # a model that cannot be loaded must cost no file
+            self.model.eval()
+        self.call_log = Rows(call_log, args.overwrite) if call_log else None
+
+    @functools.cached_property
+    def loaded(self):
+        """(model, tokenizer)"""
+        return load_model(self.name, self.device, self.dtype)
+
+    model = property(lambda self: self.loaded[0])
+    tokenizer = property(lambda self: self.loaded[1])
 
     def ask(self, conversations, keys):
         """A Reply to each conversation. keys: what its random numbers depend on, besides the seed,
         first of all the row. Raises BadInput for a row whose conversation cannot be encoded."""
+        seeds = [seed_of(self.settings["seed"], *key) for key in keys]
+        asked = zip(conversations, seeds, strict=True)
+        digests = [digest_of([self.settings, messages, seed]) for messages, seed in asked]
+        kept = self.call_log.rows if self.call_log else {}
+        if all(digest in kept for digest in digests):
+            return [read_reply(kept[digest]["answer"]) for digest in digests]
+
         for messages, key in zip(conversations, keys, strict=True):
             try:
                 encode(self.tokenizer, messages, "Yes.")
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None
-        seeds = [seed_of(self.settings["seed"], *key) for key in keys]
-        return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+        replies = sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+        answers = [as_answer(reply) for reply in replies]
+        if self.call_log:
+            rows = zip(digests, answers, strict=True)
+            self.call_log.add(*({"id": digest, "answer": answer} for digest, answer in rows))
+        return [read_reply(answer) for answer in answers]
 
 
 @torch.inference_mode()
@@ -274,7 +318,7 @@ def open_chat(name, args, call_log, **sampling):
     if args.extra_body and not args.api_base:
         raise BadInput("--extra-body: is for a server; pass --api-base too")
     if not args.api_base:
-        return LocalModel(name, args, **sampling)
+        return LocalModel(name, args, call_log, **sampling)
     if name == "smollm2":
         raise BadInput("--api-base: give the server's model name too (--model, --reward-model)")
     return Server(name, args, call_log, **sampling)

@@ -127,13 +127,16 @@ class Rows:
 
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in self.done.items():
-            made_with = row.get(made_by, {})
             origin = origins.get(key, {"id": None})  # differs from any row: its source is gone
-            changed = [name for name in settings if made_with.get(name) != settings[name]]
-            changed += [name for name in origin if row.get(name) != origin[name]]
-            if changed:
-                what = f"row {key} was made with another '{changed[0]}'"
-                raise BadInput(f"{self.path}: {what}; choose another --out, or pass --overwrite")
+            for before, now in ((row.get(made_by, {}), settings), (row, origin)):
+                changed = [name for name in now if before.get(name) != now[name]]
+                if changed:
+                    name = changed[0]
+                    what = f"{name} {before.get(name)!r:.60}, now it is {now[name]!r:.60}"
+                    if name == "prompt_text":
+                        what = "another text of the task"
+                    what = f"row {key} was made with {what}"
+                    raise BadInput(f"{self.path}: {what}; choose another --out or --overwrite")
 
     def batches(self, rows, size=None):
         """Lists of rows of which at least one is not done.
@@ -239,11 +242,11 @@ def number(least=1, most=math.inf, kind=int):
     return parse
 
 
-def newest_task(name):
-    """The task whose file runs/TASK/NAME is newest; sentiment where there is none."""
+def newest_task(name, path=None):
+    """The task in `path`, of --in, else that whose file runs/TASK/NAME is newest, else sentiment."""
     files = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
-    tasks = [file.parent.name for file in files if (FOLDER / f"{file.parent.name}.toml").exists()]
-    return tasks[-1] if tasks else "sentiment"
+    tasks = ["sentiment", *(file.parent.name for file in files), Path(path or "").parent.name]
+    return [task for task in tasks if (FOLDER / f"{task}.toml").exists()][-1]
 
 
 def run(main):

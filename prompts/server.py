@@ -196,6 +196,13 @@ def status_of(status, answer):
     return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 400
 
 
+def as_answer(reply):
+    """The JSON that read_reply reads as this reply."""
+    choice = {"message": {"content": reply.text}, "finish_reason": reply.finish}
+    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    return {"choices": [choice], "usage": usage}
+
+
 def read_reply(answer):
     """The Reply in the JSON of a chat completion, whatever it is."""
     choice, usage = choice_of(answer), table(table(answer).get("usage"))
@@ -215,10 +222,11 @@ def read_reply(answer):
     finish = "stop" if re.fullmatch(ENDED, reason) else reason
     if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts[1]):
         finish = "length"
-    if not text and finish == "length":
-        finish = "error: thinking used up --max-tokens, or of a judge --judge-tokens"
-    elif not text and (thoughts or message.get("reasoning_content") or message.get("reasoning")):
-        finish = "error: thoughts alone"
+    hidden = table(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    apart = message.get("reasoning_content") or message.get("reasoning") or hidden
+    if not text and (thoughts or apart):
+        used_up = "error: thinking used up --max-tokens, or of a judge --judge-tokens"
+        finish = used_up if finish == "length" else "error: thoughts alone"
     counts = [
         str(usage.get(f"{kind}_tokens")).partition(".")[0] for kind in ("prompt", "completion")
     ]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,7 +337,11 @@ def test_changed_settings_are_refused_and_overwrite_keeps_what_was_there(run, ti
     generated(run, tiny)
     before = path.read_bytes()
     status, _, err = generated(run, tiny, "--temperature", "0.2")
-    assert status == 2 and "another 'temperature'" in err and path.read_bytes() == before
+    assert (
+        status == 2
+        and "made with temperature 0.7, now it is 0.2" in err
+        and path.read_bytes() == before
+    )
     assert generated(run, tiny, "--temperature", "0.2", "--overwrite")[0] in (0, 1)
     assert path.read_bytes() != before
     assert path.with_name("pairs.jsonl.bak").read_bytes() == before
@@ -349,6 +354,39 @@ def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, w
     assert generated(run, "./nowhere", "--overwrite")[0] == 2
     assert generated(run, "big", "--api-base", "http://127.0.0.1:9/v1", "--overwrite")[0] == 2
     assert path.read_bytes() == before
+
+
+def test_a_kill_costs_one_call_of_a_batch_on_this_machine_too(run, tiny, workdir, monkeypatch):
+    argv = ["--limit", "2", "--max-tokens", "4"]
+    assert run("generate", "--model", tiny, *argv, "--out", "unbroken.jsonl")[0] in (0, 1)
+    calls = []
+
+    def sample_and_die(*args, **sampling):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args, **sampling)
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(chat_module, "sample", sample_and_die)
+    monkeypatch.setattr("os._exit", leave)
+    argv = ["--model", tiny, *argv, "--out", "pairs.jsonl"]
+    assert run("generate", *argv)[0] == 130 and not Path("pairs.jsonl").read_text()
+    assert len(read_rows("pairs.jsonl.calls")) == 2  # the drafts
+    assert run("generate", *argv)[0] in (0, 1)
+    assert len(calls) == 4 and read_rows("pairs.jsonl") == read_rows("unbroken.jsonl")
+    calls.clear()
+    monkeypatch.setattr(chat_module, "load_model", lambda *args: 1 / 0)
+    assert run("generate", *argv)[0] in (0, 1) and not calls  # nothing to do, nothing loaded
+
+
+def test_the_first_whole_pair_is_shown(run, server, workdir):
+    status, said, _ = ask(run, server, "--limit", "2")
+    row = read_rows(PAIRS)[0]
+    assert status == 0 and f"[user] {row['prompt'][0]['content']}\n[draft] reply to" in said
+    assert said.count("[draft]") == 1 and f"[critique] {row['critique']}\n[revision]" in said
 
 
 def test_the_same_run_spelt_otherwise_is_continued(run, tiny, workdir):
@@ -366,7 +404,7 @@ def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
         write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
     assert generated(run, tiny, "--prompts", "a.jsonl")[0] == 0
     status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
-    assert status == 2 and "row sentiment-00001 was made with another 'prompt'" in err
+    assert status == 2 and "row sentiment-00001 was made with prompt" in err
 
 
 def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, workdir):

@@ -172,6 +172,8 @@ def test_the_default_task_is_the_newest_that_is_a_task(workdir):
     for name in ("safety", "demo"):
         write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
     assert newest_task("pairs.jsonl") == "safety"
+    assert newest_task("pairs.jsonl", "runs/sycophancy/pairs.jsonl") == "sycophancy"
+    assert newest_task("pairs.jsonl", "runs/demo/pairs.jsonl") == "safety"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -62,7 +62,7 @@ def ask(run, server, films):
         (answer("<think>Hm.</think>\n"), "", "thoughts alone"),
         (answer(None, "length", reasoning_content="Okay, the user"), "", "thinking used up --max-tokens"),
         (answer("", "stop", reasoning="Okay, the user"), "", "thoughts alone"),
-        (answer("", "length"), "", "thinking used up --max-tokens"),
+        (answer("", "length"), "", "length"),
         (answer(finish=None), TEXT, "stop"),
         (answer(finish=""), TEXT, "stop"),
         *((answer(finish=word), TEXT, "stop") for word in ("eos_token", "eos", "end_turn", "STOP", "stop_sequence", "COMPLETE")),
@@ -221,7 +221,7 @@ def test_a_field_can_be_left_out_renamed_or_added(ask, monkeypatch):
     assert body["max_completion_tokens"] == 800 and body["reasoning_effort"] == "low"
     assert read_rows(PAIRS)[0]["teacher"]["extra_body"] == flags
     status, _, err = ask()
-    assert status == 2 and "was made with another 'extra_body'" in err
+    assert status == 2 and "was made with extra_body" in err
     assert ask("--extra-body", json.dumps(flags, indent=1))[0] == 0
     assert len(HostileServer.asked) == 12
 
