@@ -105,9 +105,9 @@ def judge_reward(rows, answers, ask, table):
 # "Rating", perhaps the scale, markup, a number, perhaps "/10", markup, and an end or a reason.
 RATING = re.compile(
     r"""(?P<quote>["'“]?) (?<![a-z]) rating (?![a-z]) (\s*\([^)]*[^)\d][^)]*\) | \s+\d+\s*(-|to)\s*\d+)?
-    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|] | \bis\b | \\boxed)* ) (?P<number> ((?<![a-z])[-+])?\d+([.,]\d+)? )
-    (\s*(/|out\ of)\s*(?P<top>\d+))? [*_`"'”\]}>)]*
-    (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s+\( | \s+-\s | \s+(because|points?|stars?)\b )""",
+    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|$] | \bis\b | \\boxed)* ) (?P<number> ((?<![a-z])[-+])?\d+([.,]\d+)? )
+    ([*_`]*\s*(/|out\ of)\s*(?P<top>\d+)(\.0+)?)? [*_`"'”\]}>)$]*
+    (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s\( | \s-\s(?!\d) | \s+(because|points?|stars?)\b )""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -161,7 +161,7 @@ def make_reward(args, task, call_log):
         reward = functools.partial(contrast_reward, table=task["contrast"])
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
-        labels = model.config.label2id
+        labels = model.config.label2id = {label: i for i, label in model.config.id2label.items()}
         if len(labels) > 1 and model.config.problem_type == "regression":
             raise BadInput(f"--model {name}: gives {len(labels)} numbers; one is needed")
         if len(labels) > 1 and args.label not in labels:

@@ -34,10 +34,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_packed_attention
-from prompts.chat import encode, load_model, pick_device, save_tokenizer, split_row
+from prompts.chat import encode, load_model, pick_device, repetition, save_tokenizer, split_row
 from prompts.rows import (
     BadInput, digest_of, is_scored, lines_of, make_parser, newest_task, number, open_locked, provenance,
-    read_rows, repetition, run, write,
+    read_rows, run, write,
 )  # fmt: skip
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
@@ -268,6 +268,7 @@ def log_metrics(file, step, metrics, part=None):
         print(f" | {name.rpartition('/')[2]} {text:>8}", end="")
     print(flush=True)
     file.write(lines_of([{"step": step} | ({part: metrics} if part else metrics)]))
+    file.flush()
 
 
 # ---- data ----------------------------------------------------------------------------------------

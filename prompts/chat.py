@@ -1,6 +1,7 @@
 """Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
 
 import functools
+import inspect
 import math
 import os
 import shutil
@@ -113,12 +114,17 @@ def apply_template(tokenizer, messages, **options):
     for messages that the template refuses, BadInput where there is none."""
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: has no chat template; use an instruct version")
-    fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     fixed["chat_template"] = FIXED_DAY + tokenizer.get_chat_template()
     try:
-        return tokenizer.apply_chat_template(messages, **fixed, **options)
+        text = tokenizer.apply_chat_template(messages, **fixed, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} says: {error}") from None
+    for message in messages:  # some templates pass over what they do not expect
+        if message["content"].strip()[-20:] not in text:
+            where = f"the chat template of {tokenizer.name_or_path}"
+            raise ValueError(f"{where} leaves out what the {message['role']} says")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -129,6 +135,8 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     auto_class: of transformers, for causal LMs or sequence classifiers.
     Raises BadInput where there is no such model, or one of another kind.
     """
+    if str(name).startswith((".", "/", "~", "runs/")) and not Path(name).is_dir():
+        raise BadInput(f"model {name}: there is no such folder")
     try:
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -142,7 +150,7 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.embeddings = len(model.get_input_embeddings().weight)
         return model.to(device).eval(), tokenizer
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"model {name}: cannot be loaded: {reason}") from None
 
@@ -203,11 +211,9 @@ def pick_device(device="auto", dtype="auto"):
 
 # ---- replies of a model on this machine ----------------------------------------------------------
 class LocalModel:
-    """A chat model on this machine. Like Server it has ask(), settings that replies depend on, and a
-    call_log, so that a kill costs one call of a batch. It is loaded when it is needed.
-
-    call_log: path of the log, None for no log. sampling: max_tokens, temperature, top_p.
-    """
+    """A chat model on this machine, loaded when it is needed. Like Server it has ask(), settings that
+    replies depend on, and a call_log (None for none), so that a kill costs one call of a batch.
+    sampling: max_tokens, temperature, top_p."""
 
     def __init__(self, name, args, call_log=None, **sampling):
         self.name, self.sampling = name, sampling
@@ -256,6 +262,8 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         does not depend on what else is in the batch."""
     if not conversations:
         return []
+    if "past_key_values" not in inspect.signature(model.forward).parameters:  # as of Mamba
+        raise ValueError("it has no key-value cache, so it is sampled by a server only")
     device = model.device
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     completions = [[] for _ in prompts]
@@ -271,6 +279,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     mask = (ids >= 0).long()
     ids = ids.clamp(min=0)
     cache = DynamicCache(config=model.config)
+    can_select = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     batch = list(range(len(prompts)))  # row k of the batch is conversation batch[k]
     for step in tqdm(range(max_tokens), f"{len(prompts)} answers", leave=False, disable=None):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of the new tokens
@@ -291,7 +300,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
         unfinished = [k for k, i in enumerate(batch) if i not in replies]
         # Taking rows out copies the cache, so it waits until a tenth of them has finished.
-        if len(unfinished) < 0.9 * len(batch):
+        if len(unfinished) < 0.9 * len(batch) and can_select:
             ids = ids[unfinished]
             mask = mask[unfinished]
             batch = [batch[k] for k in unfinished]
@@ -311,6 +320,13 @@ def pick_tokens(logits, uniform, temperature, top_p):
     cumulative = probs.cumsum(-1)
     place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return tokens.gather(-1, place).squeeze(-1)
+
+
+def repetition(answer):
+    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
+    words = answer.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def open_chat(name, args, call_log, **sampling):

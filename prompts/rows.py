@@ -69,13 +69,6 @@ def is_scored(row):
     return all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
 
 
-def repetition(answer):
-    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
-    words = answer.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 # ---- writing, and continuing a run that was stopped ----------------------------------------------
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made.
@@ -102,7 +95,7 @@ class Rows:
         try:
             rows = [json.loads(line) for line in lines if line.strip()]
             self.rows = {row["id"]: row for row in rows}
-            if torn and not torn.startswith(b"{"):
+            if torn and not torn.startswith((b"{", b"\0")):  # NULs are of a disk that was cut off
                 raise ValueError("the last line was never a row")
         except (ValueError, LookupError, TypeError):
             raise BadInput(f"{path}: is not of this stage; choose another --out") from None
@@ -113,6 +106,7 @@ class Rows:
         new = {row["id"]: row for row in rows if row["id"] not in self.done}
         self.rows |= new
         self.file.write(lines_of(new.values()))
+        self.file.flush()
 
     def resume(self, made_by, settings, source):
         """Marks the rows without `error` as done, and refuses to mix two runs.
@@ -159,9 +153,8 @@ class Rows:
 
 
 def open_locked(path):
-    """A file to read and append to, without a buffer, so that a kill loses nothing that was written.
-    Raises BadInput where another run has opened it like this."""
-    file = open(path, "a+b", buffering=0)
+    """A file to read and append to. Raises BadInput where another run has it open in this way."""
+    file = open(path, "a+b")
     try:
         import fcntl
 
@@ -251,6 +244,7 @@ def newest_task(name, path=None):
 
 def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without some character
     try:
         return main()
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ CASES = [
     case("no test rows", "eval", IN, "nothing is held out", GOOD),
     case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
     case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),
-    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: cannot be loaded"),
+    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: there is no such folder"),
     case("no such hub id", "generate", ["--model", "nobody/nothing"],
          "model nobody/nothing: cannot be loaded"),
     case("a folder without a model", "train", [*IN, "--model", "."], "model .: cannot be loaded",

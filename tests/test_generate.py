@@ -26,6 +26,7 @@ from conftest import (
     read_rows,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from generate import refine
 from prompts import chat as chat_module
@@ -79,6 +80,13 @@ def test_nothing_behind_the_end_of_the_turn_is_trained(behind):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     _, completion = encode(tokenizer, USER, "A fine film.")
     assert tokenizer.decode(completion) == "A fine film.<|end|>"
+
+
+def test_an_answer_that_ends_in_the_same_words_as_the_prompt_keeps_them():
+    tokenizer = make_tokenizer()
+    chat = [{"role": "user", "content": "Say assistant\n"}]
+    _, completion = encode(tokenizer, chat, "assistant")
+    assert tokenizer.decode(completion) == "assistant<|im_end|>"
 
 
 def test_an_empty_answer_is_the_end_of_its_turn_alone():
@@ -158,6 +166,21 @@ def test_a_token_beyond_the_embedding_names_its_row(run, tiny, workdir, tokenize
     assert isinstance(good["score_chosen"], float)
     status, _, err = run("train", *argv, "--lr", "1e-4", "--loss", "dpo", "--out", "out")
     assert status == 2 and "pairs.jsonl: row row-1: the model has no embedding" in err
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (CHATML.replace("m.content", "m.content if m.role == 'user'"), "system"),
+        (CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"), "system"),
+        (CHATML.replace("m.content", "m.content if m.role == 'system'"), "user"),
+    ],
+)  # fmt: skip
+def test_a_template_that_passes_over_a_message_is_refused(template, role):
+    """As Phi-3's did with the system's, and those of models that see images with text."""
+    messages = [{"role": "system", "content": "Be kind."}, *USER]
+    with pytest.raises(ValueError, match=f"leaves out what the {role} says"):
+        encode(make_tokenizer(template), messages)
 
 
 def test_a_template_that_refuses_a_system_message_names_the_row(run, tiny, workdir):
@@ -447,6 +470,27 @@ def test_the_embedded_model_is_a_chat_model_that_knows_paris():
     (reply,) = sample(model, tokenizer, [chat], [0], 12, 0, 1)
     assert "Paris" in reply.text
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+def test_models_with_other_caches_are_sampled_row_by_row_alike_or_refused(tokenizer):
+    """Layers of convolutions and states cannot drop rows that have finished; Mamba has no such cache."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, block_ff_dim=64,
+        layer_types=["conv", "full_attention"], block_multiple_of=8,
+    )  # fmt: skip
+    hybrid = AutoModelForCausalLM.from_config(config).eval()
+    hybrid.generation_config.eos_token_id = [*range(2, 300)]  # rows end at different steps
+    chats = [[{"role": "user", "content": text}] for text in ("Hi", "Why?", "Name one", "Say it")]
+    seeds = [1, 2, 3, 4]
+    together = sample(hybrid, tokenizer, chats, seeds, 12, 1.0, 1.0)
+    assert len({reply.completion_tokens for reply in together}) > 1
+    for chat, seed, reply in zip(chats, seeds, together, strict=True):
+        assert sample(hybrid, tokenizer, [chat], [seed], 12, 1.0, 1.0) == [reply]
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**sizes, state_size=4)).eval()
+    with pytest.raises(ValueError, match="no key-value cache"):
+        sample(mamba, tokenizer, chats, seeds, 4, 1.0, 1.0)
 
 
 # ---- the server ----------------------------------------------------------------------------------
