@@ -1,4 +1,4 @@
-"""The README's pictures: their bars are the numbers of the files in results/, and they are up to date."""
+"""The page: its pictures show the numbers of the files in results/, its task loads, its links lead somewhere."""
 
 import json
 import re
@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 
 import pictures  # noqa: E402
+
+import prompts  # noqa: E402
 
 
 def widths(axis):
@@ -87,3 +89,31 @@ def test_pictures_in_the_repository_are_those_that_the_command_makes(tmp_path):
         # Another processor may round the last digit of a coordinate otherwise.
         made, kept = (list(map(float, number.findall(text))) for text in (made, kept))
         assert made == pytest.approx(kept, abs=1e-3), hint
+
+
+def test_the_readmes_task_loads(tmp_path, monkeypatch):
+    text = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
+    (tmp_path / "brief.toml").write_text(text)
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path)
+    task = prompts.load_task("brief")
+    assert {"fresh", "contrast", "metric"} <= task.keys()
+
+
+def headings(path):
+    """The anchors of a Markdown file, as GitHub names them."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    titles = [title.lower().replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)", text)]
+    return {re.sub(r"[^\w-]", "", title) for title in titles}
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "results").rglob("*.md"))], ids=str
+)
+def test_links_lead_to_files_and_headings(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        if not name.startswith("http"):
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in headings(target), link
