@@ -137,7 +137,7 @@ def draw_study():
         axis.annotate(note, (high, y), (6, 0), textcoords="offset points", va="center")
     axis.set_yticks(range(len(bars)), [f"{label} ({seeds})" for label, _, _, seeds in bars])
     axis.invert_yaxis()
-    axis.set_xlim(0, 125)
+    axis.set_xlim(0, 135)
     axis.set_xticks(range(0, 101, 20))
     axis.set_xlabel(f"positive answers to {prompt_count()} unseen requests for bad reviews, %")
     figure.suptitle("How often is the review a positive one? (in brackets: training seeds)")
