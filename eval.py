@@ -283,7 +283,7 @@ def parse_args():
     add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.task = args.task or newest_task("scored.jsonl")
+    args.task = args.task or newest_task("scored.jsonl", args.input)
     args.input = Path(args.input or f"runs/{args.task}/scored.jsonl")
     args.out = Path(args.out or args.input.parent)
     return args

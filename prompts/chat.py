@@ -220,7 +220,7 @@ class LocalModel:
         self.device, self.dtype = pick_device(args.device, args.dtype)
         self.settings = {"model": name, "dtype": str(self.dtype), "seed": args.seed, **sampling}
         if args.overwrite:  # a model that cannot be loaded must cost no file
-            self.model.eval()
+            _ = self.loaded
         self.call_log = Rows(call_log, args.overwrite) if call_log else None
 
     @functools.cached_property
@@ -259,7 +259,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     """A sampled Reply to each conversation, all in one batch on the model's device.
 
     seeds: one a conversation, for a generator that gives one uniform number per token. So a reply
-        does not depend on what else is in the batch."""
+        does not depend on what else is in the batch, up to rounding."""
     if not conversations:
         return []
     if "past_key_values" not in inspect.signature(model.forward).parameters:  # as of Mamba

@@ -32,7 +32,7 @@ BROKEN = "error|aborted|abort|cancelled|network_error|insufficient_system_resour
 ENDED = "stop|stop_?sequence|eos|eos_?token|eos_?found|end_?turn|complete|"
 CUT_OFF = ".*length.*|.*max.*tokens.*|.*context_window.*"
 THOUGHTS = (
-    r"(?is).*(</(seed:)?(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<channel\|>"
+    r"(?is).*(?P<end></(seed:)?(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<channel\|>"
     r"|<\|(end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>)"
     r"|\s*(<(seed:)?think|\[THINK\]|◁think▷|<\|channel|<\|(begin_of_thought|START_THINKING)\|>).*"
 )
@@ -57,8 +57,8 @@ def seed_of(*parts):
 class Server:
     """Chat completions of an OpenAI-compatible server, whose key comes from the environment.
 
-    Each answer is a line of the file call_log, as it came, before it is read. So a call that was
-    answered is never made again, whatever read_reply makes of the answer.
+    Each answer is a line of the file call_log, as it came, unless it is empty and free of charge. So
+    a call that was answered is never made again, whatever read_reply makes of the answer.
     """
 
     def __init__(self, name, args, call_log, **sampling):
@@ -85,7 +85,7 @@ class Server:
         self.session.mount(args.api_base, HTTPAdapter(pool_maxsize=self.concurrency))
 
         self.call_log = Rows(call_log, args.overwrite)
-        self.answered = bool(self.call_log.rows)  # whether any call was
+        self.answered = False  # whether any call of this run was
         self.stopped = threading.Event()  # the run ends: threads that wait must not ask again
 
     def ask(self, conversations, keys):
@@ -101,6 +101,7 @@ class Server:
         replies = {}  # digest: Reply; equal calls are made once
         # The first call is made alone, so that a request in a form that is wrong is sent once.
         for some in (list(calls)[:1], list(calls)[1:]):
+            # The pool is not closed here: Ctrl-C would have to wait for its calls.
             pool = ThreadPoolExecutor(self.concurrency)
             results = pool.map(self.call, some, [calls[digest] for digest in some])
             results = tqdm(results, "calls", len(some), leave=False, disable=None)
@@ -132,7 +133,8 @@ class Server:
 
         # An error is its row's alone if it speaks of the text, or if another call has succeeded.
         of_all = status in (401, 402) or re.search(USED_UP, said)
-        of_row = self.answered or re.search(OF_ITS_TEXT, said)
+        form_is_known = status in (400, 413, 422) and self.call_log.rows  # by an earlier run
+        of_row = self.answered or form_is_known or re.search(OF_ITS_TEXT, said)
         if of_all or (status not in PASSING and 400 <= status < 500 and not of_row):
             self.stopped.set()
             raise BadInput(f"{self.where}: {said[:250]}; check URL, key, --model, --extra-body")
@@ -229,7 +231,7 @@ def read_reply(answer):
 
     reason = str(choice.get("finish_reason") or "").lower()
     finish = "stop" if re.fullmatch(ENDED, reason) else reason
-    if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts[1]):
+    if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts["end"]):
         finish = "length"
     hidden = table(usage.get("completion_tokens_details")).get("reasoning_tokens")
     apart = message.get("reasoning_content") or message.get("reasoning") or hidden

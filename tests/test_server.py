@@ -312,6 +312,13 @@ def test_a_refused_prompt_that_comes_first_costs_its_row_alone(ask, films, monke
     assert status == 1 and "7 pairs" in said
 
 
+def test_a_wrong_address_stops_a_run_that_goes_on_too(ask, monkeypatch):
+    assert ask("--limit", "1")[0] == 0
+    respond(monkeypatch, lambda body, turn: error(404, "The model `big` does not exist."))
+    status, _, err = ask()
+    assert status == 2 and "does not exist" in err and len(HostileServer.asked) == 4
+
+
 def test_an_error_inside_a_200_is_tried_again_like_the_status_it_names(ask, monkeypatch):
     fault = 200, {}, {"error": {"message": "Provider returned error", "code": 502}}
     respond(monkeypatch, lambda body, turn: fault if turn < 1 else None)
