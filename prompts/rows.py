@@ -180,8 +180,9 @@ def write(path, content):
 
 # ---- provenance ----------------------------------------------------------------------------------
 def digest_of(value):
-    """A hash of anything that JSON can hold, 24 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+    """A hash of anything that JSON can hold, and of arrays, 24 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def provenance(device):
