@@ -4,18 +4,20 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, the table and answers side by side; report.png.
+with its scores; report.md, a table and answers side by side; report.png, also training curves.
 
-Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
-phrases), which training never saw, stands beside the reward, which training listened to, and beside
-what a gain may have cost: length, repetition, and the log-prob under the first model, low for
-broken English and high for text that repeats itself. Differences are from the first model,
-group by group, with a 95 % interval from a bootstrap over groups, since variants of one text are
-not independent.
+The task's own metric (a lexicon or marker phrases), which training never saw, stands beside the
+reward, which training listened to, and beside what a gain may have cost: length, repetition, and
+the log-prob under the first model, low for broken English and high for text that repeats itself.
+Intervals are over groups of prompts, since variants of one text are not independent.
 """
 
+import itertools
 import json
 import os
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +38,9 @@ SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the t
 # ---- what is measured ----------------------------------------------------------------------------
 def add_measures(rows, prompts, metric, reward, base):
     """Adds all measures to rows of eval.jsonl; score and base_logp are None for an empty answer.
-
-    prompts: {id: row} of the test prompts. reward: of make_reward.
-    base: the first model, a LocalModel, under which base_logp is an answer's log-prob per token.
-    """
+    prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel, under which
+    base_logp is an answer's log-prob per token."""
+    answered, sequences = [], []
     for row in rows:
         answer = row["answer"]
         row["metric"] = measure(metric, prompts[row["prompt_id"]], answer)
@@ -47,14 +48,12 @@ def add_measures(rows, prompts, metric, reward, base):
         row["repeats"] = repetition(answer)
         row["cut"] = float(row["finish"] == "length")
         row["score"] = row["base_logp"] = None
+        if answer:
+            prompt, completion = encode(base.tokenizer, row["prompt"], answer)
+            # An answer that was cut off has no end of its turn.
+            sequences.append((prompt, completion[:-1] if row["cut"] else completion))
+            answered.append(row)
 
-    answered = [row for row in rows if row["answer"]]
-    sequences = []
-    for row in answered:
-        prompt, completion = encode(base.tokenizer, row["prompt"], row["answer"])
-        if row["cut"]:
-            completion = completion[:-1]  # an answer that was cut off has no end of its turn
-        sequences.append((prompt, completion))
     logps = all_logps(base.model, sequences).tolist()
     asked = [prompts[row["prompt_id"]] for row in answered]
     scores = reward(asked, [row["answer"] for row in answered])
@@ -65,18 +64,15 @@ def add_measures(rows, prompts, metric, reward, base):
 
 def by_group(rows, field, kind="mean"):
     """{group: value}. Of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest minus the smallest; then the mean over the samples. None is left out; a
-    spread, which would be too small without it, loses the whole sample."""
+    spread the largest minus the smallest; then the mean over the samples. None is left out."""
     samples = {}  # (group, sample): values
     for row in rows:
-        samples.setdefault((row["group"], row["sample"]), []).append(row[field])
+        if row[field] is not None:
+            samples.setdefault((row["group"], row["sample"]), []).append(row[field])
 
     groups = {}
     for (group, _), values in samples.items():
-        known = [value for value in values if value is not None]
-        if not known or (kind == "spread" and len(known) < len(values)):
-            continue
-        value = max(known) - min(known) if kind == "spread" else np.mean(known)
+        value = max(values) - min(values) if kind == "spread" else np.mean(values)
         groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
 
@@ -92,65 +88,86 @@ def bootstrap(values, seed=0, draws=10_000):
     return float(values.mean()), float(low), float(high)
 
 
-def summarise(names, rows, kind):
-    """A dictionary for each model: bootstrap() of every measure, and of its difference from the
-    first model's."""
-    table = []
-    first = None  # measures of the first model
-    for name in names:
-        of_model = [row for row in rows if row["model"] == name]
-        asked = [row for row in of_model if not row["control"]]
-        harmless = [row for row in of_model if row["control"]]
-        measures = {key: by_group(of_model, key) for key in SIDE_MEASURES}
-        measures["metric"] = by_group(asked, "metric", kind)
-        measures["control"] = by_group(harmless, "metric", kind)
-        first = first or measures
-        if kind != "spread":  # a spread without some of the answers would be another one
-            half = {group: words / 2 for group, words in first["words"].items()}
-            long = [row for row in asked if row["words"] >= half.get(row["group"], 0)]
-            measures["long"] = by_group(long, "metric")
+def wilson(share, n, z=1.96):
+    """(share, low, high, "W"): Wilson's 95 % interval (1927) of a share of n groups, and a mark."""
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return share, max(0.0, center - half), min(1.0, center + half), "W"
 
-        line = {"model": name, "answers": len(of_model), "groups": len(measures["metric"])}
-        for key, values in measures.items():
-            line[key] = bootstrap(values.values())
-        for key in ("metric", "score") if table else ():  # the first differs from none
-            base = first[key]
-            differences = [value - base[g] for g, value in measures[key].items() if g in base]
-            line[f"{key} difference"] = bootstrap(differences)
+
+def summarise(names, rows, kind):
+    """(table, pairs). table: of each model a dictionary with mean and interval of every measure.
+    pairs: {"B - A": mean and interval of the difference in metric, group by group} of all models."""
+    shares = ("cut",) if kind == "spread" else ("cut", "metric", "control")
+    table, pairs, metrics = [], {}, {}
+    for name in names:
+        answers = [row for row in rows if row["model"] == name]
+        measures = {key: by_group(answers, key) for key in SIDE_MEASURES}
+        for key, control in (("metric", False), ("control", True)):
+            asked = [row for row in answers if row["control"] == control]
+            measures[key] = by_group(asked, "metric", kind)
+        metrics[name] = measures["metric"]
+        line = {"model": name, "groups": len(metrics[name])}
+        for key, groups in measures.items():
+            line[key] = bootstrap(groups.values())
+            # The bootstrap draws only what it has seen: of 22 of 22 it makes [1, 1].
+            if key in shares and groups and (line[key][1] <= 0 or line[key][2] >= 1):
+                line[key] = wilson(line[key][0], len(groups))
         table.append(line)
-    return table
+
+    for first, second in itertools.combinations(names, 2):
+        ours, others = metrics[second], metrics[first]
+        differences = [ours[group] - others[group] for group in ours if group in others]
+        found = bootstrap(differences)
+        if "metric" in shares and len(set(differences)) == 1:
+            mean, margin = differences[0], wilson(0, len(differences))[2]
+            found = mean, max(-1.0, mean - margin), min(1.0, mean + margin), "W"
+        pairs[f"{second} - {first}"] = found
+    return table, pairs
 
 
 # ---- the report ----------------------------------------------------------------------------------
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`; '-' for None."""
+    """'0.413 [0.301, 0.520]', each number in the format `form`; then wilson's mark; '-' for None."""
     if not triple:
         return "-"
-    mean, low, high = (format(value, form) for value in triple)
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (format(value, form) for value in triple[:3])
+    return " ".join([mean, f"[{low}, {high}]", *triple[3:]])
 
 
-def make_table(table, metric):
-    """The result table in Markdown, without the columns that no model has."""
+def make_table(table, pairs, metric):
+    """What summarise() found, in Markdown, without the columns that no model has."""
     form = ".3f" if metric["kind"] == "spread" else ".0%"
     columns = [
         ("metric", f"metric ({metric['better']} is better)", form),
-        ("metric difference", "difference", f"+{form}"),
-        ("control", "control", form),
-        ("long", "of long answers", form),
-        ("score", "mean reward", ".3f"),
-        ("score difference", "difference", "+.3f"),
-        ("words", "words", ".0f"),
-        ("repeats", "repeats", ".1%"),
-        ("base_logp", "log-prob", ".2f"),
-        ("cut", "cut off", ".0%"),
-    ]
-    columns = [column for column in columns if any(line.get(column[0]) for line in table)]
-    rows = [["model", *(heading for _, heading, _ in columns)]]
-    rows.append(["---"] * len(rows[0]))
+        ("control", "control (lower is better)", form),
+        ("score", "mean reward", ".3f"), ("words", "words", ".0f"), ("repeats", "repeats", ".1%"),
+        ("base_logp", f"log-prob under {table[0]['model']}", ".2f"), ("cut", "cut off", ".0%"),
+    ]  # fmt: skip
+    columns = [column for column in columns if any(line[column[0]] for line in table)]
+    rows = [["model", *(heading for _, heading, _ in columns)], ["---"] * (len(columns) + 1)]
     for line in table:
-        rows.append([line["model"], *(interval(line.get(key), form) for key, _, form in columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if pairs:
+        lines.append("\nDifferences in metric:\n")
+    for name, difference in pairs.items():
+        lines.append(f"- {name}: {interval(difference, f'+{form}')}")
+    return "\n".join(lines)
+
+
+def make_warnings(table):
+    """A line for the top of the report: few groups, and models whose answers are odd or short."""
+    first, *others = table
+    texts = [f"only {first['groups']} groups of test prompts"] * (first["groups"] < 20)
+    for line in others:
+        for key, what, form in (("words", "words", ".0f"), ("base_logp", "log-prob", ".2f")):
+            if line[key] and first[key]:  # a model may have no answer
+                now, before = line[key][0], first[key][0]
+                least = 0.3 if key == "base_logp" else before / 3
+                if before - now >= least > 0:
+                    texts.append(f"{line['model']}: {what} {now:{form}}, not {before:{form}}")
+    return f"> **Caution**: {'; '.join(texts)}.\n\n" if texts else ""
 
 
 def make_samples(rows, count):
@@ -159,8 +176,7 @@ def make_samples(rows, count):
     parts = []
     for prompt_id in prompt_ids[:count]:
         answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
-        prompt = as_messages(answers[0]["prompt"])
-        parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
+        parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
         for row in answers:
             score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
             text = row["answer"].replace("\n", "\n> ")
@@ -168,51 +184,70 @@ def make_samples(rows, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, lines, samples, reward):
-    """Text of report.md. lines: the table in Markdown. reward: its settings."""
-    count, first = table[0]["groups"], table[0]["model"]
+def make_report(args, task, compared, table, results, samples):
+    """Text of report.md. compared: models and settings."""
     made = provenance(pick_device(args.device)[0])
+    control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
     return f"""# Task {args.task}: {task["about"]}
 
-{lines}
+{make_warnings(table)}{compared}
 
-In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), not over \
-training seeds. Answers per prompt: {args.samples}; temperature {args.temperature}, \
-seed {args.seed}.
+{results}
 
-- **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
-that look harmful; there lower is better. **difference**: from {first}, paired.
-- **mean reward**: {reward["kind"]} reward of {reward["model"]}.
-- **of long answers**: the metric of answers at least half as long as {first}'s. \
-**words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. \
-**log-prob**: nats per token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
+In brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds: \
+percentiles of a bootstrap, or (W) Wilson's, where the bootstrap's would reach 0 or 100 % or be a point.
+
+- **metric**: {task["metric"]["meaning"]}. Training never saw it.{control} \
+**difference**: paired by group.
+- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: \
+nats per token under {table[0]["model"]}. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
-![metric of every model](report.png)
+![metric and words of every model, and training curves](report.png)
 
 ## Answers side by side
 
 {samples}
 
-Made by `{made["command"]}` at commit {made["commit"]}, {made["date"]}, on {made["hardware"]}, \
-torch {made["torch"]}, transformers {made["transformers"]}.
+Made by `{shlex.join(["python", *sys.argv])}` at commit {made["commit"]}, {made["date"]}, \
+on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 """
 
 
-def draw(path, table, metric):
-    """report.png: the metric of every model, with its interval."""
+def draw(path, title, table, metric, logs):
+    """report.png: metric and words of every model, and training curves. logs: for each line of the
+    table the rows of the model's log.jsonl, or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    figure = Figure((8, 0.35 * len(table) + 1.2), layout="constrained")
-    axis = figure.subplots()
-    for y, line in enumerate(table):
-        if line["metric"]:  # a model may have no answer
-            mean, *ends = line["metric"]
-            axis.plot(ends, [y, y], "C0-|", mean, y, "C0o")
-    axis.set_yticks(range(len(table)), [line["model"] for line in table])
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(f"metric ({metric['better']} is better), 95 % bootstrap intervals over groups")
+    curves = {
+        "loss": "loss", "rewards/margins": "z (rewards/margins)",
+        "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected",
+    }  # fmt: skip
+    panels = [["metric", "metric", "words", "words"], list(curves)][: 1 + any(logs)]
+    figure = Figure((12, 0.3 * len(table) + 3 * len(panels)), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplot_mosaic(panels)
+    percent = metric["kind"] != "spread"
+    meaning = textwrap.fill(f"{metric['meaning']} ({metric['better']} is better)", 75)
+    bars = {"metric": (meaning, ".0%" if percent else ".2f"), "words": ("words per answer", ".0f")}
+    for key, (heading, form) in bars.items():
+        axes[key].set_title(heading, fontsize="medium")
+        for i, line in enumerate(table):
+            mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
+            axes[key].barh(f"{line['model']}  {mean:{form}}", mean, color=f"C{i}", alpha=0.6)
+            axes[key].plot(ends, [i, i], "k-|")
+        axes[key].invert_yaxis()
+    if percent:
+        axes["metric"].set_xlim(0, 1)
+        axes["metric"].xaxis.set_major_formatter("{x:.0%}")
+
+    for field in panels[1:] and curves:
+        axes[field].set(title=curves[field], xlabel="step (dots: held out)")
+        for i, log in enumerate(logs):
+            held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
+            for rows, style in ((log, "-"), (held_out, "--o")):
+                points = [(row["step"], row[field]) for row in rows if field in row]
+                axes[field].plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
     figure.savefig(path, dpi=150)
 
 
@@ -232,8 +267,7 @@ def models_in(folder, refined):
     bases = {os.path.relpath(runs[name]["model"]) for name in finished}
     bases = sorted(bases - runs.keys()) or ["smollm2"]
     if len(bases) > 1:
-        several = " and ".join(bases)
-        raise BadInput(f"{folder}: its runs have several bases, {several}; pass --models")
+        raise BadInput(f"{folder}: runs of several bases, {' and '.join(bases)}; pass --models")
     return [*bases, SELF_REFINE, *finished] if refined else [*bases, *finished]
 
 
@@ -251,20 +285,10 @@ def jobs_of(models, names, rows, refined, samples):
                 job |= {"made": weights, "control": bool(row.get("control"))}
                 if name == SELF_REFINE:
                     teacher = row["teacher"] if isinstance(row.get("teacher"), dict) else {}
-                    job["made"] = row["chosen"]
-                    job["answer"] = text_of(row["chosen"])
+                    job |= {"made": row["chosen"], "answer": text_of(row["chosen"])}
                     job["finish"] = teacher.get("finish", {}).get("revision", "stop")
                 jobs.append(job)
     return jobs
-
-
-def add_answers(jobs, prompts, chat, seed_by):
-    """Adds a chat model's answers to the jobs; all models draw the same random numbers."""
-    keys = [(prompts[job["prompt_id"]][seed_by], "eval", job["sample"]) for job in jobs]
-    replies = chat.ask([job["prompt"] for job in jobs], keys)
-    for job, reply in zip(jobs, replies, strict=True):
-        job["answer"] = reply.text
-        job["finish"] = reply.finish
 
 
 def parse_args():
@@ -327,6 +351,7 @@ def main():
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed}
     prompts = {row["id"]: row for row in rows}
+    seeds = {row["id"]: row[task["seed_by"]] for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
     for job in jobs:  # a policy that was trained anew is asked again
@@ -343,8 +368,11 @@ def main():
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
-            if chat:
-                add_answers(batch, prompts, chat, task["seed_by"])
+            if chat:  # all models draw the same random numbers
+                keys = [(seeds[job["prompt_id"]], "eval", job["sample"]) for job in batch]
+                replies = chat.ask([job["prompt"] for job in batch], keys)
+                for job, reply in zip(batch, replies, strict=True):
+                    job |= {"answer": reply.text, "finish": reply.finish}
             output.add(*(job | {"settings": settings} for job in batch))
     chat = None
 
@@ -361,14 +389,24 @@ def main():
         row["reward"] = reward_settings
     output.finish(jobs)
 
-    table = summarise(names, answers, task["metric"]["kind"])
-    lines = make_table(table, task["metric"])
-    report = make_report(args, task, table, lines, make_samples(answers, 6), reward_settings)
-    (args.out / "report.md").write_text(report, encoding="utf-8")
-    draw(args.out / "report.png", table, task["metric"])
-    print(f"\n{lines}\n\n{make_samples(answers, 3)}\n\n{args.out / 'report.md'}, {out}")
-    unscored = any(row["answer"] and row["score"] is None for row in answers)
-    raise SystemExit(1 if unscored else 0)
+    table, pairs = summarise(names, answers, task["metric"]["kind"])
+    results = make_table(table, pairs, task["metric"])
+    compared = (
+        f"{', '.join(args.models)} on {len(rows)} test prompts of {args.input}; samples {args.samples}, "
+        f"{json.dumps(settings)[1:-1]}; {args.reward} reward of {args.reward_model}."
+    )
+    report = args.out / "report.md"
+    if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
+        for file in args.out.glob("report.[mp]*[dg]"):
+            file.replace(f"{file}.bak")
+    text = make_report(args, task, compared, table, results, make_samples(answers, 6))
+    report.write_text(text, encoding="utf-8")
+    logs = [Path(model, "log.jsonl") for model in args.models]
+    logs = [read_rows(log) if log.exists() else [] for log in logs]
+    title = f"Task {args.task}: {len(rows)} test prompts in {table[0]['groups']} groups"
+    draw(args.out / "report.png", title, table, task["metric"], logs)
+    print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")
+    raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 
 
 if __name__ == "__main__":
