@@ -69,10 +69,9 @@ def by_group(rows, field, kind="mean"):
     for row in rows:
         if row[field] is not None:
             samples.setdefault((row["group"], row["sample"]), []).append(row[field])
-
     groups = {}
     for (group, _), values in samples.items():
-        value = max(values) - min(values) if kind == "spread" else np.mean(values)
+        value = np.ptp(values) if kind == "spread" else np.mean(values)
         groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
 
@@ -97,7 +96,7 @@ def wilson(share, n, z=1.96):
 
 def summarise(names, rows, kind):
     """(table, pairs). table: of each model a dictionary with mean and interval of every measure.
-    pairs: {"B - A": mean and interval of the difference in metric, group by group} of all models."""
+    pairs: {"B - A": mean and interval of the difference in metric, group by group} for any two."""
     shares = ("cut",) if kind == "spread" else ("cut", "metric", "control")
     table, pairs, metrics = [], {}, {}
     for name in names:
@@ -128,7 +127,7 @@ def summarise(names, rows, kind):
 
 # ---- the report ----------------------------------------------------------------------------------
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`; then wilson's mark; '-' for None."""
+    """'0.413 [0.301, 0.520]', each number in the format `form`, with wilson's mark. None: '-'."""
     if not triple:
         return "-"
     mean, low, high = (format(value, form) for value in triple[:3])
@@ -150,7 +149,7 @@ def make_table(table, pairs, metric):
         rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     if pairs:
-        lines.append("\nDifferences in metric:\n")
+        lines.append("\nDifferences in metric, group by group:\n")
     for name, difference in pairs.items():
         lines.append(f"- {name}: {interval(difference, f'+{form}')}")
     return "\n".join(lines)
@@ -194,13 +193,12 @@ def make_report(args, task, compared, table, results, samples):
 
 {results}
 
-In brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds: \
-percentiles of a bootstrap, or (W) Wilson's, where the bootstrap's would reach 0 or 100 % or be a point.
+Brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds, by bootstrap; with a \
+W, by Wilson's formula, where the bootstrap would reach 0 or 100 % or see no variance.
 
-- **metric**: {task["metric"]["meaning"]}. Training never saw it.{control} \
-**difference**: paired by group.
-- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: \
-nats per token under {table[0]["model"]}. **cut off**: share of answers that reached {args.max_tokens} tokens.
+- **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
+- **words**: per answer. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token. \
+**cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
 ![metric and words of every model, and training curves](report.png)
@@ -219,42 +217,39 @@ def draw(path, title, table, metric, logs):
     table the rows of the model's log.jsonl, or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    curves = {
+    share = metric["kind"] != "spread"
+    bars = {"metric": ".0%" if share else ".2f", "words": ".0f"}
+    panels = {
+        "metric": f"metric ({metric['better']} is better)", "words": "words per answer",
         "loss": "loss", "rewards/margins": "z (rewards/margins)",
         "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected",
     }  # fmt: skip
-    panels = [["metric", "metric", "words", "words"], list(curves)][: 1 + any(logs)]
-    figure = Figure((12, 0.3 * len(table) + 3 * len(panels)), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplot_mosaic(panels)
-    percent = metric["kind"] != "spread"
-    meaning = textwrap.fill(f"{metric['meaning']} ({metric['better']} is better)", 75)
-    bars = {"metric": (meaning, ".0%" if percent else ".2f"), "words": ("words per answer", ".0f")}
-    for key, (heading, form) in bars.items():
-        axes[key].set_title(heading, fontsize="medium")
-        for i, line in enumerate(table):
-            mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
-            axes[key].barh(f"{line['model']}  {mean:{form}}", mean, color=f"C{i}", alpha=0.6)
-            axes[key].plot(ends, [i, i], "k-|")
-        axes[key].invert_yaxis()
-    if percent:
-        axes["metric"].set_xlim(0, 1)
-        axes["metric"].xaxis.set_major_formatter("{x:.0%}")
-
-    for field in panels[1:] and curves:
-        axes[field].set(title=curves[field], xlabel="step (dots: held out)")
-        for i, log in enumerate(logs):
+    figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
+    figure.suptitle(textwrap.fill(f"{title}. Metric: {metric['meaning']}", 120))
+    axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
+    for axis, (key, heading) in zip(axes.flat, panels.items(), strict=False):
+        axis.set(title=heading, xlabel="" if key in bars else "step (dots: held out)")
+        for i, (line, log) in enumerate(zip(table, logs, strict=True)):
+            if key in bars:
+                mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
+                axis.barh(f"{line['model']}  {mean:{bars[key]}}", mean, color=f"C{i}", alpha=0.6)
+                axis.plot(ends, [i, i], "k-|")
             held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
             for rows, style in ((log, "-"), (held_out, "--o")):
-                points = [(row["step"], row[field]) for row in rows if field in row]
-                axes[field].plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
+    axes.flat[0].invert_yaxis()
+    axes.flat[1].invert_yaxis()
+    if share:
+        axes.flat[0].set_xlim(0, 1)
+        axes.flat[0].xaxis.set_major_formatter("{x:.0%}")
     figure.savefig(path, dpi=150)
 
 
 # ---- command line --------------------------------------------------------------------------------
 def models_in(folder, refined):
-    """What --models is by default: the common base of the runs in folder, the revisions if there are
-    rows `refined`, and the finished runs. Raises BadInput where the runs have no common base."""
+    """What --models is by default: the base of the runs in folder, the revisions if there are rows
+    `refined`, and the finished runs. Raises BadInput where the runs have several bases."""
     runs = {}
     for file in sorted(folder.glob("*/run.json")):
         if file.parent.suffix != ".bak":
@@ -272,8 +267,8 @@ def models_in(folder, refined):
 
 
 def jobs_of(models, names, rows, refined, samples):
-    """One row of eval.jsonl for each answer that is wanted; those of self-refine have one. Its field
-    `made` is the times of the weights, or the revision: if it changes, the answer is out of date."""
+    """One row of eval.jsonl for each answer that is wanted; self-refine has one per prompt. The field
+    `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
         files = sorted(Path(model).glob("*.safetensors"))
@@ -403,8 +398,8 @@ def main():
     report.write_text(text, encoding="utf-8")
     logs = [Path(model, "log.jsonl") for model in args.models]
     logs = [read_rows(log) if log.exists() else [] for log in logs]
-    title = f"Task {args.task}: {len(rows)} test prompts in {table[0]['groups']} groups"
-    draw(args.out / "report.png", title, table, task["metric"], logs)
+    title = f"Task {args.task}: {len(rows)} test prompts"
+    draw(report.with_suffix(".png"), title, table, task["metric"], logs)
     print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")
     raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 
