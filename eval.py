@@ -6,10 +6,8 @@
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
 with its scores; report.md, a table and answers side by side; report.png, also training curves.
 
-The task's own metric (a lexicon or marker phrases), which training never saw, stands beside the
-reward, which training listened to, and beside what a gain may have cost: length, repetition, and
-the log-prob under the first model, low for broken English and high for text that repeats itself.
-Intervals are over groups of prompts, since variants of one text are not independent.
+Beside the task's own metric, which training never saw, stand the reward and what a gain may have
+cost: length, repetition, and the log-prob under the first model, low for broken English.
 """
 
 import itertools
@@ -31,15 +29,13 @@ from prompts.rows import (
 )  # fmt: skip
 from score import add_reward_flags, finite, make_reward
 
-SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
 
 # ---- what is measured ----------------------------------------------------------------------------
 def add_measures(rows, prompts, metric, reward, base):
-    """Adds all measures to rows of eval.jsonl; score and base_logp are None for an empty answer.
-    prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel, under which
-    base_logp is an answer's log-prob per token."""
+    """Adds all measures to rows of eval.jsonl; without an answer score and base_logp are None.
+    prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel."""
     answered, sequences = [], []
     for row in rows:
         answer = row["answer"]
@@ -63,8 +59,8 @@ def add_measures(rows, prompts, metric, reward, base):
 
 
 def by_group(rows, field, kind="mean"):
-    """{group: value}. Of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest minus the smallest; then the mean over the samples. None is left out."""
+    """{group: value}: the mean of `field` over the group's prompts, or for the kind spread the largest
+    minus the smallest, as a mean over the samples. None is left out."""
     samples = {}  # (group, sample): values
     for row in rows:
         if row[field] is not None:
@@ -76,50 +72,49 @@ def by_group(rows, field, kind="mean"):
     return {group: float(np.mean(values)) for group, values in groups.items()}
 
 
-def bootstrap(values, seed=0, draws=10_000):
-    """(mean, low, high): the mean over groups and its 95 % interval, percentiles of the means of
-    `draws` samples of as many groups, drawn with replacement. None without values."""
+def bootstrap(values, share=False, seed=0, draws=10_000):
+    """(mean, low, high) over groups: a 95 % interval, percentiles of the means of `draws` samples of as
+    many groups, drawn with replacement. None without values. share: where that reaches 0 or 1,
+    Wilson's interval (1927) instead, and "W", since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
-    if not len(values):
+    n, zz = len(values), 1.96**2
+    if not n:
         return None
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    mean = float(values.mean())
+    picks = np.random.default_rng(seed).integers(n, size=(draws, n))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
-
-
-def wilson(share, n, z=1.96):
-    """(share, low, high, "W"): Wilson's 95 % interval (1927) of a share of n groups, and a mark."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return share, max(0.0, center - half), min(1.0, center + half), "W"
+    if share and (low <= 0 or high >= 1):
+        center = (n * mean + zz / 2) / (n + zz)
+        half = (zz * (n * mean * (1 - mean) + zz / 4)) ** 0.5 / (n + zz)
+        return mean, max(0.0, center - half), min(1.0, center + half), "W"
+    return mean, float(low), float(high)
 
 
 def summarise(names, rows, kind):
     """(table, pairs). table: of each model a dictionary with mean and interval of every measure.
     pairs: {"B - A": mean and interval of the difference in metric, group by group} for any two."""
-    shares = ("cut",) if kind == "spread" else ("cut", "metric", "control")
+    shares = {"cut"} if kind == "spread" else {"cut", "metric", "control"}
     table, pairs, metrics = [], {}, {}
     for name in names:
         answers = [row for row in rows if row["model"] == name]
-        measures = {key: by_group(answers, key) for key in SIDE_MEASURES}
+        measures = {}
         for key, control in (("metric", False), ("control", True)):
             asked = [row for row in answers if row["control"] == control]
             measures[key] = by_group(asked, "metric", kind)
-        metrics[name] = measures["metric"]
-        line = {"model": name, "groups": len(metrics[name])}
+        for key in ("score", "words", "repeats", "base_logp", "cut"):
+            measures[key] = by_group(answers, key)
+        table.append({"model": name, "groups": len(measures["metric"])})
         for key, groups in measures.items():
-            line[key] = bootstrap(groups.values())
-            # The bootstrap draws only what it has seen: of 22 of 22 it makes [1, 1].
-            if key in shares and groups and (line[key][1] <= 0 or line[key][2] >= 1):
-                line[key] = wilson(line[key][0], len(groups))
-        table.append(line)
+            table[-1][key] = bootstrap(groups.values(), share=key in shares)
+        metrics[name] = measures["metric"]
 
     for first, second in itertools.combinations(names, 2):
         ours, others = metrics[second], metrics[first]
         differences = [ours[group] - others[group] for group in ours if group in others]
         found = bootstrap(differences)
         if "metric" in shares and len(set(differences)) == 1:
-            mean, margin = differences[0], wilson(0, len(differences))[2]
+            # Wilson's interval of the share of groups that differ otherwise, which is 0.
+            mean, margin = differences[0], bootstrap([0.0] * len(differences), share=True)[2]
             found = mean, max(-1.0, mean - margin), min(1.0, mean + margin), "W"
         pairs[f"{second} - {first}"] = found
     return table, pairs
@@ -148,10 +143,9 @@ def make_table(table, pairs, metric):
     for line in table:
         rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    if pairs:
-        lines.append("\nDifferences in metric, group by group:\n")
+    lines.append("")
     for name, difference in pairs.items():
-        lines.append(f"- {name}: {interval(difference, f'+{form}')}")
+        lines.append(f"- difference in metric, {name}: {interval(difference, f'+{form}')}")
     return "\n".join(lines)
 
 
@@ -161,11 +155,11 @@ def make_warnings(table):
     texts = [f"only {first['groups']} groups of test prompts"] * (first["groups"] < 20)
     for line in others:
         for key, what, form in (("words", "words", ".0f"), ("base_logp", "log-prob", ".2f")):
-            if line[key] and first[key]:  # a model may have no answer
-                now, before = line[key][0], first[key][0]
-                least = 0.3 if key == "base_logp" else before / 3
-                if before - now >= least > 0:
-                    texts.append(f"{line['model']}: {what} {now:{form}}, not {before:{form}}")
+            before, now = first[key], line[key]
+            least = 0.3 if key == "base_logp" else before[0] / 3
+            if before and now and before[0] - now[0] >= least > 0:
+                change = f"{what} from {before[0]:{form}} to {now[0]:{form}}"
+                texts.append(f"{line['model']}: {change}")
     return f"> **Caution**: {'; '.join(texts)}.\n\n" if texts else ""
 
 
@@ -193,11 +187,11 @@ def make_report(args, task, compared, table, results, samples):
 
 {results}
 
-Brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds, by bootstrap; with a \
-W, by Wilson's formula, where the bootstrap would reach 0 or 100 % or see no variance.
+Brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds, by \
+bootstrap; with a W by Wilson's formula, where the bootstrap would reach 0 or 100 % or be a point.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **words**: per answer. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token. \
+- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token. \
 **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
@@ -213,34 +207,31 @@ on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]
 
 
 def draw(path, title, table, metric, logs):
-    """report.png: metric and words of every model, and training curves. logs: for each line of the
-    table the rows of the model's log.jsonl, or []."""
+    """report.png: bars of all models, curves of `logs`, for each the rows of log.jsonl or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    share = metric["kind"] != "spread"
-    bars = {"metric": ".0%" if share else ".2f", "words": ".0f"}
     panels = {
         "metric": f"metric ({metric['better']} is better)", "words": "words per answer",
         "loss": "loss", "rewards/margins": "z (rewards/margins)",
         "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected",
     }  # fmt: skip
+    forms = {"metric": ".2f" if metric["kind"] == "spread" else ".0%", "words": ".0f"}
     figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
     figure.suptitle(textwrap.fill(f"{title}. Metric: {metric['meaning']}", 120))
     axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
     for axis, (key, heading) in zip(axes.flat, panels.items(), strict=False):
-        axis.set(title=heading, xlabel="" if key in bars else "step (dots: held out)")
+        axis.set(title=heading, xlabel="" if key in forms else "step (dots: held out)")
         for i, (line, log) in enumerate(zip(table, logs, strict=True)):
-            if key in bars:
+            if key in forms:
                 mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
-                axis.barh(f"{line['model']}  {mean:{bars[key]}}", mean, color=f"C{i}", alpha=0.6)
+                axis.barh(f"{line['model']}  {mean:{forms[key]}}", mean, color=f"C{i}", alpha=0.6)
                 axis.plot(ends, [i, i], "k-|")
+                axis.set_ylim(len(table) - 0.5, -0.5)  # the first model on top
             held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
             for rows, style in ((log, "-"), (held_out, "--o")):
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
-    axes.flat[0].invert_yaxis()
-    axes.flat[1].invert_yaxis()
-    if share:
+    if metric["kind"] != "spread":
         axes.flat[0].set_xlim(0, 1)
         axes.flat[0].xaxis.set_major_formatter("{x:.0%}")
     figure.savefig(path, dpi=150)
@@ -259,15 +250,14 @@ def models_in(folder, refined):
         print(f"{name} is left out: its training has not finished")
 
     # A run that began from another one here, as rdpo from sft, has the base of that one.
-    bases = {os.path.relpath(runs[name]["model"]) for name in finished}
-    bases = sorted(bases - runs.keys()) or ["smollm2"]
+    bases = sorted({os.path.relpath(runs[name]["model"]) for name in finished} - runs.keys())
     if len(bases) > 1:
-        raise BadInput(f"{folder}: runs of several bases, {' and '.join(bases)}; pass --models")
-    return [*bases, SELF_REFINE, *finished] if refined else [*bases, *finished]
+        raise BadInput(f"{folder}: its runs have several bases, {', '.join(bases)}; pass --models")
+    return [*(bases or ["smollm2"]), *[SELF_REFINE] * bool(refined), *finished]
 
 
 def jobs_of(models, names, rows, refined, samples):
-    """One row of eval.jsonl for each answer that is wanted; self-refine has one per prompt. The field
+    """A row of eval.jsonl for each answer that is wanted; of self-refine one per prompt. The field
     `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
@@ -318,12 +308,12 @@ def read_test_rows(args, task):
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {rows[0]['task']}")
 
-    reward = next((row["reward"] for row in rows if row.get("reward")), {})
-    args.reward = args.reward or reward.get("kind", "contrast")
-    if args.reward == reward.get("kind"):
-        args.reward_model = args.reward_model or reward.get("model")
-        args.label = args.label or reward.get("label")
-    args.reward_model = args.reward_model or "smollm2"
+    made = next((row["reward"] for row in rows if row.get("reward")), {})
+    args.reward = args.reward or made.get("kind", "contrast")
+    if args.reward != made.get("kind"):
+        made = {}
+    args.reward_model = args.reward_model or made.get("model") or "smollm2"
+    args.label = args.label or made.get("label")
     teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
     args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
     return rows
@@ -387,8 +377,8 @@ def main():
     table, pairs = summarise(names, answers, task["metric"]["kind"])
     results = make_table(table, pairs, task["metric"])
     compared = (
-        f"{', '.join(args.models)} on {len(rows)} test prompts of {args.input}; samples {args.samples}, "
-        f"{json.dumps(settings)[1:-1]}; {args.reward} reward of {args.reward_model}."
+        f"{', '.join(args.models)} on {len(rows)} test prompts of {args.input}; {args.samples} answers "
+        f"each, {json.dumps(settings)[1:-1]}; {args.reward} reward of {args.reward_model}."
     )
     report = args.out / "report.md"
     if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
