@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, load_task, measure
-from prompts.chat import LocalModel, encode, pick_device
+from prompts.chat import LocalModel, encode, pick_device, repetition
 from prompts.rows import (
-    BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, repetition, run, text_of,
+    BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, run, text_of,
 )  # fmt: skip
 from score import add_reward_flags, finite, make_reward
 

@@ -92,6 +92,18 @@ def show_plan(rows, form, max_tokens):
     print(f"{len(calls):,} calls, about {prompts:,} prompt and {most:,} completion tokens at most")
 
 
+def show_pair(rows):
+    """Prints the first whole pair, to be read before the next stage."""
+    made = [row for row in rows if not row.get("error")]
+    for row in made[:1]:
+        draft, revision = row["rejected"][0]["content"], row["chosen"][0]["content"]
+        texts = {"draft": draft, "critique": row["critique"], "revision": revision}
+        for message in row["prompt"]:
+            print(f"[{message['role']}] {message['content']}")
+        for name, text in texts.items():
+            print(f"[{name}] {text}")
+
+
 def summary(rows):
     """The last line: pairs made, cut off and failed, and the error that occurs most often."""
     cut, errors = 0, {}  # errors that differ in numbers alone are one kind: {kind: errors}
@@ -131,16 +143,18 @@ def main():
     settings = {**teacher.settings, "form": form_name, "prompt_text": prompt_text}
     output = Rows(out, args.overwrite)
     output.resume("teacher", settings, source)
-    print(f"{args.model} ({form_name}), {len(rows)} instructions, {len(output.done)} done -> {out}")
+    who = f"task {args.task}, {args.model} ({form_name})"
+    print(f"{who}: {len(rows)} instructions, {len(output.done)} done -> {out}")
 
-    batch_size = None if args.api_base else args.batch_size
-    for batch in tqdm(output.batches(rows, batch_size), unit="batch"):
+    batches = output.batches(rows, None if args.api_base else args.batch_size)
+    for batch in tqdm(batches, unit="batch", disable=not batches):
         pairs = refine(batch, form, teacher.ask, task["seed_by"])
         for pair in pairs:
             pair["teacher"] |= settings
         output.add(*pairs)
 
     rows = output.finish(source)
+    show_pair(rows)
     print(f"{out}: {summary(rows)}")
     raise SystemExit(1 if any(row.get("error") for row in rows) else 0)
 

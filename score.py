@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from kernels.packed import all_logps, use_packed_attention
-from prompts import as_messages, fill, load_task
+from prompts import as_messages, fill, load_task, measure
 from prompts.chat import apply_template, encode, load_model, open_chat, pick_device
 from prompts.rows import SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task
 from prompts.rows import number, read_rows, run, text_of
@@ -62,7 +62,6 @@ def contrast_reward(rows, answers, model, tokenizer, table):
 def classifier_reward(rows, answers, model, tokenizer, label):
     """A Score for each answer: a reward model's logit, or the log-odds of `label` in a classifier;
     where its labels are independent, the label's own logit. An answer that is too long has none.
-
     Sequences run one by one, without padding: transformers reads the logits at the last token that
     is not the padding token, as it did in training (transformers#35352).
     """
@@ -97,20 +96,18 @@ def classifier_reward(rows, answers, model, tokenizer, label):
 def judge_reward(rows, answers, ask, table):
     """A Score for each answer: the rating that a chat model gives it by the rubric of [judge], which
     table is. ask: of LocalModel or Server."""
-    both = zip(rows, answers, strict=True)
-    conversations = [fill(table["prompt"], row, answer=answer) for row, answer in both]
+    conversations = [fill(table["prompt"], rows[i], answer=text) for i, text in enumerate(answers)]
     replies = ask(conversations, [(row["id"], "judge") for row in rows])
-    ratings = [rating_of(reply.text, reply.finish, table["scale"]) for reply in replies]
     # A failed call has no text; its finish says why it failed.
-    return list(map(Score, ratings, [reply.text or reply.finish for reply in replies]))
+    return [Score(rating_of(r.text, r.finish, table["scale"]), r.text or r.finish) for r in replies]
 
 
 # "Rating", perhaps the scale, markup, a number, perhaps "/10", markup, and an end or a reason.
 RATING = re.compile(
     r"""(?P<quote>["'“]?) (?<![a-z]) rating (?![a-z]) (\s*\([^)]*[^)\d][^)]*\) | \s+\d+\s*(-|to)\s*\d+)?
-    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|] | \bis\b | \\boxed)* ) (?P<number> ((?<![a-z])[-+])?\d+([.,]\d+)? )
-    (\s*(/|out\ of)\s*(?P<top>\d+))? [*_`"'”\]}>)]*
-    (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s+\( | \s+-\s | \s+(because|points?|stars?)\b )""",
+    (?P<markup> ([\s:*_=`"'”<>\[\]{}\#|$] | \bis\b | \\boxed)* ) (?P<number> ((?<![a-z])[-+])?\d+([.,]\d+)? )
+    ([*_`]*\s*(/|out\ of)\s*(?P<top>\d+)(\.0+)?)? [*_`"'”\]}>)$]*
+    (?P<end> \s*$ | \s*\n | [.,;!<](?!\d) | \s\( | \s-\s(?!\d) | \s+(because|points?|stars?)\b )""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -164,7 +161,7 @@ def make_reward(args, task, call_log):
         reward = functools.partial(contrast_reward, table=task["contrast"])
     else:
         model, tokenizer = load_model(name, device, dtype, AutoModelForSequenceClassification)
-        labels = model.config.label2id
+        labels = model.config.label2id = {label: i for i, label in model.config.id2label.items()}
         if len(labels) > 1 and model.config.problem_type == "regression":
             raise BadInput(f"--model {name}: gives {len(labels)} numbers; one is needed")
         if len(labels) > 1 and args.label not in labels:
@@ -209,8 +206,8 @@ def finite(value):
 
 
 # ---- the audit -----------------------------------------------------------------------------------
-def audit(rows):
-    """What to know of the scores before training on them, as text."""
+def audit(rows, task):
+    """What to know of the scores before training on them, as text. task: of load_task."""
     scored = [row for row in rows if is_scored(row)]
     failed = sum(bool(row.get("error")) for row in rows)
     left = len(rows) - len(scored) - failed
@@ -223,10 +220,15 @@ def audit(rows):
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
     spread = f"mean {gaps.mean():+.3f}, root mean square {np.sqrt(np.mean(gaps**2)):.3f}"
     lines.append(f"reward gap (chosen - rejected): {spread}")
-    longer = [len(text_of(row["chosen"])) - len(text_of(row["rejected"])) for row in scored]
-    if len(scored) > 2 and gaps.std() > 0 and np.std(longer) > 0:
-        correlation = np.corrcoef(gaps, longer)[0, 1]
-        lines.append(f"correlation of the gap with the difference in length {correlation:+.2f}")
+    if all(set(task["columns"]) <= row.keys() for row in scored):  # the pairs of others lack some
+        for name, which in (("won", gaps > 0), ("lost", gaps < 0)):
+            some = [row for row, counts in zip(scored, which, strict=True) if counts]
+            values = [
+                [measure(task["metric"], r, text_of(r[side])) for side in SIDES] for r in some
+            ]
+            if values:
+                revision, draft = np.mean(values, axis=0)
+                lines.append(f"metric where it {name}: draft {draft:.2f}, revision {revision:.2f}")
     return "\n".join(lines)
 
 
@@ -252,7 +254,7 @@ def parse_args():
     add("--batch-size", type=number(), default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.task = args.task or newest_task("pairs.jsonl")
+    args.task = args.task or newest_task("pairs.jsonl", args.input)
     args.input = args.input or f"runs/{args.task}/pairs.jsonl"
     args.out = args.out or str(Path(args.input).parent / "scored.jsonl")
     return args
@@ -272,17 +274,15 @@ def main():
     rows = source[: args.limit]
     reward, settings = make_reward(args, task, f"{args.out}.calls")
     output = Rows(args.out, args.overwrite)
-    for key, row in list(output.rows.items()):
-        if "reward" in row and not is_scored(row):
-            del output.rows[key]  # a call that failed is made again
+    # What has no score is asked for again.
+    output.rows = {k: r for k, r in output.rows.items() if is_scored(r) or "reward" not in r}
     output.resume("reward", settings, source)
-    print(f"{args.reward} of {args.reward_model}: {len(rows)} pairs, {len(output.done)} done")
-
-    batch_size = None if args.api_base else args.batch_size
-    for batch in tqdm(output.batches(rows, batch_size), unit="batch"):
+    print(f"task {args.task}, {args.reward} of {args.reward_model}: {len(output.done)} rows done")
+    batches = output.batches(rows, None if args.api_base else args.batch_size)
+    for batch in tqdm(batches, unit="batch", disable=not batches):
         output.add(*score_batch(batch, reward, settings))
     rows = output.finish(source)
-    print(f"{args.out}:\n{audit(rows)}")
+    print(f"{args.out}:\n{audit(rows, task)}")
     raise SystemExit(0 if all(is_scored(row) for row in rows) else 1)
 
 

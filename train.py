@@ -34,11 +34,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_packed_attention
-from prompts import as_messages
-from prompts.chat import encode, load_model, pick_device, save_tokenizer
+from prompts.chat import encode, load_model, pick_device, repetition, save_tokenizer, split_row
 from prompts.rows import (
     BadInput, digest_of, is_scored, lines_of, make_parser, newest_task, number, open_locked, provenance,
-    read_rows, repetition, run, write,
+    read_rows, run, write,
 )  # fmt: skip
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
@@ -179,6 +178,8 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     if args.loss != "sft":
         reference_logps = pair_logps(policy, pairs + held_out)
     start = load_checkpoint(out, policy.model, optimizer)
+    if start:
+        print(f"{out}: goes on after step {start} of {steps}")
     per_epoch = math.ceil(len(pairs) / args.batch_size)
 
     for step in range(start, steps):
@@ -267,6 +268,7 @@ def log_metrics(file, step, metrics, part=None):
         print(f" | {name.rpartition('/')[2]} {text:>8}", end="")
     print(flush=True)
     file.write(lines_of([{"step": step} | ({part: metrics} if part else metrics)]))
+    file.flush()
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -327,24 +329,6 @@ def make_pair(row, name, tokenizer, args):
     return Pair(name, prompt, chosen, rejected, float(delta)), None
 
 
-def split_row(row, raw_text):
-    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
-    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
-    whole conversations (UltraFeedback)."""
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
-        return prompt, *sides
-    prompt = as_messages(prompt) if prompt else []
-    sides = [as_messages(side, "assistant") for side in sides]
-    chosen, rejected = [prompt + s if s[0]["role"] == "assistant" else s for s in sides]
-    context = chosen[:-1]
-    # A whole conversation may have a system message that the prompt lacks.
-    same = context and context == rejected[:-1] and all(message in context for message in prompt)
-    if not same or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise ValueError("its answers must be the last messages, behind the same prompt")
-    return context, chosen[-1]["content"], rejected[-1]["content"]
-
-
 # ---- the policy: in one process, or sharded over many by FSDP2 -----------------------------------
 class Policy(torch.nn.Module):
     """policy(pairs) gives their log-probs, (B, 2), for sft (B, 1), computed in dtype. Weights are
@@ -403,8 +387,9 @@ def open_run(out, record, overwrite):
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
     for key in SAME:  # a new run is compared with itself
         if before.get(key) != record[key]:
-            made = f"was trained with {key} = {before.get(key)}, not {record[key]}"
-            raise BadInput(f"{out}: {made}; choose another --out, or pass --overwrite")
+            shown = {"data": "pairs", "weights": "model", "steps": "epochs"}.get(key, key)
+            made = f"other {key} ({shown} {before.get(shown)} then, {record[shown]} now)"
+            raise BadInput(f"{out}: began with {made}; choose another --out, or pass --overwrite")
     if not (checkpoints(out) or before.get("finished")):  # no step is saved: the run starts anew
         write(path, json.dumps(record, indent=1).encode())
         file.truncate(0)
@@ -502,11 +487,12 @@ def parse_args():
     args = parser.parse_args()
     if args.lr is None and args.model != "smollm2":
         raise BadInput("--lr: has a default for the embedded model only; see --help")
+    args.defaults = [name for name in ("lr", "sft_weight") if getattr(args, name) is None]
     if args.lr is None:
         args.lr = RATES.get(args.loss, 1e-5)
     if args.sft_weight is None:
         args.sft_weight = float(args.loss in SCORED_LOSSES)
-    args.task = args.task or newest_task("scored.jsonl")
+    args.task = args.task or newest_task("scored.jsonl", args.input)
     args.input = args.input or f"runs/{args.task}/scored.jsonl"
     args.out = args.out or str(Path(args.input).parent / (args.loss + "-accept" * args.accept))
     return args
@@ -527,7 +513,10 @@ def main():
     pairs, held_out, left_out = make_pairs(rows, args.input, policy.tokenizer, args)
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not pairs:
-        raise BadInput(f"{args.input}: no pair to train on; left out: {why}; see --loss")
+        how = (
+            "; score.py gives scores, --loss dpo needs none" if "without scores" in left_out else ""
+        )
+        raise BadInput(f"{args.input}: no pair to train on; left out: {why}{how}")
     print(f"{args.input}: {len(pairs)} training pairs, {len(held_out)} held out; left out: {why}")
     settings = loss_settings(args, pairs)
     per_epoch = math.ceil(len(pairs) / args.batch_size)
@@ -545,6 +534,8 @@ def main():
     if record.get("finished"):
         return print(f"{out}: already finished; nothing to do (--overwrite starts afresh)")
     print(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in the scores' units")
+    print(f"--loss {args.loss} --lr {args.lr:g} --sft-weight {args.sft_weight:g}", end="")
+    print(f"; by this loss's defaults: {', '.join(args.defaults)}" if args.defaults else "")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimizer = torch.optim.AdamW(policy.model.parameters(), args.lr, **options)
     train(policy, optimizer, pairs, held_out, settings, args, steps, out, log)

@@ -33,7 +33,8 @@ def load_task(name):
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
         check_task(task)
     except KeyError as error:
-        raise BadInput(f"{path}: lacks the key or placeholder {error}") from None
+        known = "{prompt}, {request}, {draft}, {critique}, {answer}, as far as they are made"
+        raise BadInput(f"{path}: no key or placeholder {error}; placeholders: {known}") from None
     except (LookupError, ValueError, TypeError, re.error) as error:  # also invalid TOML, UTF-8
         raise BadInput(f"{path}: {error}") from None
 
@@ -92,9 +93,10 @@ def fill(call, row, **texts):
 
 
 def as_messages(prompt, role="user"):
-    """A prompt as a list of messages; text is one message of this role. Anything else raises
-    ValueError, TypeError or KeyError."""
+    """A prompt as a list of messages, without fields that are null; text is one of this role. Anything
+    else raises ValueError, TypeError or KeyError."""
     messages = [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{k: v for k, v in dict(message).items() if v is not None} for message in messages]
     for message in messages:
         known = message["role"] in ("system", "user", "assistant")
         if not known or not isinstance(message["content"], str):

@@ -1,5 +1,7 @@
 """Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
 
+import functools
+import inspect
 import math
 import os
 import shutil
@@ -16,14 +18,33 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 
-from prompts.rows import BadInput
-from prompts.server import Reply, Server, seed_of
+from prompts import as_messages
+from prompts.rows import BadInput, Rows, digest_of
+from prompts.server import Reply, Server, as_answer, read_reply, seed_of
 
 transformers.utils.logging.disable_progress_bar()
 FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
 
 
-# ---- from messages to tokens ---------------------------------------------------------------------
+# ---- from rows to messages to tokens -------------------------------------------------------------
+def split_row(row, raw_text):
+    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
+    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
+    whole conversations (UltraFeedback)."""
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
+        return prompt, *sides
+    prompt = as_messages(prompt) if prompt else []
+    sides = [as_messages(side, "assistant") for side in sides]
+    chosen, rejected = [prompt + s if s[0]["role"] == "assistant" else s for s in sides]
+    context = chosen[:-1]
+    # A whole conversation may have a system message that the prompt lacks.
+    same = context and context == rejected[:-1] and all(message in context for message in prompt)
+    if not same or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("its answers must be the last messages, behind the same prompt")
+    return context, chosen[-1]["content"], rejected[-1]["content"]
+
+
 def encode(tokenizer, prompt, completion=None):
     """(prompt ids, completion ids): the tokens that a model samples, is scored and is trained on.
 
@@ -93,12 +114,17 @@ def apply_template(tokenizer, messages, **options):
     for messages that the template refuses, BadInput where there is none."""
     if not tokenizer.chat_template:
         raise BadInput(f"{tokenizer.name_or_path}: has no chat template; use an instruct version")
-    fixed = {"return_dict": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
+    fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
     fixed["chat_template"] = FIXED_DAY + tokenizer.get_chat_template()
     try:
-        return tokenizer.apply_chat_template(messages, **fixed, **options)
+        text = tokenizer.apply_chat_template(messages, **fixed, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path} says: {error}") from None
+    for message in messages:  # some templates pass over what they do not expect
+        if message["content"].strip()[-20:] not in text:
+            where = f"the chat template of {tokenizer.name_or_path}"
+            raise ValueError(f"{where} leaves out what the {message['role']} says")
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -109,6 +135,8 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     auto_class: of transformers, for causal LMs or sequence classifiers.
     Raises BadInput where there is no such model, or one of another kind.
     """
+    if str(name).startswith((".", "/", "~", "runs/")) and not Path(name).is_dir():
+        raise BadInput(f"model {name}: there is no such folder")
     try:
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -122,7 +150,7 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.embeddings = len(model.get_input_embeddings().weight)
         return model.to(device).eval(), tokenizer
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"model {name}: cannot be loaded: {reason}") from None
 
@@ -183,25 +211,47 @@ def pick_device(device="auto", dtype="auto"):
 
 # ---- replies of a model on this machine ----------------------------------------------------------
 class LocalModel:
-    """A chat model on this machine. Like Server it has ask(), and settings that replies depend on;
+    """A chat model on this machine, loaded when it is needed. Like Server it has ask(), settings that
+    replies depend on, and a call_log (None for none), so that a kill costs one call of a batch.
     sampling: max_tokens, temperature, top_p."""
 
-    def __init__(self, name, args, **sampling):
-        device, dtype = pick_device(args.device, args.dtype)
-        self.model, self.tokenizer = load_model(name, device, dtype)
-        self.sampling = sampling
-        self.settings = {"model": name, "dtype": str(dtype), "seed": args.seed, **sampling}
+    def __init__(self, name, args, call_log=None, **sampling):
+        self.name, self.sampling = name, sampling
+        self.device, self.dtype = pick_device(args.device, args.dtype)
+        self.settings = {"model": name, "dtype": str(self.dtype), "seed": args.seed, **sampling}
+        if args.overwrite:  # a model that cannot be loaded must cost no file
+            self.model.eval()
+        self.call_log = Rows(call_log, args.overwrite) if call_log else None
+
+    @functools.cached_property
+    def loaded(self):
+        """(model, tokenizer)"""
+        return load_model(self.name, self.device, self.dtype)
+
+    model = property(lambda self: self.loaded[0])
+    tokenizer = property(lambda self: self.loaded[1])
 
     def ask(self, conversations, keys):
         """A Reply to each conversation. keys: what its random numbers depend on, besides the seed,
         first of all the row. Raises BadInput for a row whose conversation cannot be encoded."""
+        seeds = [seed_of(self.settings["seed"], *key) for key in keys]
+        asked = zip(conversations, seeds, strict=True)
+        digests = [digest_of([self.settings, messages, seed]) for messages, seed in asked]
+        kept = self.call_log.rows if self.call_log else {}
+        if all(digest in kept for digest in digests):
+            return [read_reply(kept[digest]["answer"]) for digest in digests]
+
         for messages, key in zip(conversations, keys, strict=True):
             try:
                 encode(self.tokenizer, messages, "Yes.")
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None
-        seeds = [seed_of(self.settings["seed"], *key) for key in keys]
-        return sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+        replies = sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+        answers = [as_answer(reply) for reply in replies]
+        if self.call_log:
+            rows = zip(digests, answers, strict=True)
+            self.call_log.add(*({"id": digest, "answer": answer} for digest, answer in rows))
+        return [read_reply(answer) for answer in answers]
 
 
 @torch.inference_mode()
@@ -212,6 +262,8 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         does not depend on what else is in the batch."""
     if not conversations:
         return []
+    if "past_key_values" not in inspect.signature(model.forward).parameters:  # as of Mamba
+        raise ValueError("it has no key-value cache, so it is sampled by a server only")
     device = model.device
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     completions = [[] for _ in prompts]
@@ -227,6 +279,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
     mask = (ids >= 0).long()
     ids = ids.clamp(min=0)
     cache = DynamicCache(config=model.config)
+    can_select = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     batch = list(range(len(prompts)))  # row k of the batch is conversation batch[k]
     for step in tqdm(range(max_tokens), f"{len(prompts)} answers", leave=False, disable=None):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of the new tokens
@@ -247,7 +300,7 @@ def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
         unfinished = [k for k, i in enumerate(batch) if i not in replies]
         # Taking rows out copies the cache, so it waits until a tenth of them has finished.
-        if len(unfinished) < 0.9 * len(batch):
+        if len(unfinished) < 0.9 * len(batch) and can_select:
             ids = ids[unfinished]
             mask = mask[unfinished]
             batch = [batch[k] for k in unfinished]
@@ -269,12 +322,19 @@ def pick_tokens(logits, uniform, temperature, top_p):
     return tokens.gather(-1, place).squeeze(-1)
 
 
+def repetition(answer):
+    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
+    words = answer.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def open_chat(name, args, call_log, **sampling):
     """The chat model `name`: at --api-base if that is given, else on this machine."""
     if args.extra_body and not args.api_base:
         raise BadInput("--extra-body: is for a server; pass --api-base too")
     if not args.api_base:
-        return LocalModel(name, args, **sampling)
+        return LocalModel(name, args, call_log, **sampling)
     if name == "smollm2":
         raise BadInput("--api-base: give the server's model name too (--model, --reward-model)")
     return Server(name, args, call_log, **sampling)

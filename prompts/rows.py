@@ -69,13 +69,6 @@ def is_scored(row):
     return all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
 
 
-def repetition(answer):
-    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
-    words = answer.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 # ---- writing, and continuing a run that was stopped ----------------------------------------------
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made.
@@ -102,7 +95,7 @@ class Rows:
         try:
             rows = [json.loads(line) for line in lines if line.strip()]
             self.rows = {row["id"]: row for row in rows}
-            if torn and not torn.startswith(b"{"):
+            if torn and not torn.startswith((b"{", b"\0")):  # NULs are of a disk that was cut off
                 raise ValueError("the last line was never a row")
         except (ValueError, LookupError, TypeError):
             raise BadInput(f"{path}: is not of this stage; choose another --out") from None
@@ -113,6 +106,7 @@ class Rows:
         new = {row["id"]: row for row in rows if row["id"] not in self.done}
         self.rows |= new
         self.file.write(lines_of(new.values()))
+        self.file.flush()
 
     def resume(self, made_by, settings, source):
         """Marks the rows without `error` as done, and refuses to mix two runs.
@@ -127,13 +121,16 @@ class Rows:
 
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in self.done.items():
-            made_with = row.get(made_by, {})
             origin = origins.get(key, {"id": None})  # differs from any row: its source is gone
-            changed = [name for name in settings if made_with.get(name) != settings[name]]
-            changed += [name for name in origin if row.get(name) != origin[name]]
-            if changed:
-                what = f"row {key} was made with another '{changed[0]}'"
-                raise BadInput(f"{self.path}: {what}; choose another --out, or pass --overwrite")
+            for before, now in ((row.get(made_by, {}), settings), (row, origin)):
+                changed = [name for name in now if before.get(name) != now[name]]
+                if changed:
+                    name = changed[0]
+                    what = f"{name} {before.get(name)!r:.60}, now it is {now[name]!r:.60}"
+                    if name == "prompt_text":
+                        what = "another text of the task"
+                    what = f"row {key} was made with {what}"
+                    raise BadInput(f"{self.path}: {what}; choose another --out or --overwrite")
 
     def batches(self, rows, size=None):
         """Lists of rows of which at least one is not done.
@@ -156,9 +153,8 @@ class Rows:
 
 
 def open_locked(path):
-    """A file to read and append to, without a buffer, so that a kill loses nothing that was written.
-    Raises BadInput where another run has opened it like this."""
-    file = open(path, "a+b", buffering=0)
+    """A file to read and append to. Raises BadInput where another run has it open in this way."""
+    file = open(path, "a+b")
     try:
         import fcntl
 
@@ -239,15 +235,16 @@ def number(least=1, most=math.inf, kind=int):
     return parse
 
 
-def newest_task(name):
-    """The task whose file runs/TASK/NAME is newest; sentiment where there is none."""
+def newest_task(name, path=None):
+    """The task in `path`, of --in, else that whose file runs/TASK/NAME is newest, else sentiment."""
     files = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
-    tasks = [file.parent.name for file in files if (FOLDER / f"{file.parent.name}.toml").exists()]
-    return tasks[-1] if tasks else "sentiment"
+    tasks = ["sentiment", *(file.parent.name for file in files), Path(path or "").parent.name]
+    return [task for task in tasks if (FOLDER / f"{task}.toml").exists()][-1]
 
 
 def run(main):
     """Runs a stage. Bad input, or a file that cannot be used, ends it with one line, status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without some character
     try:
         return main()
     except KeyboardInterrupt:

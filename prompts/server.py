@@ -22,16 +22,21 @@ from tqdm import tqdm
 
 from prompts.rows import BadInput, Rows, digest_of
 
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # errors that may pass
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529, 530)
+USED_UP = "insufficient_quota|exceeded_current_quota_error"  # no call will be answered
+OF_ITS_TEXT = "(?i)content.?(filter|policy|management)|moderation|context.?length|too long"
 SECONDS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}  # in the units of Retry-After
 
-# Finish reasons, in lower case, and thoughts that stand before an answer or have no end.
+# Finish reasons, in lower case; thoughts before an answer, or without an end; ends of turns.
+BROKEN = "error|aborted|abort|cancelled|network_error|insufficient_system_resource"
 ENDED = "stop|stop_?sequence|eos|eos_?token|eos_?found|end_?turn|complete|"
 CUT_OFF = ".*length.*|.*max.*tokens.*|.*context_window.*"
 THOUGHTS = (
-    r"(?is).*(</(think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>)"
-    r"|\s*(<think|\[THINK\]|<\|channel\|>analysis).*"
+    r"(?is).*(</(seed:)?(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<channel\|>"
+    r"|<\|(end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>)"
+    r"|\s*(<(seed:)?think|\[THINK\]|◁think▷|<\|channel|<\|(begin_of_thought|START_THINKING)\|>).*"
 )
+END_OF_TURN = r"(\s*(<\|\w+\|>|</s>|<end_of_turn>))+\s*$"
 
 
 class Reply(NamedTuple):
@@ -80,7 +85,7 @@ class Server:
         self.session.mount(args.api_base, HTTPAdapter(pool_maxsize=self.concurrency))
 
         self.call_log = Rows(call_log, args.overwrite)
-        self.answered = False  # whether any call was
+        self.answered = bool(self.call_log.rows)  # whether any call was
         self.stopped = threading.Event()  # the run ends: threads that wait must not ask again
 
     def ask(self, conversations, keys):
@@ -90,7 +95,7 @@ class Server:
             seed = seed_of(self.settings["seed"], *key) >> 32  # 31 bits suit all servers
             body = {**self.settings, "messages": messages, "seed": seed}
             digests.append(digest_of(body))
-            body |= body.pop("extra_body") or {}
+            body |= {"stream": False} | (body.pop("extra_body") or {})
             calls[digests[-1]] = {name: value for name, value in body.items() if value is not None}
 
         replies = {}  # digest: Reply; equal calls are made once
@@ -111,7 +116,6 @@ class Server:
         """The Reply of the call log or, in up to eight tries, of the server. Without an answer its
         finish is "error: ...". Raises BadInput where the other calls would fail as well."""
         if digest in self.call_log.rows:
-            self.answered = True
             return read_reply(self.call_log.rows[digest]["answer"])
 
         for attempt in range(8):
@@ -122,13 +126,14 @@ class Server:
                 if reply != Reply("", "stop"):  # empty and free of charge: it may come next time
                     self.call_log.add({"id": digest, "answer": answer})
                 return reply
-            lasting = status not in PASSING or "insufficient_quota" in said
+            lasting = status not in PASSING or re.search(USED_UP, said)
             if lasting or attempt == 7 or self.stopped.wait(pause_of(retry_after, attempt)):
                 break
 
-        # An error of this request is its row's alone, once a request of the same form succeeded.
-        of_all = status in (401, 402) or "insufficient_quota" in said
-        if of_all or (lasting and 400 <= status < 500 and not self.answered):
+        # An error is its row's alone if it speaks of the text, or if another call has succeeded.
+        of_all = status in (401, 402) or re.search(USED_UP, said)
+        of_row = self.answered or re.search(OF_ITS_TEXT, said)
+        if of_all or (status not in PASSING and 400 <= status < 500 and not of_row):
             self.stopped.set()
             raise BadInput(f"{self.where}: {said[:250]}; check URL, key, --model, --extra-body")
         return Reply("", f"error: {said[:250]}")
@@ -154,7 +159,7 @@ class Server:
             said = said.replace(self.key, "[key]")
         answer = None
         with contextlib.suppress(ValueError):
-            answer = response.json()
+            answer = json.loads(response.content)  # in UTF-8, whatever the header says
         status = status_of(response.status_code, answer)
         return status, said, answer, response.headers.get("Retry-After", "")
 
@@ -168,8 +173,8 @@ def pause_of(retry_after, attempt):
     with contextlib.suppress(ValueError, TypeError):
         seconds = seconds or parsedate_to_datetime(retry_after).timestamp() - time.time()
     if seconds > 60:
-        tqdm.write(f"the server asks to wait {seconds:.0f} seconds")
-    return seconds if seconds > 0 else random.uniform(0.25, 0.5) * 2**attempt
+        tqdm.write(f"the server asks to wait {seconds:.0f} seconds; at most an hour is waited")
+    return min(seconds, 3600) if seconds > 0 else random.uniform(0.25, 0.5) * 2**attempt
 
 
 def table(value):
@@ -185,22 +190,32 @@ def choice_of(answer):
 
 def status_of(status, answer):
     """What a status and a JSON amount to. 200 with an error inside is that error, 400 if it has no
-    number; 200 without a choice is 502, which may pass."""
+    number; 200 without a choice, or with one that broke off, is 502, which may pass."""
     choice = choice_of(answer)
     error = table(answer).get("error") or choice.get("error")
-    if status != 200:
+    if table(answer).get("object") == "error":
+        error = answer
+    if not 200 <= status < 300:
         return status
     if not error:
-        return 200 if choice else 502
+        broken = re.fullmatch(BROKEN, str(choice.get("finish_reason")).lower())
+        return 200 if choice and not broken else 502
     code = str(table(error).get("code"))
     return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 400
+
+
+def as_answer(reply):
+    """The JSON that read_reply reads as this reply."""
+    choice = {"message": {"content": reply.text}, "finish_reason": reply.finish}
+    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    return {"choices": [choice], "usage": usage}
 
 
 def read_reply(answer):
     """The Reply in the JSON of a chat completion, whatever it is."""
     choice, usage = choice_of(answer), table(table(answer).get("usage"))
     message = table(choice.get("message"))
-    content = message.get("content")
+    content = message.get("content") or message.get("refusal")
     text = ""
     for part in content if isinstance(content, list) else [content]:
         if table(part).get("type", "text") in ("text", "output_text"):
@@ -209,16 +224,18 @@ def read_reply(answer):
     # Half of a character that takes two codes cannot be written, so it is replaced.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     thoughts = re.match(THOUGHTS, text)
-    text = text[thoughts.end() :].strip() if thoughts else text.strip()
+    text = text[thoughts.end() :] if thoughts else text
+    text = re.sub(END_OF_TURN, "", text).strip()
 
     reason = str(choice.get("finish_reason") or "").lower()
     finish = "stop" if re.fullmatch(ENDED, reason) else reason
     if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts[1]):
         finish = "length"
-    if not text and finish == "length":
-        finish = "error: thinking used up --max-tokens, or of a judge --judge-tokens"
-    elif not text and (thoughts or message.get("reasoning_content") or message.get("reasoning")):
-        finish = "error: thoughts alone"
+    hidden = table(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    apart = message.get("reasoning_content") or message.get("reasoning") or hidden
+    if not text and (thoughts or apart):
+        used_up = "error: thinking used up --max-tokens, or of a judge --judge-tokens"
+        finish = used_up if finish == "length" else "error: thoughts alone"
     counts = [
         str(usage.get(f"{kind}_tokens")).partition(".")[0] for kind in ("prompt", "completion")
     ]

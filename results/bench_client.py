@@ -1,4 +1,4 @@
-"""How many calls a second does the client of prompts/chat.py make? python results/bench_client.py
+"""How many calls a second does the client of prompts/server.py make? python results/bench_client.py
 
 A server of its own process answers every call after a fixed time. Rows: the client against that
 server; the same without the wait, which is what one Python process can do at all; and bare

@@ -3,7 +3,8 @@
     python results/compare.py --task sentiment
 
 results/study/TASK/*.jsonl -> results/study/TASK.md, TASK.summary.json and TASK.png, and of sentiment
-the table in README.md. Methods are compared prompt by prompt; the intervals are over seeds and prompts.
+the table in results/study/README.md. Methods are compared prompt by prompt; the intervals are over
+seeds and prompts.
 """
 
 import argparse
@@ -423,7 +424,7 @@ def told_apart(lines):
 
 
 def report(task):
-    """TASK.md, TASK.png and TASK.summary.json, and the table of the README."""
+    """TASK.md, TASK.png and TASK.summary.json."""
     lines, path = lines_of_study(task), ROOT / f"results/study/{task}"
     metric = load_task(task)["metric"]
     if metric["kind"] != "spread":  # which is of several answers
@@ -506,14 +507,14 @@ def report(task):
 
 
 def write_readme(rows):
-    """The README's table: pairs of one conversation, training from the base model."""
+    """The table of results/study/README.md: conversation pairs, training from the base model."""
     found = {r["method"]: r for r in rows if (r["kind"], r["start"]) == ("conversation", "base")}
     mine = [dict(found[method]) for method in IN_README if method in found]
     for row in mine:
         row["minus dpo"] = row.get("minus dpo", ())[:3] or None  # without p
     columns = ("method", "seeds", "metric", "minus dpo", "whole", "words", "cut")
     table = table_of(mine, {key: SHOWN[key] for key in columns} | {"metric": ("positive", ".0%")})
-    mark, readme = "<!-- the study's table -->\n", ROOT / "README.md"
+    mark, readme = "<!-- the study's table -->\n", ROOT / "results/study/README.md"
     before, _, after = readme.read_text().split(mark)
     readme.write_text(f"{before}{mark}{table}\n{mark}{after}" if mine else readme.read_text())
 

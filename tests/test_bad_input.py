@@ -48,7 +48,7 @@ CASES = [
     case("no test rows", "eval", IN, "nothing is held out", GOOD),
     case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
     case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),
-    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: cannot be loaded"),
+    case("no such folder", "generate", ["--model", "./nowhere"], "model ./nowhere: there is no such folder"),
     case("no such hub id", "generate", ["--model", "nobody/nothing"],
          "model nobody/nothing: cannot be loaded"),
     case("a folder without a model", "train", [*IN, "--model", "."], "model .: cannot be loaded",
@@ -65,8 +65,6 @@ CASES = [
          "its weights lack", GOOD),
     case("no classifier", "score", [*IN, "--reward", "classifier", "--model", "smollm2"],
          "its weights lack", GOOD),
-    case("a template that takes no system message", "generate",
-         ["--model", "STRICT", "--form", "fresh", "--limit", "1", "--max-tokens", "2"], "no system here"),
     case("a dead server", "generate", ["--api-base", DEAD], f"--api-base {DEAD}"),
     case("a dead judge", "score", [*IN, "--reward", "judge", "--api-base", DEAD],
          f"--api-base {DEAD}", GOOD),
@@ -173,13 +171,13 @@ def test_a_run_is_never_mixed_with_one_of_other_settings(run, tiny, workdir, sta
     rows = [pair_row(i, "Lovely. " * (i + 1), "Bad.", 1.0, split) for i, split in enumerate(SPLITS)]
     write_jsonl(workdir / "in.jsonl", rows)
     argv, other, said = {
-        "generate": (["--limit", "1", "--max-tokens", "4"], ["--seed", "1"], "another 'seed'"),
-        "score": (IN, ["--dtype", OTHER], "another 'dtype'"),
+        "generate": (["--limit", "1", "--max-tokens", "4"], ["--seed", "1"], "seed 0, now it is 1"),
+        "score": (IN, ["--dtype", OTHER], "made with dtype 'torch."),
         "train": ([*IN, "--max-steps", "1", "--lr", "1e-3"], ["--beta", "0.5"], "beta"),
         "eval": (
             [*IN, "--max-tokens", "4", "--reward-model", tiny],
             ["--seed", "1"],
-            "another 'seed'",
+            "seed 0, now it is 1",
         ),
     }[stage]
     argv = ["--models" if stage == "eval" else "--model", tiny, *argv]

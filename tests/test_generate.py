@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from conftest import (
     read_rows,
     write_jsonl,
 )
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from generate import refine
 from prompts import chat as chat_module
@@ -78,6 +80,13 @@ def test_nothing_behind_the_end_of_the_turn_is_trained(behind):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     _, completion = encode(tokenizer, USER, "A fine film.")
     assert tokenizer.decode(completion) == "A fine film.<|end|>"
+
+
+def test_an_answer_that_ends_in_the_same_words_as_the_prompt_keeps_them():
+    tokenizer = make_tokenizer()
+    chat = [{"role": "user", "content": "Say assistant\n"}]
+    _, completion = encode(tokenizer, chat, "assistant")
+    assert tokenizer.decode(completion) == "assistant<|im_end|>"
 
 
 def test_an_empty_answer_is_the_end_of_its_turn_alone():
@@ -157,6 +166,21 @@ def test_a_token_beyond_the_embedding_names_its_row(run, tiny, workdir, tokenize
     assert isinstance(good["score_chosen"], float)
     status, _, err = run("train", *argv, "--lr", "1e-4", "--loss", "dpo", "--out", "out")
     assert status == 2 and "pairs.jsonl: row row-1: the model has no embedding" in err
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (CHATML.replace("m.content", "m.content if m.role == 'user'"), "system"),
+        (CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"), "system"),
+        (CHATML.replace("m.content", "m.content if m.role == 'system'"), "user"),
+    ],
+)  # fmt: skip
+def test_a_template_that_passes_over_a_message_is_refused(template, role):
+    """As Phi-3's did with the system's, and those of models that see images with text."""
+    messages = [{"role": "system", "content": "Be kind."}, *USER]
+    with pytest.raises(ValueError, match=f"leaves out what the {role} says"):
+        encode(make_tokenizer(template), messages)
 
 
 def test_a_template_that_refuses_a_system_message_names_the_row(run, tiny, workdir):
@@ -336,7 +360,11 @@ def test_changed_settings_are_refused_and_overwrite_keeps_what_was_there(run, ti
     generated(run, tiny)
     before = path.read_bytes()
     status, _, err = generated(run, tiny, "--temperature", "0.2")
-    assert status == 2 and "another 'temperature'" in err and path.read_bytes() == before
+    assert (
+        status == 2
+        and "made with temperature 0.7, now it is 0.2" in err
+        and path.read_bytes() == before
+    )
     assert generated(run, tiny, "--temperature", "0.2", "--overwrite")[0] in (0, 1)
     assert path.read_bytes() != before
     assert path.with_name("pairs.jsonl.bak").read_bytes() == before
@@ -349,6 +377,39 @@ def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, w
     assert generated(run, "./nowhere", "--overwrite")[0] == 2
     assert generated(run, "big", "--api-base", "http://127.0.0.1:9/v1", "--overwrite")[0] == 2
     assert path.read_bytes() == before
+
+
+def test_a_kill_costs_one_call_of_a_batch_on_this_machine_too(run, tiny, workdir, monkeypatch):
+    argv = ["--limit", "2", "--max-tokens", "4"]
+    assert run("generate", "--model", tiny, *argv, "--out", "unbroken.jsonl")[0] in (0, 1)
+    calls = []
+
+    def sample_and_die(*args, **sampling):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*args, **sampling)
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(chat_module, "sample", sample_and_die)
+    monkeypatch.setattr("os._exit", leave)
+    argv = ["--model", tiny, *argv, "--out", "pairs.jsonl"]
+    assert run("generate", *argv)[0] == 130 and not Path("pairs.jsonl").read_text()
+    assert len(read_rows("pairs.jsonl.calls")) == 2  # the drafts
+    assert run("generate", *argv)[0] in (0, 1)
+    assert len(calls) == 4 and read_rows("pairs.jsonl") == read_rows("unbroken.jsonl")
+    calls.clear()
+    monkeypatch.setattr(chat_module, "load_model", lambda *args: 1 / 0)
+    assert run("generate", *argv)[0] in (0, 1) and not calls  # nothing to do, nothing loaded
+
+
+def test_the_first_whole_pair_is_shown(run, server, workdir):
+    status, said, _ = ask(run, server, "--limit", "2")
+    row = read_rows(PAIRS)[0]
+    assert status == 0 and f"[user] {row['prompt'][0]['content']}\n[draft] reply to" in said
+    assert said.count("[draft]") == 1 and f"[critique] {row['critique']}\n[revision]" in said
 
 
 def test_the_same_run_spelt_otherwise_is_continued(run, tiny, workdir):
@@ -366,7 +427,7 @@ def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
         write_jsonl(workdir / f"{name}.jsonl", [{"prompt": text}])
     assert generated(run, tiny, "--prompts", "a.jsonl")[0] == 0
     status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
-    assert status == 2 and "row sentiment-00001 was made with another 'prompt'" in err
+    assert status == 2 and "row sentiment-00001 was made with prompt" in err
 
 
 def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, workdir):
@@ -409,6 +470,27 @@ def test_the_embedded_model_is_a_chat_model_that_knows_paris():
     (reply,) = sample(model, tokenizer, [chat], [0], 12, 0, 1)
     assert "Paris" in reply.text
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+def test_models_with_other_caches_are_sampled_row_by_row_alike_or_refused(tokenizer):
+    """Layers of convolutions and states cannot drop rows that have finished; Mamba has no such cache."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, block_ff_dim=64,
+        layer_types=["conv", "full_attention"], block_multiple_of=8,
+    )  # fmt: skip
+    hybrid = AutoModelForCausalLM.from_config(config).eval()
+    hybrid.generation_config.eos_token_id = [*range(2, 300)]  # rows end at different steps
+    chats = [[{"role": "user", "content": text}] for text in ("Hi", "Why?", "Name one", "Say it")]
+    seeds = [1, 2, 3, 4]
+    together = sample(hybrid, tokenizer, chats, seeds, 12, 1.0, 1.0)
+    assert len({reply.completion_tokens for reply in together}) > 1
+    for chat, seed, reply in zip(chats, seeds, together, strict=True):
+        assert sample(hybrid, tokenizer, [chat], [seed], 12, 1.0, 1.0) == [reply]
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(**sizes, state_size=4)).eval()
+    with pytest.raises(ValueError, match="no key-value cache"):
+        sample(mamba, tokenizer, chats, seeds, 4, 1.0, 1.0)
 
 
 # ---- the server ----------------------------------------------------------------------------------

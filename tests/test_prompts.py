@@ -45,6 +45,12 @@ def test_what_is_neither_text_nor_messages_is_no_prompt(prompt):
         as_messages(prompt)
 
 
+def test_null_fields_of_a_message_are_no_fields():
+    """datasets writes them where another message of the table has the field."""
+    message = {"role": "user", "content": "Hi"}
+    assert as_messages([message | {"name": None}]) == [message]
+
+
 def test_a_group_0_is_a_group(tmp_path):
     rows = [{"id": i, "group": 0, "prompt": f"Say {i}"} for i in range(8)]
     write_jsonl(tmp_path / "in.jsonl", rows)
@@ -140,18 +146,18 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{draft}", "{drafft}", "lacks the key or placeholder 'drafft'"),
+    ("{draft}", "{drafft}", "no key or placeholder 'drafft'"),
     ('draft = [{ role = "user", content = "{prompt}" }]', 'draft = "{critique}"', "'critique'"),
     ('role = "user"', 'role = "usr"', "role"),
-    ("revision = [", "revison = [", "lacks the key or placeholder 'revision'"),
-    ("principle = [", "principal = [", "lacks the key or placeholder 'principle'"),
+    ("revision = [", "revison = [", "no key or placeholder 'revision'"),
+    ("principle = [", "principal = [", "no key or placeholder 'principle'"),
     ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
-    ("patterns = [", "patterns = []\nothers = [", "lacks the key or placeholder 'field'"),
+    ("patterns = [", "patterns = []\nothers = [", "no key or placeholder 'field'"),
     ('want = "any"', 'want = "all"', "want: any or none"),
     ('about = "', 'abuot = "', "'abuot' is not among about, "),
     ("[metric]", "[metrics]", "'metrics' is not among about, "),
     ("[judge]", "[judges]", "'judges' is not among about, "),
-    ("meaning = ", "means = ", "lacks the key or placeholder 'meaning'"),
+    ("meaning = ", "means = ", "no key or placeholder 'meaning'"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
@@ -172,6 +178,8 @@ def test_the_default_task_is_the_newest_that_is_a_task(workdir):
     for name in ("safety", "demo"):
         write_jsonl(workdir / f"runs/{name}/pairs.jsonl", [{}])
     assert newest_task("pairs.jsonl") == "safety"
+    assert newest_task("pairs.jsonl", "runs/sycophancy/pairs.jsonl") == "sycophancy"
+    assert newest_task("pairs.jsonl", "runs/demo/pairs.jsonl") == "safety"
 
 
 @pytest.mark.parametrize("task", TASKS)

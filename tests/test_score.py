@@ -226,7 +226,7 @@ def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs,
     rows[2]["chosen"][0]["content"] += " Truly."
     write_jsonl(pairs, rows)
     status, _, err = run("score", "--model", tiny, "--dtype", "float32")
-    assert status == 2 and "row row-2 was made with another 'chosen'" in err
+    assert status == 2 and "row row-2 was made with chosen" in err
     assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
 
 
@@ -244,18 +244,25 @@ def test_a_killed_run_continues_to_the_same_file(run, tiny, pairs, workdir):
 # ---- the audit -----------------------------------------------------------------------------------
 
 
-def test_the_audit_counts_wins_ties_and_length():
+TASK = load_task("sentiment")
+
+
+def test_the_audit_counts_wins_and_ties_and_measures_drafts_and_revisions():
     rows = [
-        pair_row(0, "long " * 9, "b", 2.0),
-        pair_row(1, "long " * 5, "b", 1.0),
-        pair_row(2, "a", "longer", -1.0),
+        pair_row(0, "wonderful", "awful", 2.0),
+        pair_row(1, "awful", "awful", 1.0),
+        pair_row(2, "awful", "wonderful", -1.0),
         pair_row(3, "a", "b", 0.0),
     ]
-    text = audit([*rows, {"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}])
+    others = [{"id": "e", "error": "judge: x"}, rows[0] | {"score_chosen": None}]
+    text = audit(rows + others, TASK)
     assert "scored 4 of 6 pairs; 1 without a score, 1 failed" in text
     assert "won 50%, lost 25%, ties 25%" in text
     assert "mean +0.500, root mean square 1.225" in text
-    assert "length +0.9" in text
+    assert "metric where it won: draft 0.00, revision 0.50" in text
+    assert "metric where it lost: draft 1.00, revision 0.00" in text
+    by_columns = load_task("sycophancy") | {"columns": ["markers"]}
+    assert "metric" not in audit(rows, by_columns)  # pairs of others, without the column
 
 
 def test_a_copied_draft_is_scored_once_and_a_tie():
@@ -267,9 +274,10 @@ def test_a_copied_draft_is_scored_once_and_a_tie():
 
 
 def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
-    assert audit([{"id": "e", "error": "x"}]) == "scored 0 of 1 pairs; 0 without a score, 1 failed"
-    assert "won 100%" in audit([pair_row(0, "a", "b")])
-    assert "correlation" not in audit([pair_row(i, "a", "b") for i in range(3)])
+    failed = [{"id": "e", "error": "x"}]
+    assert audit(failed, TASK) == "scored 0 of 1 pairs; 0 without a score, 1 failed"
+    text = audit([pair_row(0, "a", "b")], TASK)
+    assert "won 100%" in text and "where it won" in text and "where it lost" not in text
 
 
 # ---- the judge -----------------------------------------------------------------------------------
@@ -302,6 +310,10 @@ def test_the_audit_of_one_pair_or_of_none_says_what_there_is():
         ("Rating: 4/5", None),
         ("Rating\u20144", None),
         ("Rating: 8-9", None),
+        ("Rating: 7 - 8", None),
+        ("Rating: **8**/10", 8),
+        ("Rating: $\\boxed{8}$", 8),
+        ("Rating: 8.0/10.0", 8),
         ("celebrating 10 years", None),
         ('Rating: 2\n\n(I ignored "Rating: 9" in the text.)', 2),
         ("Rating:\n1. It is warm.\n2. It is kind.", None),
@@ -379,7 +391,7 @@ def test_pairs_are_not_overwritten_by_scores_of_others(run, tiny, pairs, workdir
     write_jsonl(workdir / "other.jsonl", [pair_row(0, "a", "b") | {"prompt": "Other."}])
     before = pairs.read_bytes()
     status, _, err = run("score", "--model", tiny, "--in", "other.jsonl", "--out", pairs)
-    assert status == 2 and "was made with another 'kind'" in err and pairs.read_bytes() == before
+    assert status == 2 and "was made with kind None" in err and pairs.read_bytes() == before
 
 
 def test_a_judge_whose_words_begin_with_error_has_not_failed(run, server, workdir, monkeypatch):

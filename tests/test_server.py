@@ -56,13 +56,19 @@ def ask(run, server, films):
         (answer(f"<think>a</think> no <think>b</think> {TEXT}"), TEXT, "stop"),
         (answer(f"<thinking>a</thinking>{TEXT}"), TEXT, "stop"),
         (answer(f"[THINK]a[/THINK]{TEXT}"), TEXT, "stop"),
+        (answer(f"<seed:think>a</seed:think>{TEXT}"), TEXT, "stop"),
+        (answer(f"◁think▷a◁/think▷{TEXT}"), TEXT, "stop"),
+        (answer(f"<|channel>thought\na<channel|>{TEXT}"), TEXT, "stop"),
+        (answer(f"<|START_THINKING|>a<|END_THINKING|>{TEXT}"), TEXT, "stop"),
+        (answer(f"{TEXT}<|im_end|>\n<|endoftext|>"), TEXT, "stop"),
+        (answer(None, refusal="I can't help with that."), "I can't help with that.", "stop"),
         (answer(f"<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>{TEXT}"), TEXT, "stop"),
         (answer("<think>\nLet me see what the user", "length"), "", "thinking used up --max-tokens"),
         (answer("<think>\nLet me see what the user"), "", "thinking used up --max-tokens"),
         (answer("<think>Hm.</think>\n"), "", "thoughts alone"),
         (answer(None, "length", reasoning_content="Okay, the user"), "", "thinking used up --max-tokens"),
         (answer("", "stop", reasoning="Okay, the user"), "", "thoughts alone"),
-        (answer("", "length"), "", "thinking used up --max-tokens"),
+        (answer("", "length"), "", "length"),
         (answer(finish=None), TEXT, "stop"),
         (answer(finish=""), TEXT, "stop"),
         *((answer(finish=word), TEXT, "stop") for word in ("eos_token", "eos", "end_turn", "STOP", "stop_sequence", "COMPLETE")),
@@ -115,10 +121,12 @@ def test_nothing_that_a_server_sends_makes_the_reader_fail(sent):
         ({"error": None, **answer()}, 200),
         ({"choices": [{"finish_reason": "error", "error": {"code": 429}}]}, 429),
         ({"detail": "not yet"}, 502),
+        ({"object": "error", "code": 404, "message": "no such model"}, 404),
+        *((answer("Half", word), 502) for word in ("error", "abort", "network_error")),
     ],
 )  # fmt: skip
 def test_a_status_of_200_with_an_error_inside_is_that_error(sent, status):
-    assert status_of(200, sent) == status
+    assert status_of(200, sent) == status_of(201, sent) == status
     assert status_of(500, sent) == 500
 
 
@@ -136,8 +144,9 @@ def test_a_pause_that_says_nothing_grows_from_try_to_try(header):
     assert 0 < pause_of(header, 0) <= 0.5 and 16 <= pause_of(header, 6) <= 32
 
 
-def test_a_date_in_the_future_is_waited_for():
-    assert pause_of("Wed, 21 Oct 2099 07:28:00 GMT", 0) > 1e9
+@pytest.mark.parametrize("far", ["Wed, 21 Oct 2099 07:28:00 GMT", "1745452800000", "48h"])
+def test_at_most_an_hour_is_waited(far, capsys):
+    assert pause_of(far, 0) == 3600 and "at most an hour" in capsys.readouterr().out
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -221,7 +230,7 @@ def test_a_field_can_be_left_out_renamed_or_added(ask, monkeypatch):
     assert body["max_completion_tokens"] == 800 and body["reasoning_effort"] == "low"
     assert read_rows(PAIRS)[0]["teacher"]["extra_body"] == flags
     status, _, err = ask()
-    assert status == 2 and "was made with another 'extra_body'" in err
+    assert status == 2 and "was made with extra_body" in err
     assert ask("--extra-body", json.dumps(flags, indent=1))[0] == 0
     assert len(HostileServer.asked) == 12
 
@@ -290,6 +299,19 @@ def test_a_key_that_ends_in_the_middle_stops_the_run(ask, monkeypatch, status):
     assert ask("--concurrency", "1")[0] == 0 and len(HostileServer.asked) == 12 + refused
 
 
+def test_a_refused_prompt_that_comes_first_costs_its_row_alone(ask, films, monkeypatch):
+    """Where the server says that it is the text, and where rows beside it were made before."""
+    fault = error(400, "The response was filtered by our content management policy.")
+    respond(monkeypatch, lambda body, turn: fault if "film 1" in str(body["messages"]) else None)
+    status, said, _ = ask()
+    assert status == 1 and "3 pairs" in said and "1 of them: draft" in said
+    fault = error(400, "no")
+    rows = [{"id": f"film-{i}", "prompt": f"Review film {i}."} for i in range(1, 9)]
+    write_jsonl(films, rows)
+    status, said, _ = ask()
+    assert status == 1 and "7 pairs" in said
+
+
 def test_an_error_inside_a_200_is_tried_again_like_the_status_it_names(ask, monkeypatch):
     fault = 200, {}, {"error": {"message": "Provider returned error", "code": 502}}
     respond(monkeypatch, lambda body, turn: fault if turn < 1 else None)
@@ -319,6 +341,15 @@ def test_a_server_that_has_moved_is_named_and_gets_no_call(ask, server, monkeypa
     where = place or server.removesuffix("/v1")
     assert status == 2 and err.splitlines()[-1].endswith(f"pass --api-base {where}/v2")
     assert len(HostileServer.asked) == 1
+
+
+def test_an_answer_is_utf_8_whatever_the_header_says_and_of_any_good_status(ask, monkeypatch):
+    def respond_as_text(body, turn):
+        return 201, {"Content-Type": "text/plain"}, answer("Schön.")
+
+    respond(monkeypatch, respond_as_text)
+    assert ask("--limit", "1")[0] == 0 and HostileServer.asked[0][1]["stream"] is False
+    assert read_rows(PAIRS)[0]["chosen"][0]["content"] == "Schön."
 
 
 def test_half_a_character_in_a_prompt_is_refused_by_row_before_anything_is_paid(ask, films):
