@@ -5,9 +5,6 @@
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
 with its scores; report.md, a table and answers side by side; report.png, also training curves.
-
-Beside the task's own metric, which training never saw, stand the reward and what a gain may have
-cost: length, repetition, and the log-prob under the first model, low for broken English.
 """
 
 import itertools
@@ -29,6 +26,7 @@ from prompts.rows import (
 )  # fmt: skip
 from score import add_reward_flags, finite, make_reward
 
+SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
 
@@ -91,32 +89,24 @@ def bootstrap(values, share=False, seed=0, draws=10_000):
 
 
 def summarise(names, rows, kind):
-    """(table, pairs). table: of each model a dictionary with mean and interval of every measure.
-    pairs: {"B - A": mean and interval of the difference in metric, group by group} for any two."""
+    """(table, pairs). table: of each model a dictionary with mean and interval of every measure, and
+    its metric by group. pairs: {"B - A": the difference in metric, group by group} of any two."""
     shares = {"cut"} if kind == "spread" else {"cut", "metric", "control"}
-    table, pairs, metrics = [], {}, {}
+    table, pairs = [], {}
     for name in names:
         answers = [row for row in rows if row["model"] == name]
-        measures = {}
+        measures = {key: by_group(answers, key) for key in SIDE_MEASURES}
         for key, control in (("metric", False), ("control", True)):
             asked = [row for row in answers if row["control"] == control]
             measures[key] = by_group(asked, "metric", kind)
-        for key in ("score", "words", "repeats", "base_logp", "cut"):
-            measures[key] = by_group(answers, key)
-        table.append({"model": name, "groups": len(measures["metric"])})
+        table.append({"model": name, "groups": measures["metric"]})
         for key, groups in measures.items():
             table[-1][key] = bootstrap(groups.values(), share=key in shares)
-        metrics[name] = measures["metric"]
 
-    for first, second in itertools.combinations(names, 2):
-        ours, others = metrics[second], metrics[first]
+    for first, second in itertools.combinations(table, 2):
+        ours, others = second["groups"], first["groups"]
         differences = [ours[group] - others[group] for group in ours if group in others]
-        found = bootstrap(differences)
-        if "metric" in shares and len(set(differences)) == 1:
-            # Wilson's interval of the share of groups that differ otherwise, which is 0.
-            mean, margin = differences[0], bootstrap([0.0] * len(differences), share=True)[2]
-            found = mean, max(-1.0, mean - margin), min(1.0, mean + margin), "W"
-        pairs[f"{second} - {first}"] = found
+        pairs[f"{second['model']} - {first['model']}"] = bootstrap(differences)
     return table, pairs
 
 
@@ -142,8 +132,7 @@ def make_table(table, pairs, metric):
     rows = [["model", *(heading for _, heading, _ in columns)], ["---"] * (len(columns) + 1)]
     for line in table:
         rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.append("")
+    lines = [*(f"| {' | '.join(row)} |" for row in rows), ""]
     for name, difference in pairs.items():
         lines.append(f"- difference in metric, {name}: {interval(difference, f'+{form}')}")
     return "\n".join(lines)
@@ -152,22 +141,20 @@ def make_table(table, pairs, metric):
 def make_warnings(table):
     """A line for the top of the report: few groups, and models whose answers are odd or short."""
     first, *others = table
-    texts = [f"only {first['groups']} groups of test prompts"] * (first["groups"] < 20)
+    texts = [f"only {len(first['groups'])} groups of test prompts"] * (len(first["groups"]) < 20)
     for line in others:
         for key, what, form in (("words", "words", ".0f"), ("base_logp", "log-prob", ".2f")):
             before, now = first[key], line[key]
             least = 0.3 if key == "base_logp" else before[0] / 3
             if before and now and before[0] - now[0] >= least > 0:
-                change = f"{what} from {before[0]:{form}} to {now[0]:{form}}"
-                texts.append(f"{line['model']}: {change}")
+                texts.append(f"{line['model']}: {what} from {before[0]:{form}} to {now[0]:{form}}")
     return f"> **Caution**: {'; '.join(texts)}.\n\n" if texts else ""
 
 
 def make_samples(rows, count):
     """First answers of all models to the first `count` prompts, side by side, in Markdown."""
-    prompt_ids = list(dict.fromkeys(row["prompt_id"] for row in rows))
     parts = []
-    for prompt_id in prompt_ids[:count]:
+    for prompt_id in [*dict.fromkeys(row["prompt_id"] for row in rows)][:count]:
         answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
         parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
         for row in answers:
@@ -177,7 +164,7 @@ def make_samples(rows, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, compared, table, results, samples):
+def make_report(args, task, compared, table, results, answers):
     """Text of report.md. compared: models and settings."""
     made = provenance(pick_device(args.device)[0])
     control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
@@ -187,19 +174,17 @@ def make_report(args, task, compared, table, results, samples):
 
 {results}
 
-Brackets: 95 % intervals over {table[0]["groups"]} groups of prompts, not over training seeds, by \
-bootstrap; with a W by Wilson's formula, where the bootstrap would reach 0 or 100 % or be a point.
+Brackets: 95 % intervals over {len(table[0]["groups"])} groups of prompts, not over training seeds, by bootstrap; W: by Wilson's formula, where the bootstrap would reach 0 or 100 %. A difference that is the same in every group has no interval.
 
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token. \
-**cut off**: share of answers that reached {args.max_tokens} tokens.
+- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
 ![metric and words of every model, and training curves](report.png)
 
 ## Answers side by side
 
-{samples}
+{make_samples(answers, 6)}
 
 Made by `{shlex.join(["python", *sys.argv])}` at commit {made["commit"]}, {made["date"]}, \
 on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
@@ -210,17 +195,15 @@ def draw(path, title, table, metric, logs):
     """report.png: bars of all models, curves of `logs`, for each the rows of log.jsonl or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    panels = {
-        "metric": f"metric ({metric['better']} is better)", "words": "words per answer",
-        "loss": "loss", "rewards/margins": "z (rewards/margins)",
-        "logps/chosen": "log-prob of chosen", "logps/rejected": "log-prob of rejected",
-    }  # fmt: skip
+    panels = ["metric", "words", "loss", "rewards/margins", "logps/chosen", "logps/rejected"]
     forms = {"metric": ".2f" if metric["kind"] == "spread" else ".0%", "words": ".0f"}
     figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
-    figure.suptitle(textwrap.fill(f"{title}. Metric: {metric['meaning']}", 120))
+    meaning = f"{metric['meaning']} ({metric['better']} is better)"
+    figure.suptitle(textwrap.fill(f"{title}. Metric: {meaning}", 120))
     axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
-    for axis, (key, heading) in zip(axes.flat, panels.items(), strict=False):
-        axis.set(title=heading, xlabel="" if key in forms else "step (dots: held out)")
+    for axis, key in zip(axes.flat, panels, strict=False):
+        axis.set_title(key.replace("rewards/margins", "z (rewards/margins)"))
+        axis.set_xlabel("" if key in forms else "step (dots: held out)")
         for i, (line, log) in enumerate(zip(table, logs, strict=True)):
             if key in forms:
                 mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
@@ -384,10 +367,9 @@ def main():
     if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
         for file in args.out.glob("report.[mp]*[dg]"):
             file.replace(f"{file}.bak")
-    text = make_report(args, task, compared, table, results, make_samples(answers, 6))
-    report.write_text(text, encoding="utf-8")
+    report.write_text(make_report(args, task, compared, table, results, answers), encoding="utf-8")
     logs = [Path(model, "log.jsonl") for model in args.models]
-    logs = [read_rows(log) if log.exists() else [] for log in logs]
+    logs = [read_rows(log) if log.exists() and log.stat().st_size else [] for log in logs]
     title = f"Task {args.task}: {len(rows)} test prompts"
     draw(report.with_suffix(".png"), title, table, task["metric"], logs)
     print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")

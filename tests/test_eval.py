@@ -122,13 +122,15 @@ def test_a_share_within_the_bootstraps_reach_keeps_the_bootstrap():
     assert table[0]["metric"] == bootstrap([1.0] * 11 + [0.0] * 11)
 
 
-def test_any_two_models_are_compared_by_name_and_two_perfect_ones_are_not_surely_equal():
-    rows = rows_of("base", [0.0] * 22) + rows_of("dpo", [1.0] * 22) + rows_of("rdpo", [1.0] * 22)
+def test_any_two_models_are_compared_by_name_and_group_by_group():
+    rows = (
+        rows_of("base", [0.0] * 22) + rows_of("dpo", [1.0, 0.0] * 11) + rows_of("rdpo", [1.0] * 22)
+    )
     table, pairs = summarise(["base", "dpo", "rdpo"], rows, "positive")
     assert list(pairs) == ["dpo - base", "rdpo - base", "rdpo - dpo"]
+    assert pairs["rdpo - dpo"] == bootstrap([0.0, 1.0] * 11)
     lines = make_table(table, pairs, METRIC).splitlines()
-    assert "- difference in metric, rdpo - dpo: +0% [-15%, +15%] W" in lines
-    assert "- difference in metric, dpo - base: +100% [+85%, +100%] W" in lines
+    assert "- difference in metric, rdpo - dpo: +50% [+27%, +73%]" in lines
     assert "difference" not in make_table(table[:1], {}, METRIC)
 
 
@@ -180,7 +182,8 @@ def test_the_picture_has_the_metrics_meaning_whole_axes_and_the_curves_of_logs(m
     draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], log])
     draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], []])
     axes = {axis.get_label() or axis.get_title(): axis for axis in figures[0].axes}
-    assert figures[0].get_suptitle() == "Task x: 22 test prompts. Metric: " + METRIC["meaning"]
+    heading = f"Task x: 22 test prompts. Metric: {METRIC['meaning']} (higher is better)"
+    assert figures[0].get_suptitle() == heading
     bars, words, loss, z, *_ = figures[0].axes
     assert len(axes) == 6 and len(figures[1].axes) == 2
     assert bars.get_xlim() == (0, 1) and bars.xaxis.get_major_formatter()(0.5) == "50%"
