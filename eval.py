@@ -4,18 +4,15 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, the table and answers side by side; report.png.
-
-Every model answers every test prompt --samples times. The task's own metric (a lexicon or marker
-phrases), which training never saw, stands beside the reward, which training listened to, and beside
-what a gain may have cost: length, repetition, and the log-prob under the first model, low for
-broken English and high for text that repeats itself. Differences are from the first model,
-group by group, with a 95 % interval from a bootstrap over groups, since variants of one text are
-not independent.
+with its scores; report.md, a table and answers side by side; report.png, also training curves.
 """
 
+import itertools
 import json
 import os
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +32,9 @@ SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the t
 
 # ---- what is measured ----------------------------------------------------------------------------
 def add_measures(rows, prompts, metric, reward, base):
-    """Adds all measures to rows of eval.jsonl; score and base_logp are None for an empty answer.
-
-    prompts: {id: row} of the test prompts. reward: of make_reward.
-    base: the first model, a LocalModel, under which base_logp is an answer's log-prob per token.
-    """
+    """Adds all measures to rows of eval.jsonl; without an answer score and base_logp are None.
+    prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel."""
+    answered, sequences = [], []
     for row in rows:
         answer = row["answer"]
         row["metric"] = measure(metric, prompts[row["prompt_id"]], answer)
@@ -47,14 +42,12 @@ def add_measures(rows, prompts, metric, reward, base):
         row["repeats"] = repetition(answer)
         row["cut"] = float(row["finish"] == "length")
         row["score"] = row["base_logp"] = None
+        if answer:
+            prompt, completion = encode(base.tokenizer, row["prompt"], answer)
+            # An answer that was cut off has no end of its turn.
+            sequences.append((prompt, completion[:-1] if row["cut"] else completion))
+            answered.append(row)
 
-    answered = [row for row in rows if row["answer"]]
-    sequences = []
-    for row in answered:
-        prompt, completion = encode(base.tokenizer, row["prompt"], row["answer"])
-        if row["cut"]:
-            completion = completion[:-1]  # an answer that was cut off has no end of its turn
-        sequences.append((prompt, completion))
     logps = all_logps(base.model, sequences).tolist()
     asked = [prompts[row["prompt_id"]] for row in answered]
     scores = reward(asked, [row["answer"] for row in answered])
@@ -64,103 +57,106 @@ def add_measures(rows, prompts, metric, reward, base):
 
 
 def by_group(rows, field, kind="mean"):
-    """{group: value}. Of each sample the mean of `field` over the group's prompts, or for the kind
-    spread the largest minus the smallest; then the mean over the samples. None is left out; a
-    spread, which would be too small without it, loses the whole sample."""
+    """{group: value}: the mean of `field` over the group's prompts, or for the kind spread the largest
+    minus the smallest, as a mean over the samples. None is left out."""
     samples = {}  # (group, sample): values
     for row in rows:
-        samples.setdefault((row["group"], row["sample"]), []).append(row[field])
-
+        if row[field] is not None:
+            samples.setdefault((row["group"], row["sample"]), []).append(row[field])
     groups = {}
     for (group, _), values in samples.items():
-        known = [value for value in values if value is not None]
-        if not known or (kind == "spread" and len(known) < len(values)):
-            continue
-        value = max(known) - min(known) if kind == "spread" else np.mean(known)
+        value = np.ptp(values) if kind == "spread" else np.mean(values)
         groups.setdefault(group, []).append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
 
 
-def bootstrap(values, seed=0, draws=10_000):
-    """(mean, low, high): the mean over groups and its 95 % interval, percentiles of the means of
-    `draws` samples of as many groups, drawn with replacement. None without values."""
+def bootstrap(values, share=False, seed=0, draws=10_000):
+    """(mean, low, high) over groups: a 95 % interval, percentiles of the means of `draws` samples of as
+    many groups, drawn with replacement. None without values. share: where that reaches 0 or 1,
+    Wilson's interval (1927) instead, and "W", since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
-    if not len(values):
+    n, zz = len(values), 1.96**2
+    if not n:
         return None
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    mean = float(values.mean())
+    picks = np.random.default_rng(seed).integers(n, size=(draws, n))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    if share and (low <= 0 or high >= 1):
+        center = (n * mean + zz / 2) / (n + zz)
+        half = (zz * (n * mean * (1 - mean) + zz / 4)) ** 0.5 / (n + zz)
+        return mean, max(0.0, center - half), min(1.0, center + half), "W"
+    return mean, float(low), float(high)
 
 
 def summarise(names, rows, kind):
-    """A dictionary for each model: bootstrap() of every measure, and of its difference from the
-    first model's."""
-    table = []
-    first = None  # measures of the first model
+    """(table, pairs). table: of each model a dictionary with mean and interval of every measure, and
+    its metric by group. pairs: {"B - A": the difference in metric, group by group} of any two."""
+    shares = {"cut"} if kind == "spread" else {"cut", "metric", "control"}
+    table, pairs = [], {}
     for name in names:
-        of_model = [row for row in rows if row["model"] == name]
-        asked = [row for row in of_model if not row["control"]]
-        harmless = [row for row in of_model if row["control"]]
-        measures = {key: by_group(of_model, key) for key in SIDE_MEASURES}
-        measures["metric"] = by_group(asked, "metric", kind)
-        measures["control"] = by_group(harmless, "metric", kind)
-        first = first or measures
-        if kind != "spread":  # a spread without some of the answers would be another one
-            half = {group: words / 2 for group, words in first["words"].items()}
-            long = [row for row in asked if row["words"] >= half.get(row["group"], 0)]
-            measures["long"] = by_group(long, "metric")
+        answers = [row for row in rows if row["model"] == name]
+        measures = {key: by_group(answers, key) for key in SIDE_MEASURES}
+        for key, control in (("metric", False), ("control", True)):
+            asked = [row for row in answers if row["control"] == control]
+            measures[key] = by_group(asked, "metric", kind)
+        table.append({"model": name, "groups": measures["metric"]})
+        for key, groups in measures.items():
+            table[-1][key] = bootstrap(groups.values(), share=key in shares)
 
-        line = {"model": name, "answers": len(of_model), "groups": len(measures["metric"])}
-        for key, values in measures.items():
-            line[key] = bootstrap(values.values())
-        for key in ("metric", "score") if table else ():  # the first differs from none
-            base = first[key]
-            differences = [value - base[g] for g, value in measures[key].items() if g in base]
-            line[f"{key} difference"] = bootstrap(differences)
-        table.append(line)
-    return table
+    for first, second in itertools.combinations(table, 2):
+        ours, others = second["groups"], first["groups"]
+        differences = [ours[group] - others[group] for group in ours if group in others]
+        pairs[f"{second['model']} - {first['model']}"] = bootstrap(differences)
+    return table, pairs
 
 
 # ---- the report ----------------------------------------------------------------------------------
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`; '-' for None."""
+    """'0.413 [0.301, 0.520]', each number in the format `form`, with wilson's mark. None: '-'."""
     if not triple:
         return "-"
-    mean, low, high = (format(value, form) for value in triple)
-    return f"{mean} [{low}, {high}]"
+    mean, low, high = (format(value, form) for value in triple[:3])
+    return " ".join([mean, f"[{low}, {high}]", *triple[3:]])
 
 
-def make_table(table, metric):
-    """The result table in Markdown, without the columns that no model has."""
+def make_table(table, pairs, metric):
+    """What summarise() found, in Markdown, without the columns that no model has."""
     form = ".3f" if metric["kind"] == "spread" else ".0%"
     columns = [
         ("metric", f"metric ({metric['better']} is better)", form),
-        ("metric difference", "difference", f"+{form}"),
-        ("control", "control", form),
-        ("long", "of long answers", form),
-        ("score", "mean reward", ".3f"),
-        ("score difference", "difference", "+.3f"),
-        ("words", "words", ".0f"),
-        ("repeats", "repeats", ".1%"),
-        ("base_logp", "log-prob", ".2f"),
-        ("cut", "cut off", ".0%"),
-    ]
-    columns = [column for column in columns if any(line.get(column[0]) for line in table)]
-    rows = [["model", *(heading for _, heading, _ in columns)]]
-    rows.append(["---"] * len(rows[0]))
+        ("control", "control (lower is better)", form),
+        ("score", "mean reward", ".3f"), ("words", "words", ".0f"), ("repeats", "repeats", ".1%"),
+        ("base_logp", f"log-prob under {table[0]['model']}", ".2f"), ("cut", "cut off", ".0%"),
+    ]  # fmt: skip
+    columns = [column for column in columns if any(line[column[0]] for line in table)]
+    rows = [["model", *(heading for _, heading, _ in columns)], ["---"] * (len(columns) + 1)]
     for line in table:
-        rows.append([line["model"], *(interval(line.get(key), form) for key, _, form in columns)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
+    lines = [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    for name, difference in pairs.items():
+        lines.append(f"- difference in metric, {name}: {interval(difference, f'+{form}')}")
+    return "\n".join(lines)
+
+
+def make_warnings(table):
+    """A line for the top of the report: few groups, and models whose answers are odd or short."""
+    first, *others = table
+    texts = [f"only {len(first['groups'])} groups of test prompts"] * (len(first["groups"]) < 20)
+    for line in others:
+        for key, what, form in (("words", "words", ".0f"), ("base_logp", "log-prob", ".2f")):
+            before, now = first[key], line[key]
+            least = 0.3 if key == "base_logp" else before[0] / 3
+            if before and now and before[0] - now[0] >= least > 0:
+                texts.append(f"{line['model']}: {what} from {before[0]:{form}} to {now[0]:{form}}")
+    return f"> **Caution**: {'; '.join(texts)}.\n\n" if texts else ""
 
 
 def make_samples(rows, count):
     """First answers of all models to the first `count` prompts, side by side, in Markdown."""
-    prompt_ids = list(dict.fromkeys(row["prompt_id"] for row in rows))
     parts = []
-    for prompt_id in prompt_ids[:count]:
+    for prompt_id in [*dict.fromkeys(row["prompt_id"] for row in rows)][:count]:
         answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
-        prompt = as_messages(answers[0]["prompt"])
-        parts.append("\n".join(f"**{m['role']}**: {m['content']}" for m in prompt))
+        parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
         for row in answers:
             score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
             text = row["answer"].replace("\n", "\n> ")
@@ -168,58 +164,66 @@ def make_samples(rows, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, table, lines, samples, reward):
-    """Text of report.md. lines: the table in Markdown. reward: its settings."""
-    count, first = table[0]["groups"], table[0]["model"]
+def make_report(args, task, compared, table, results, answers):
+    """Text of report.md. compared: models and settings."""
     made = provenance(pick_device(args.device)[0])
+    control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
     return f"""# Task {args.task}: {task["about"]}
 
-{lines}
+{make_warnings(table)}{compared}
 
-In brackets: 95 % bootstrap intervals over groups of prompts ({count} for the metric), not over \
-training seeds. Answers per prompt: {args.samples}; temperature {args.temperature}, \
-seed {args.seed}.
+{results}
 
-- **metric**: {task["metric"]["meaning"]}. Training never saw it. **control**: on harmless prompts \
-that look harmful; there lower is better. **difference**: from {first}, paired.
-- **mean reward**: {reward["kind"]} reward of {reward["model"]}.
-- **of long answers**: the metric of answers at least half as long as {first}'s. \
-**words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. \
-**log-prob**: nats per token under {first}. **cut off**: share of answers that reached {args.max_tokens} tokens.
+Brackets: 95 % intervals over {len(table[0]["groups"])} groups of prompts, not over training seeds, by bootstrap; W: by Wilson's formula, where the bootstrap would reach 0 or 100 %. A difference that is the same in every group has no interval.
+
+- **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
+- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens.
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
-![metric of every model](report.png)
+![metric and words of every model, and training curves](report.png)
 
 ## Answers side by side
 
-{samples}
+{make_samples(answers, 6)}
 
-Made by `{made["command"]}` at commit {made["commit"]}, {made["date"]}, on {made["hardware"]}, \
-torch {made["torch"]}, transformers {made["transformers"]}.
+Made by `{shlex.join(["python", *sys.argv])}` at commit {made["commit"]}, {made["date"]}, \
+on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 """
 
 
-def draw(path, table, metric):
-    """report.png: the metric of every model, with its interval."""
+def draw(path, title, table, metric, logs):
+    """report.png: bars of all models, curves of `logs`, for each the rows of log.jsonl or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    figure = Figure((8, 0.35 * len(table) + 1.2), layout="constrained")
-    axis = figure.subplots()
-    for y, line in enumerate(table):
-        if line["metric"]:  # a model may have no answer
-            mean, *ends = line["metric"]
-            axis.plot(ends, [y, y], "C0-|", mean, y, "C0o")
-    axis.set_yticks(range(len(table)), [line["model"] for line in table])
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_xlabel(f"metric ({metric['better']} is better), 95 % bootstrap intervals over groups")
+    panels = ["metric", "words", "loss", "rewards/margins", "logps/chosen", "logps/rejected"]
+    forms = {"metric": ".2f" if metric["kind"] == "spread" else ".0%", "words": ".0f"}
+    figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
+    meaning = f"{metric['meaning']} ({metric['better']} is better)"
+    figure.suptitle(textwrap.fill(f"{title}. Metric: {meaning}", 120))
+    axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
+    for axis, key in zip(axes.flat, panels, strict=False):
+        axis.set_title(key.replace("rewards/margins", "z (rewards/margins)"))
+        axis.set_xlabel("" if key in forms else "step (dots: held out)")
+        for i, (line, log) in enumerate(zip(table, logs, strict=True)):
+            if key in forms:
+                mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
+                axis.barh(f"{line['model']}  {mean:{forms[key]}}", mean, color=f"C{i}", alpha=0.6)
+                axis.plot(ends, [i, i], "k-|")
+                axis.set_ylim(len(table) - 0.5, -0.5)  # the first model on top
+            held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
+            for rows, style in ((log, "-"), (held_out, "--o")):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
+    if metric["kind"] != "spread":
+        axes.flat[0].set_xlim(0, 1)
+        axes.flat[0].xaxis.set_major_formatter("{x:.0%}")
     figure.savefig(path, dpi=150)
 
 
 # ---- command line --------------------------------------------------------------------------------
 def models_in(folder, refined):
-    """What --models is by default: the common base of the runs in folder, the revisions if there are
-    rows `refined`, and the finished runs. Raises BadInput where the runs have no common base."""
+    """What --models is by default: the base of the runs in folder, the revisions if there are rows
+    `refined`, and the finished runs. Raises BadInput where the runs have several bases."""
     runs = {}
     for file in sorted(folder.glob("*/run.json")):
         if file.parent.suffix != ".bak":
@@ -229,17 +233,15 @@ def models_in(folder, refined):
         print(f"{name} is left out: its training has not finished")
 
     # A run that began from another one here, as rdpo from sft, has the base of that one.
-    bases = {os.path.relpath(runs[name]["model"]) for name in finished}
-    bases = sorted(bases - runs.keys()) or ["smollm2"]
+    bases = sorted({os.path.relpath(runs[name]["model"]) for name in finished} - runs.keys())
     if len(bases) > 1:
-        several = " and ".join(bases)
-        raise BadInput(f"{folder}: its runs have several bases, {several}; pass --models")
-    return [*bases, SELF_REFINE, *finished] if refined else [*bases, *finished]
+        raise BadInput(f"{folder}: its runs have several bases, {', '.join(bases)}; pass --models")
+    return [*(bases or ["smollm2"]), *[SELF_REFINE] * bool(refined), *finished]
 
 
 def jobs_of(models, names, rows, refined, samples):
-    """One row of eval.jsonl for each answer that is wanted; those of self-refine have one. Its field
-    `made` is the times of the weights, or the revision: if it changes, the answer is out of date."""
+    """A row of eval.jsonl for each answer that is wanted; of self-refine one per prompt. The field
+    `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
         files = sorted(Path(model).glob("*.safetensors"))
@@ -251,20 +253,10 @@ def jobs_of(models, names, rows, refined, samples):
                 job |= {"made": weights, "control": bool(row.get("control"))}
                 if name == SELF_REFINE:
                     teacher = row["teacher"] if isinstance(row.get("teacher"), dict) else {}
-                    job["made"] = row["chosen"]
-                    job["answer"] = text_of(row["chosen"])
+                    job |= {"made": row["chosen"], "answer": text_of(row["chosen"])}
                     job["finish"] = teacher.get("finish", {}).get("revision", "stop")
                 jobs.append(job)
     return jobs
-
-
-def add_answers(jobs, prompts, chat, seed_by):
-    """Adds a chat model's answers to the jobs; all models draw the same random numbers."""
-    keys = [(prompts[job["prompt_id"]][seed_by], "eval", job["sample"]) for job in jobs]
-    replies = chat.ask([job["prompt"] for job in jobs], keys)
-    for job, reply in zip(jobs, replies, strict=True):
-        job["answer"] = reply.text
-        job["finish"] = reply.finish
 
 
 def parse_args():
@@ -299,12 +291,12 @@ def read_test_rows(args, task):
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {rows[0]['task']}")
 
-    reward = next((row["reward"] for row in rows if row.get("reward")), {})
-    args.reward = args.reward or reward.get("kind", "contrast")
-    if args.reward == reward.get("kind"):
-        args.reward_model = args.reward_model or reward.get("model")
-        args.label = args.label or reward.get("label")
-    args.reward_model = args.reward_model or "smollm2"
+    made = next((row["reward"] for row in rows if row.get("reward")), {})
+    args.reward = args.reward or made.get("kind", "contrast")
+    if args.reward != made.get("kind"):
+        made = {}
+    args.reward_model = args.reward_model or made.get("model") or "smollm2"
+    args.label = args.label or made.get("label")
     teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
     args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
     return rows
@@ -327,6 +319,7 @@ def main():
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed}
     prompts = {row["id"]: row for row in rows}
+    seeds = {row["id"]: row[task["seed_by"]] for row in rows}
     jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
     for job in jobs:  # a policy that was trained anew is asked again
@@ -343,8 +336,11 @@ def main():
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
         for batch in tqdm(batches, name, unit="batch"):
-            if chat:
-                add_answers(batch, prompts, chat, task["seed_by"])
+            if chat:  # all models draw the same random numbers
+                keys = [(seeds[job["prompt_id"]], "eval", job["sample"]) for job in batch]
+                replies = chat.ask([job["prompt"] for job in batch], keys)
+                for job, reply in zip(batch, replies, strict=True):
+                    job |= {"answer": reply.text, "finish": reply.finish}
             output.add(*(job | {"settings": settings} for job in batch))
     chat = None
 
@@ -361,14 +357,23 @@ def main():
         row["reward"] = reward_settings
     output.finish(jobs)
 
-    table = summarise(names, answers, task["metric"]["kind"])
-    lines = make_table(table, task["metric"])
-    report = make_report(args, task, table, lines, make_samples(answers, 6), reward_settings)
-    (args.out / "report.md").write_text(report, encoding="utf-8")
-    draw(args.out / "report.png", table, task["metric"])
-    print(f"\n{lines}\n\n{make_samples(answers, 3)}\n\n{args.out / 'report.md'}, {out}")
-    unscored = any(row["answer"] and row["score"] is None for row in answers)
-    raise SystemExit(1 if unscored else 0)
+    table, pairs = summarise(names, answers, task["metric"]["kind"])
+    results = make_table(table, pairs, task["metric"])
+    compared = (
+        f"{', '.join(args.models)} on {len(rows)} test prompts of {args.input}; {args.samples} answers "
+        f"each, {json.dumps(settings)[1:-1]}; {args.reward} reward of {args.reward_model}."
+    )
+    report = args.out / "report.md"
+    if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
+        for file in args.out.glob("report.[mp]*[dg]"):
+            file.replace(f"{file}.bak")
+    report.write_text(make_report(args, task, compared, table, results, answers), encoding="utf-8")
+    logs = [Path(model, "log.jsonl") for model in args.models]
+    logs = [read_rows(log) if log.exists() and log.stat().st_size else [] for log in logs]
+    title = f"Task {args.task}: {len(rows)} test prompts"
+    draw(report.with_suffix(".png"), title, table, task["metric"], logs)
+    print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")
+    raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 
 
 if __name__ == "__main__":

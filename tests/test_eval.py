@@ -1,15 +1,17 @@
 """eval.py: metrics, intervals, and the whole way from instructions to a report."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import bootstrap, by_group, draw, make_table, summarise
+from eval import bootstrap, by_group, draw, make_table, make_warnings, summarise
 from prompts import load_task, measure
 from prompts.chat import repetition
 from prompts.rows import BadInput
@@ -65,9 +67,6 @@ def test_a_group_counts_once_and_a_spread_is_taken_within_a_sample():
     rows += [{"group": "h", "sample": 0, "metric": None}]
     assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.5)}
     assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
-    rows.append({"group": "g", "sample": 1, "metric": None})  # a failure makes no spread smaller
-    assert by_group(rows, "metric", "spread") == {"g": pytest.approx(0.8)}
-    assert by_group(rows, "metric") == {"g": pytest.approx(0.4)}
 
 
 def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
@@ -80,50 +79,124 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
     assert bootstrap([0.0, 1.0, 3.0]) == bootstrap([0.0, 1.0, 3.0])
 
 
+ROW = {"sample": 0, "control": False, "score": 0.5, "words": 40, "repeats": 0.0}
+ROW |= {"base_logp": -1.0, "cut": 0.0}
+METRIC = {"kind": "positive", "better": "higher", "meaning": "share of answers that are positive"}
+
+
+def rows_of(model, values, **fields):
+    """A row of eval.jsonl for each value of the metric, each in a group of its own."""
+    row = ROW | {"model": model} | fields
+    return [row | {"group": f"g{i}", "metric": value} for i, value in enumerate(values)]
+
+
 def test_a_paired_difference_is_narrower_than_its_parts():
-    random = np.random.default_rng(0)
-    row = {"sample": 0, "control": False, "score": None, "words": 1}
-    row |= {"repeats": 0.0, "base_logp": None, "cut": 0.0}
-    rows = [row | {"model": "b", "group": "other", "metric": 9.0}]
-    for i, value in enumerate(random.normal(0, 1, 30)):
-        rows += [row | {"model": "a", "group": f"g{i}", "metric": value}]
-        rows += [row | {"model": "b", "group": f"g{i}", "metric": value + 0.2}]
-    mean, low, high = summarise(["a", "b"], rows, "match")[1]["metric difference"]
+    values = np.random.default_rng(0).uniform(0.2, 0.7, 30)
+    rows = [ROW | {"model": "b", "group": "other", "metric": 9.0}]
+    rows += rows_of("a", values) + rows_of("b", values + 0.2)
+    table, pairs = summarise(["a", "b"], rows, "match")
+    mean, low, high = pairs["b - a"]
     assert mean == pytest.approx(0.2) and high - low < 1e-9
+    assert table[0]["metric"][2] - table[0]["metric"][1] > 0.05
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(22, 0.85, 1), (21, 0.78, 0.99), (0, 0, 0.15)])
+def test_a_share_of_all_or_none_has_an_interval_that_is_no_point(count, low, high):
+    for each in ([1.0], [1.0, 1.0]):  # prompts in a group: a group counts once
+        rows = []
+        for i in range(22):
+            group = [
+                ROW | {"model": "a", "group": f"g{i}", "metric": x * (i < count)} for x in each
+            ]
+            rows += group
+        table, _ = summarise(["a"], rows, "positive")
+        expected = (count / 22, pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005), "W")
+        assert table[0]["metric"] == expected
+        assert table[0]["cut"][2:] == (pytest.approx(0.149, abs=1e-3), "W")
+        assert len(table[0]["repeats"]) == len(table[0]["words"]) == 3  # these are no shares
+    assert "[85%, 100%] W" in make_table(table, {}, METRIC) or count < 22
+
+
+def test_a_share_within_the_bootstraps_reach_keeps_the_bootstrap():
+    table, _ = summarise(["a"], rows_of("a", [1.0] * 11 + [0.0] * 11), "positive")
+    assert table[0]["metric"] == bootstrap([1.0] * 11 + [0.0] * 11)
+
+
+def test_any_two_models_are_compared_by_name_and_group_by_group():
+    rows = (
+        rows_of("base", [0.0] * 22) + rows_of("dpo", [1.0, 0.0] * 11) + rows_of("rdpo", [1.0] * 22)
+    )
+    table, pairs = summarise(["base", "dpo", "rdpo"], rows, "positive")
+    assert list(pairs) == ["dpo - base", "rdpo - base", "rdpo - dpo"]
+    assert pairs["rdpo - dpo"] == bootstrap([0.0, 1.0] * 11)
+    lines = make_table(table, pairs, METRIC).splitlines()
+    assert "- difference in metric, rdpo - dpo: +50% [+27%, +73%]" in lines
+    assert "difference" not in make_table(table[:1], {}, METRIC)
+
+
+def test_no_two_columns_share_a_head_and_log_prob_says_under_whom():
+    rows = rows_of("base", [0.0, 1.0]) + rows_of("dpo", [1.0, 1.0])
+    for controls in ([], rows_of("dpo", [1.0], control=True)):
+        table, pairs = summarise(["base", "dpo"], rows + controls, "positive")
+        heads = make_table(table, pairs, METRIC).splitlines()[0].split(" | ")
+        assert len(set(heads)) == len(heads) and "log-prob under base" in heads
+        assert any("control" in head for head in heads) == bool(controls)
+
+
+def test_few_groups_and_answers_that_break_down_or_shrink_are_named_on_top():
+    def warnings(groups=20, **fields):
+        rows = rows_of("base", [1.0] * groups) + rows_of("dpo", [1.0] * groups, **fields)
+        return make_warnings(summarise(["base", "dpo"], rows, "positive")[0])
+
+    assert warnings() == warnings(words=27, base_logp=-1.29) == warnings(words=99) == ""
+    assert warnings(base_logp=None) == ""
+    assert "only 19 groups" in warnings(19) and "dpo" not in warnings(19)
+    assert "dpo: words from 40 to 26" in warnings(words=26)
+    assert "dpo: log-prob from -1.00 to -1.31" in warnings(base_logp=-1.31)
 
 
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
-    row = {"model": "a", "group": "g", "sample": 0, "metric": 1.0, "score": 0.5, "words": 1}
-    row |= {"finish": "stop", "control": False, "repeats": 0.0, "base_logp": None, "cut": 0.0}
+    row = ROW | {"model": "a", "group": "g", "metric": 1.0, "base_logp": None}
     rows = [row, row | {"control": True, "group": "h"}]
     rows += [row | {"model": "b", "score": None, "words": 0}]
-    table = summarise(["a", "b"], rows, "match")
-    assert table[0]["metric"] == (1.0, 1.0, 1.0) and table[1]["score"] is None
-    assert table[1]["metric difference"] == (0.0, 0.0, 0.0)
+    table, pairs = summarise(["a", "b"], rows, "match")
+    assert table[0]["metric"][0] == 1.0 and table[1]["score"] is None
+    assert pairs["b - a"][0] == 0.0
     for kind in ("match", "spread"):
-        text = make_table(table, {"kind": kind, "better": "higher"}).splitlines()
+        text = make_table(table, {}, METRIC | {"kind": kind}).splitlines()
         assert len({line.count("|") for line in text}) == 1 and len(text) == 4
-    draw(tmp_path / "report.png", table, {"better": "higher"})
+    table.append({"model": "silent", "metric": None, "words": None})
+    log = [{"step": 1, "loss": 0.7}, {"step": 1, "held_out": {"loss": 0.6}}]
+    draw(tmp_path / "report.png", "title", table, METRIC, [[], log, []])
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_has_the_metrics_meaning_whole_axes_and_the_curves_of_logs(monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self)
+    )
+    table, _ = summarise(["a", "b"], rows_of("a", [0.0] * 22) + rows_of("b", [1.0] * 22), "match")
+    held_out = {"loss": 0.9, "rewards/margins": 0.1}
+    log = [{"step": 1, "loss": 0.7, "rewards/margins": 0.0}, {"step": 1, "held_out": held_out}]
+    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], log])
+    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], []])
+    axes = {axis.get_label() or axis.get_title(): axis for axis in figures[0].axes}
+    heading = f"Task x: 22 test prompts. Metric: {METRIC['meaning']} (higher is better)"
+    assert figures[0].get_suptitle() == heading
+    bars, words, loss, z, *_ = figures[0].axes
+    assert len(axes) == 6 and len(figures[1].axes) == 2
+    assert bars.get_xlim() == (0, 1) and bars.xaxis.get_major_formatter()(0.5) == "50%"
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["a  0%", "b  100%"]
+    assert [label.get_text() for label in words.get_yticklabels()] == ["a  40", "b  40"]
+    lines = [[*line.get_xydata()[0]] for line in z.lines if len(line.get_xydata())]
+    assert lines == [[1.0, 0.0], [1.0, 0.1]] and "z" in z.get_title() and loss.lines
 
 
 def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
     assert repetition("a b c d e f") == repetition("a b c") == repetition("") == 0.0
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("no " * 40) == pytest.approx(36 / 37)
-
-
-def test_the_metric_of_long_answers_leaves_out_those_below_half_the_first_models_length():
-    row = {"model": "a", "sample": 0, "control": False, "score": 0.0, "finish": "stop"}
-    row |= {"repeats": 0.0, "base_logp": -1.0, "cut": 0.0, "metric": 0.0, "words": 40}
-    rows = [row | {"group": group} for group in "gh"]
-    rows += [row | {"model": "b", "group": "g", "words": 19, "metric": 1.0}]
-    rows += [row | {"model": "b", "group": "h", "words": 20, "metric": 0.0}]
-    base, student = summarise(["a", "b"], rows, "match")
-    assert student["metric"][0] == 0.5 and student["long"][0] == base["long"][0] == 0.0
-    assert student["words"][0] == 19.5 and student["metric difference"][0] == 0.5
-    table = make_table([base, student], {"kind": "match", "better": "higher"})
-    assert "of long answers" in table and "| 50% [0%, 100%] |" in table
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -184,7 +257,9 @@ def test_the_four_stages_run_end_to_end_by_command_line(run, tiny, workdir):
     assert all(row["base_logp"] < 0 for row in rows if row["answer"])
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
     report = (folder / "report.md").read_text()
-    assert "| tiny |" in report and "| rdpo |" in report and "| control |" in report
+    assert "| tiny |" in report and "| rdpo |" in report and "| control (" in report
+    assert "rdpo - self-refine: " in report and "> **Caution**: only" in report
+    assert f"Made by `python {ROOT / 'eval.py'} --max-tokens 8`" in report
     assert report.count("**rdpo**") > 1 and "contrast reward of" in report
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "runs/safety/report.md" in done.stdout
@@ -214,6 +289,28 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     assert run("eval", "--models", tiny, "self-refine", "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
+
+
+def test_a_report_of_other_models_is_kept_and_its_command_can_be_pasted(run, tiny, workdir):
+    rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
+    argv = ["--reward-model", tiny, "--max-tokens", "4", "--out", "a folder", "--models", tiny]
+    report, picture = workdir / "a folder/report.md", workdir / "a folder/report.png"
+    kept = [Path(f"{file}.bak") for file in (report, picture)]
+    for _ in range(2):
+        assert run("eval", *argv)[0] == 0
+        assert not any(file.exists() for file in kept)
+    before = [report.read_text(), picture.read_bytes()]
+    assert shlex.split(before[0].split("Made by `python ")[1].split("`")[0])[1:] == argv
+    assert "**control**" not in before[0]
+    assert run("eval", *argv, "self-refine")[0] == 0
+    assert [kept[0].read_text(), kept[1].read_bytes()] == before
+    assert "| self-refine |" in report.read_text()
+    before = report.read_text()
+    assert run("eval", *argv, "self-refine", "--overwrite")[0] == 0
+    assert kept[0].read_text() == before
+    assert run("eval", *argv, "self-refine", "--limit", "1")[0] == 0
+    assert kept[0].read_text() != before
 
 
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):
