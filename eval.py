@@ -112,7 +112,7 @@ def summarise(names, rows, kind):
 
 # ---- the report ----------------------------------------------------------------------------------
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`, with wilson's mark. None: '-'."""
+    """'0.413 [0.301, 0.520]', each number in the format `form`, and the mark "W". None: '-'."""
     if not triple:
         return "-"
     mean, low, high = (format(value, form) for value in triple[:3])
