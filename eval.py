@@ -10,8 +10,6 @@ with its scores; report.md, a table and answers side by side; report.png, also t
 import itertools
 import json
 import os
-import shlex
-import sys
 import textwrap
 from pathlib import Path
 
@@ -186,7 +184,7 @@ Brackets: 95 % intervals over {len(table[0]["groups"])} groups of prompts, not o
 
 {make_samples(answers, 6)}
 
-Made by `{shlex.join(["python", *sys.argv])}` at commit {made["commit"]}, {made["date"]}, \
+Made by `python {made["command"]}` at commit {made["commit"]}, {made["date"]}, \
 on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 """
 

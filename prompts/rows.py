@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -193,7 +194,7 @@ def provenance(device):
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "commit": subprocess.getoutput(git) or "unknown",
         "hardware": hardware,

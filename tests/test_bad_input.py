@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import CHATML, make_model, make_tokenizer, pair_row, write_jsonl
+from conftest import make_model, make_tokenizer, pair_row, write_jsonl
 from transformers import LlamaForSequenceClassification
 
 from prompts.chat import pick_device
@@ -121,8 +121,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny):
-    """{name: folder} of a chat model, one without a chat template, one whose template refuses system
-    messages, and a classifier."""
+    """{name: folder} of a chat model, one without a chat template, and a classifier."""
     folder, plain = tmp_path_factory.mktemp("other"), make_tokenizer(template=None)
     base = make_model(len(plain))
     base.save_pretrained(folder / "base")
@@ -130,12 +129,7 @@ def models(tmp_path_factory, tiny):
     classifier = LlamaForSequenceClassification(base.config)
     classifier.save_pretrained(folder / "classifier")
     make_tokenizer().save_pretrained(folder / "classifier")
-    base.save_pretrained(folder / "strict")
-    refuse = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    )
-    make_tokenizer(template=refuse + CHATML).save_pretrained(folder / "strict")
-    others = {name: f"{folder}/{name.lower()}" for name in ("BASE", "STRICT", "CLASSIFIER")}
+    others = {name: f"{folder}/{name.lower()}" for name in ("BASE", "CLASSIFIER")}
     return {"TINY": tiny} | others
 
 
