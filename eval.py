@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, load_task, measure
-from prompts.chat import LocalModel, encode, pick_device, repetition
+from prompts.chat import LocalModel, pick_device
 from prompts.rows import (
     BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, run, text_of,
 )  # fmt: skip
+from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
 
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")

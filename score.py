@@ -22,9 +22,10 @@ from transformers import AutoModelForSequenceClassification
 
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, fill, load_task, measure
-from prompts.chat import apply_template, encode, load_model, open_chat, pick_device
+from prompts.chat import load_model, open_chat, pick_device
 from prompts.rows import SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task
 from prompts.rows import number, read_rows, run, text_of
+from prompts.tokens import apply_template, encode
 
 
 class Score(NamedTuple):
@@ -72,7 +73,8 @@ def classifier_reward(rows, answers, model, tokenizer, label):
         prompt = as_messages(row["prompt"])
         if tokenizer.chat_template:  # a reward model reads the whole template
             chat = [*prompt, {"role": "assistant", "content": answer}]
-            inputs = {"input_ids": torch.tensor([apply_template(tokenizer, chat)])}
+            text = apply_template(tokenizer, chat)
+            inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         elif len(label_ids) > 1:  # a classifier of texts judges the answer, not the request
             inputs = tokenizer(answer, return_tensors="pt")
         else:

@@ -22,9 +22,7 @@ import shutil
 import sys
 import time
 import warnings
-from array import array
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,11 +33,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from kernels.packed import PACK_TOKENS, completion_logps, micro_batches, use_packed_attention
-from prompts.chat import encode, load_model, pick_device, repetition, save_tokenizer, split_row
+from prompts.chat import load_model, pick_device, save_tokenizer
 from prompts.rows import (
-    BadInput, digest_of, is_scored, lines_of, make_parser, newest_task, number, open_locked, provenance,
-    read_rows, run, write,
+    BadInput, digest_of, lines_of, make_parser, newest_task, number, open_locked, provenance, read_rows,
+    run, write,
 )  # fmt: skip
+from prompts.tokens import make_pairs
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # not needed with one process
 RANK = int(os.environ.get("RANK", 0))
@@ -273,65 +272,6 @@ def log_metrics(file, step, metrics, part=None):
     file.flush()
 
 
-# ---- data ----------------------------------------------------------------------------------------
-class Pair(NamedTuple):
-    id: object
-    prompt: array  # token ids
-    chosen: array
-    rejected: array
-    delta: float  # score_chosen - score_rejected; NaN without scores
-
-
-def make_pairs(rows, path, tokenizer, args):
-    """(training pairs, held-out pairs, {why rows were left out: how many}). Raises BadInput."""
-    pairs, held_out, left_out = [], [], {}
-    for i, row in enumerate(rows, 1):
-        name = row.get("id", i)
-        try:
-            pair, reason = make_pair(row, name, tokenizer, args)
-        except (ValueError, TypeError, LookupError, AttributeError, BadInput) as error:
-            raise BadInput(f"{path}: row {name}: {error}") from None
-        if reason:
-            left_out[reason] = left_out.get(reason, 0) + 1
-        else:
-            (held_out if row.get("split") == "test" else pairs).append(pair)
-    return pairs, held_out, left_out
-
-
-def make_pair(row, name, tokenizer, args):
-    """(the Pair of a row, None), or (None, why the row is left out)."""
-    if row.get("error"):
-        return None, "failed"
-    for side in ("chosen", "rejected"):  # "chosen_rating" is another usual name
-        row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
-    if (args.loss in SCORED_LOSSES or args.accept) and not is_scored(row):
-        return None, "without scores"
-    teacher = row.get("teacher")  # in a data set of others it may be anything
-    finish = teacher.get("finish") if isinstance(teacher, dict) else None
-    if any(call != "critique" and why == "length" for call, why in (finish or {}).items()):
-        return None, "cut off by the teacher"
-    if args.accept and not row["score_chosen"] > row["score_rejected"]:
-        return None, "not accepted"
-    if row.get("split") not in (None, "", "train", "test"):
-        return None, f"of the split {row['split']}"
-    context, chosen, rejected = split_row(row, args.raw_text or not tokenizer.chat_template)
-    if not (chosen.strip() and rejected.strip()):
-        return None, "with an empty answer"
-    if repetition(chosen) > args.max_repeats:
-        return None, "that repeat themselves"
-    prompt, chosen = encode(tokenizer, context, chosen)
-    _, rejected = encode(tokenizer, context, rejected)
-    room = args.max_length - len(prompt)
-    if room <= 0 or not prompt:
-        return None, f"with a prompt of 0 or of more than {args.max_length - 1} tokens"
-    # A list takes nine times the memory of an array.
-    prompt, chosen, rejected = (array("i", x) for x in (prompt, chosen[:room], rejected[:room]))
-    if chosen == rejected and args.loss != "sft":
-        return None, "identical"
-    delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else math.nan
-    return Pair(name, prompt, chosen, rejected, float(delta)), None
-
-
 # ---- the policy: in one process, or sharded over many by FSDP2 -----------------------------------
 class Policy(torch.nn.Module):
     """policy(pairs) gives their log-probs, (B, 2), for sft (B, 1), computed in dtype. Weights are
@@ -515,7 +455,8 @@ def main():
 
     rows = read_rows(args.input, "chosen", "rejected")[: args.limit]
     policy = Policy(args, device, dtype)
-    pairs, held_out, left_out = make_pairs(rows, args.input, policy.tokenizer, args)
+    need_scores = args.loss in SCORED_LOSSES or args.accept
+    pairs, held_out, left_out = make_pairs(rows, args.input, policy.tokenizer, args, need_scores)
     del rows  # 200,000 take more than a gigabyte
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not pairs:

@@ -1,8 +1,7 @@
-"""Chat models: from messages to tokens (by encode, for all stages), and from tokens to replies."""
+"""Chat models: loading one, and sampling its replies; or a server that replies."""
 
 import functools
 import inspect
-import math
 import os
 import shutil
 import subprocess
@@ -12,119 +11,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 
-from prompts import as_messages
 from prompts.rows import BadInput, Rows, digest_of
 from prompts.server import Reply, Server, as_answer, read_reply, seed_of
+from prompts.tokens import encode
 
 transformers.utils.logging.disable_progress_bar()
-FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
-
-
-# ---- from rows to messages to tokens -------------------------------------------------------------
-def split_row(row, raw_text):
-    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
-    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
-    whole conversations (UltraFeedback)."""
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
-        return prompt, *sides
-    prompt = as_messages(prompt) if prompt else []
-    sides = [as_messages(side, "assistant") for side in sides]
-    chosen, rejected = [prompt + s if s[0]["role"] == "assistant" else s for s in sides]
-    context = chosen[:-1]
-    # A whole conversation may have a system message that the prompt lacks.
-    same = context and context == rejected[:-1] and all(message in context for message in prompt)
-    if not same or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise ValueError("its answers must be the last messages, behind the same prompt")
-    return context, chosen[-1]["content"], rejected[-1]["content"]
-
-
-def encode(tokenizer, prompt, completion=None):
-    """(prompt ids, completion ids): the tokens that a model samples, is scored and is trained on.
-
-    prompt: messages, or text for a model without a chat template.
-    completion: an answer's text, or None for the prompt alone. Its ids end with the end-of-turn
-        token and nothing behind it.
-    Raises ValueError where the prompt's ids are no prefix of the whole, where the template refuses
-        the messages, or for tokens that the model lacks.
-    """
-    if isinstance(prompt, str):
-        prompt_ids, whole = encode_text(tokenizer, prompt, completion)
-    else:
-        prompt_ids, whole = encode_chat(tokenizer, prompt, completion)
-    if whole[: len(prompt_ids)] != prompt_ids:
-        raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
-    if None in whole:
-        raise ValueError("the tokenizer has no end-of-sequence token, which an answer needs")
-    if max(whole, default=0) >= getattr(tokenizer, "embeddings", math.inf):  # set by load_model
-        raise ValueError(f"the model has no embedding of token {max(whole)}")
-    return prompt_ids, whole[len(prompt_ids) :]
-
-
-def encode_text(tokenizer, prompt, completion):
-    """Ids of the prompt, and of prompt and completion, which has one end-of-sequence token."""
-    texts = [prompt, prompt + (completion or "")]
-    prompt_ids, whole = tokenizer(texts)["input_ids"]
-    for ids in (prompt_ids, whole):
-        if ids[-1:] == [tokenizer.eos_token_id]:
-            ids.pop()
-    # White space at the prompt's end may be one token with the answer's first word.
-    text = prompt.rstrip()
-    if whole[: len(prompt_ids)] != prompt_ids and text != prompt:
-        return encode_text(tokenizer, text, prompt[len(text) :] + completion)
-    return prompt_ids, whole if completion is None else [*whole, tokenizer.eos_token_id]
-
-
-def encode_chat(tokenizer, messages, completion):
-    """Ids of the prompt, and of prompt and completion, as the chat template writes them."""
-    prompt_ids = apply_template(tokenizer, messages, add_generation_prompt=True)
-    if completion is None:
-        return prompt_ids, prompt_ids
-    answer = {"role": "assistant", "content": completion.strip()}
-    whole = apply_template(tokenizer, [*messages, answer])
-
-    # The first special token behind the answer's text ends the turn. Some templates open another
-    # turn behind that, with the tokens that end the prompt.
-    end = len(whole)
-    for own, opening in zip(reversed(whole[len(prompt_ids) :]), reversed(prompt_ids), strict=False):
-        if own != opening:
-            break
-        end -= 1
-    while end < len(whole) and tokenizer.decode(whole[end], skip_special_tokens=True).strip():
-        end += 1
-    while end > len(prompt_ids):
-        if tokenizer.decode(whole[end - 1], skip_special_tokens=True).strip():
-            break
-        end -= 1
-    for i in range(end, len(whole)):
-        if tokenizer.decode(whole[i]).strip():
-            return prompt_ids, whole[: i + 1]
-    return prompt_ids, [*whole[:end], tokenizer.eos_token_id]
-
-
-def apply_template(tokenizer, messages, **options):
-    """Token ids of messages, without thoughts before the answer, and on a fixed day, since a run that
-    continues tomorrow must see the same tokens. The template alone writes BOS. Raises ValueError
-    for messages that the template refuses, BadInput where there is none."""
-    if not tokenizer.chat_template:
-        raise BadInput(f"{tokenizer.name_or_path}: has no chat template; use an instruct version")
-    fixed = {"tokenize": False, "enable_thinking": False, "date_string": "26 Jul 2024"}
-    fixed["chat_template"] = FIXED_DAY + tokenizer.get_chat_template()
-    try:
-        text = tokenizer.apply_chat_template(messages, **fixed, **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} says: {error}") from None
-    for message in messages:  # some templates pass over what they do not expect
-        if message["content"].strip()[-20:] not in text:
-            where = f"the chat template of {tokenizer.name_or_path}"
-            raise ValueError(f"{where} leaves out what the {message['role']} says")
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -241,12 +137,14 @@ class LocalModel:
         if all(digest in kept for digest in digests):
             return [read_reply(kept[digest]["answer"]) for digest in digests]
 
+        prompts = []
         for messages, key in zip(conversations, keys, strict=True):
             try:
-                encode(self.tokenizer, messages, "Yes.")
+                prompt, (*_, end_of_turn) = encode(self.tokenizer, messages, "Yes.")
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None
-        replies = sample(self.model, self.tokenizer, conversations, seeds, **self.sampling)
+            prompts.append(prompt)
+        replies = sample(self.model, self.tokenizer, prompts, end_of_turn, seeds, **self.sampling)
         answers = [as_answer(reply) for reply in replies]
         if self.call_log:
             rows = zip(digests, answers, strict=True)
@@ -255,22 +153,19 @@ class LocalModel:
 
 
 @torch.inference_mode()
-def sample(model, tokenizer, conversations, seeds, max_tokens, temperature, top_p):
+def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p):
     """A sampled Reply to each conversation, all in one batch on the model's device.
 
+    prompts: lists of token ids, at least one. end_of_turn: the token that ends an answer.
     seeds: one a conversation, for a generator that gives one uniform number per token. So a reply
         does not depend on what else is in the batch, up to rounding."""
-    if not conversations:
-        return []
     if "past_key_values" not in inspect.signature(model.forward).parameters:  # as of Mamba
         raise ValueError("it has no key-value cache, so it is sampled by a server only")
     device = model.device
-    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     completions = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     replies = {}  # number of the conversation: Reply
     eos = model.generation_config.eos_token_id or []  # a number, a list or None
-    end_of_turn = encode(tokenizer, conversations[0], "Yes.")[1][-1]
     stop_ids = [end_of_turn, *(eos if isinstance(eos, list) else [eos])]
 
     # Prompts are padded on the left, so that the next token of every row has the same column.
@@ -320,13 +215,6 @@ def pick_tokens(logits, uniform, temperature, top_p):
     cumulative = probs.cumsum(-1)
     place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return tokens.gather(-1, place).squeeze(-1)
-
-
-def repetition(answer):
-    """Share of an answer's 4-grams of words that have occurred before in it, 0 to 1."""
-    words = answer.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def open_chat(name, args, call_log, **sampling):

@@ -73,7 +73,7 @@ def make_rows(kind, count):
 
 def tokens_of(rows, tokenizer):
     """Mean tokens of a prompt and of an answer."""
-    from prompts.chat import encode
+    from prompts.tokens import encode
 
     answers = [(row, row[side][0]["content"]) for row in rows for side in ("chosen", "rejected")]
     pairs = [encode(tokenizer, row["prompt"], answer) for row, answer in answers]

@@ -67,7 +67,8 @@ sys.path.insert(0, str(ROOT))
 from eval import by_group  # noqa: E402
 from kernels.packed import use_packed_attention  # noqa: E402
 from prompts import load_task, measure, read_prompts  # noqa: E402
-from prompts.chat import load_model, pick_device, repetition  # noqa: E402
+from prompts.chat import load_model, pick_device  # noqa: E402
+from prompts.tokens import repetition  # noqa: E402
 from prompts.rows import SIDES, BadInput, Rows, lines_of, provenance, read_rows  # noqa: E402
 from prompts.rows import text_of  # noqa: E402
 from prompts.rows import run as run_stage  # noqa: E402

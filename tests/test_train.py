@@ -28,8 +28,9 @@ from transformers import (
 
 import train
 from prompts.chat import load_model
+from prompts.tokens import Pair, make_pairs
 from prompts.rows import BadInput
-from train import LOSSES, SCORED_LOSSES, Pair, preference_loss, total_loss
+from train import LOSSES, SCORED_LOSSES, preference_loss, total_loss
 
 FAST = "--dtype float32 --epochs 2 --batch-size 4 --pack-tokens 100 --lr 1e-3 --beta 0.1".split()
 CPU = torch.device("cpu")
@@ -217,7 +218,9 @@ MORE = {"role": "user", "content": "Really?"}
 def load(rows, tokenizer, **options):
     args = {"loss": "dpo", "accept": False, "max_length": 512, "max_repeats": 1.0}
     args |= {"raw_text": False} | options
-    return train.make_pairs(rows, "in.jsonl", tokenizer, SimpleNamespace(**args))
+    need_scores = args["loss"] in SCORED_LOSSES or args["accept"]
+    args = SimpleNamespace(**args)
+    return make_pairs(rows, "in.jsonl", tokenizer, args, need_scores)
 
 
 def test_every_published_form_of_preference_data_gives_the_same_pair(tokenizer):
