@@ -13,6 +13,7 @@ Departure: the paper's equation (arXiv 2402.08005) was not available to us. rdpo
 of what is known about it; rdpo-margin and rdpo-weight are our own.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ import time
 import warnings
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -176,7 +178,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
     reference_logps = torch.zeros(len(pairs) + len(held_out), 1, device=policy.device)
     if args.loss != "sft":
-        reference_logps = pair_logps(policy, pairs + held_out)
+        reference_logps = reference_logps_of(policy, pairs + held_out, out)
     start = load_checkpoint(out, policy.model, optimizer)
     if start:
         print(f"{out}: goes on after step {start} of {steps}")
@@ -226,6 +228,24 @@ def pair_logps(policy, pairs):
         logps[indices] += weight * policy([pairs[i] for i in indices])
     if WORLD > 1:
         dist.all_reduce(logps)
+    return logps
+
+
+def reference_logps_of(policy, pairs, out):
+    """pair_logps before training. The run directory keeps them until the run is finished, so that a
+    restart goes on at once."""
+    path, record = out / "reference.safetensors", json.loads((out / "run.json").read_text())
+    name = digest_of([record[key] for key in ("data", "weights", "dtype")])
+    logps = torch.zeros(len(pairs), 2, device=policy.device)
+    if RANK == 0:  # the file may be missing, torn or another run's
+        with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError):
+            logps += safetensors.torch.load_file(path)[name].to(policy.device)
+    if WORLD > 1:
+        dist.broadcast(logps, 0)
+    if not logps.all():
+        logps = pair_logps(policy, pairs)
+        if RANK == 0:
+            write(path, safetensors.torch.save({name: logps.cpu()}))
     return logps
 
 
@@ -399,6 +419,9 @@ def save_policy(policy, out, record):
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
+        (out / "reference.safetensors").unlink(
+            missing_ok=True
+        )  # servers read all safetensors as weights
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_model, make_tokenizer, pair_row, read_rows, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -624,6 +624,40 @@ def test_a_run_that_was_killed_ends_as_an_unbroken_one(run, tiny, pairs_file, wo
     # the record is that of the start that made the first step which counts
     dates.append(json.loads((cut / "run.json").read_text())["date"])
     assert [one == next_ for one, next_ in itertools.pairwise(dates)] == kept and any(kept)
+
+
+def test_a_restart_computes_the_reference_only_if_its_file_is_torn_or_of_another_run(
+    run, tiny, pairs_file, workdir, monkeypatch
+):
+    """The run is stopped before its end, again and again. Eight pairs are trained, four held out."""
+    calls, pair_logps = [], train.pair_logps
+
+    def counted(policy, pairs):
+        calls.append(len(pairs))
+        return pair_logps(policy, pairs)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "pair_logps", counted)
+    argv = ["train", "--model", tiny, "--out", workdir / "out", *FAST, "--eval-every", "99"]
+    path = workdir / "out" / "reference.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_policy", full)
+        assert run(*argv)[0] == 2 and calls == [12, 4]
+        whole = path.read_bytes()
+        (logps,) = load_file(path).values()
+        assert logps.shape == (12, 2)
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4]
+        path.write_bytes(whole[:-7])
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4, 12, 4]
+        assert path.read_bytes() == whole
+        save_file({"another run's": logps}, path)
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4, 12, 4, 12, 4]
+        assert path.read_bytes() == whole
+    # A finished run is a model's folder, of which servers read all safetensors as weights.
+    trained(run, tiny, workdir / "out", "--eval-every", "99")
+    assert [file.name for file in (workdir / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
