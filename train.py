@@ -302,12 +302,21 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.device = device
         self.sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-        first = device if WORLD == 1 else "cpu"
-        self.model, self.tokenizer = load_model(args.model, first, torch.float32)
-        self.digest = digest_of([torch.hash_tensor(w.cpu()).item() for w in self.parameters()])
         self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
-        with torch.autocast(self.model.device.type, **self.autocast):
-            packs = use_packed_attention(self.model)
+        # The first of several processes reads the weights; to the others the model is shapes alone.
+        where = device if WORLD == 1 else "cpu" if RANK == 0 else "meta"
+        self.model, self.tokenizer = load_model(args.model, where, torch.float32)
+        known = [None, None, None]  # by the first process
+        if RANK == 0:
+            digest = digest_of([torch.hash_tensor(w.cpu()).item() for w in self.parameters()])
+            with torch.autocast(self.model.device.type, **self.autocast):
+                packs = use_packed_attention(self.model)
+            known = [digest, packs, dict(self.model.named_buffers())]
+        if WORLD > 1:
+            dist.broadcast_object_list(known)
+        self.digest, packs, buffers = known
+        if packs:
+            self.model.set_attn_implementation("packed")
         self.pack_tokens = args.pack_tokens if packs else 0  # of a micro-batch; 0: one pair
 
         kinds = self.model._no_split_modules or ()  # the names of its classes of decoder layers
@@ -316,10 +325,19 @@ class Policy(torch.nn.Module):
             for layer in layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         if WORLD > 1:
+            weights = self.model.state_dict() if RANK == 0 else {}
             mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             mesh = dist.init_device_mesh(device.type, (WORLD,))
             for module in (*layers, self):
                 fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+            # Weights come one by one, so that no other process ever holds the whole model. The
+            # buffers come apart from them, since state_dict() lacks those that are computed.
+            self.to_empty(device=device)
+            self.model.tie_weights()
+            options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            dcp_state.set_model_state_dict(self.model, weights, options=options)
+            for name, buffer in buffers.items():
+                self.model.get_buffer(name).copy_(buffer)
 
     def forward(self, pairs):
         sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
