@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -175,20 +176,29 @@ def training_step(policy, optimizer, pairs, reference_logps, settings, max_grad_
 def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     """Trains for `steps` steps, from the newest checkpoint in the run directory `out` if there is
     one. Each step is a line on the screen and in log, the open file log.jsonl."""
+    per_epoch = math.ceil(len(pairs) / args.batch_size)
+
+    def shuffled(epoch):
+        return random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))
+
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
-    reference_logps = torch.zeros(len(pairs) + len(held_out), 1, device=policy.device)
-    if args.loss != "sft":
-        reference_logps = reference_logps_of(policy, pairs + held_out, out)
+    reference_logps = torch.zeros(len(pairs) + len(held_out), 2, device=policy.device)
+    if args.loss == "sft":
+        reference_logps = reference_logps[:, :1]
+    else:  # fewer steps than an epoch has need fewer pairs
+        needed = shuffled(0)[: steps * args.batch_size]
+        needed += range(len(pairs), len(pairs) + len(held_out))
+        both = pairs + held_out
+        reference_logps[needed] = reference_logps_of(policy, [both[i] for i in needed], out)
     start = load_checkpoint(out, policy.model, optimizer)
     if start:
         print(f"{out}: goes on after step {start} of {steps}")
-    per_epoch = math.ceil(len(pairs) / args.batch_size)
 
     for step in range(start, steps):
         began = time.perf_counter()
         epoch, place = divmod(step, per_epoch)  # place: which batch of this epoch's shuffle
         if step == start or place == 0:
-            order = random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))
+            order = shuffled(epoch)
         picks = order[place * args.batch_size : (place + 1) * args.batch_size]
         batch, known = [pairs[i] for i in picks], reference_logps[picks]
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, args)
@@ -351,6 +361,10 @@ SAME = (
     "data", "weights", "loss", "beta", "tau", "label_smoothing", "sft_weight", "lr", "warmup_ratio",
     "max_grad_norm", "steps", "batch_size", "dtype", "seed",
 )  # fmt: skip
+REASONS = {  # flags and counts that change them
+    "data": ("input", "raw_text", "accept", "max_repeats", "max_length", "limit", "pairs"),
+    "weights": ("model",), "steps": ("epochs", "max_steps", "batch_size"),
+}  # fmt: skip
 
 
 def open_run(out, record, overwrite):
@@ -368,7 +382,9 @@ def open_run(out, record, overwrite):
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
     for key in SAME:  # a new run is compared with itself
         if before.get(key) != record[key]:
-            shown = {"data": "pairs", "weights": "model", "steps": "epochs"}.get(key, key)
+            # Name the flag, where one explains it.
+            changed = [name for name in REASONS.get(key, ()) if before.get(name) != record[name]]
+            shown = (changed or [key])[0]
             made = f"other {key} ({shown} {before.get(shown)} then, {record[shown]} now)"
             raise BadInput(f"{out}: began with {made}; choose another --out, or pass --overwrite")
     if not (checkpoints(out) or before.get("finished")):  # no step is saved: the run starts anew
@@ -396,7 +412,10 @@ def save_checkpoint(out, step, model, optimizer):
     state = state_of(model, optimizer)
     files = {name: 1 + i // 20 for i, name in enumerate(state)}  # each is built in memory
     writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)
+    except CheckpointException as error:  # holds a full disk's error, or Ctrl-C
+        raise next(iter(error.failures.values()))[0] from None
     if RANK == 0:
         shutil.copy(out / "log.jsonl", part)
         old = checkpoints(out)
@@ -437,9 +456,8 @@ def save_policy(policy, out, record):
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
-        (out / "reference.safetensors").unlink(
-            missing_ok=True
-        )  # servers read all safetensors as weights
+        # A server would read it as weights.
+        (out / "reference.safetensors").unlink(missing_ok=True)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -519,7 +537,8 @@ def main():
     record = json.loads((out / "run.json").read_text())
     if record.get("finished"):
         return print(f"{out}: already finished; nothing to do (--overwrite starts afresh)")
-    print(f"{steps} steps, {per_epoch} an epoch; tau = {settings['tau']:.4g} in the scores' units")
+    tau = f"; tau = {settings['tau']:.4g} in the scores' units" * (settings["tau"] > 0)
+    print(f"{steps} steps, {per_epoch} an epoch{tau}")
     print(f"--loss {args.loss} --lr {args.lr:g} --sft-weight {args.sft_weight:g}", end="")
     print(f"; by this loss's defaults: {', '.join(args.defaults)}" if args.defaults else "")
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}

@@ -15,6 +15,7 @@ from prompts import as_messages
 from prompts.rows import SIDES, BadInput, is_scored
 
 FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for templates that ask
+LARGE = 10_000  # rows
 MARK = "\ue000"  # holds an answer's place in a template; Unicode leaves it to private use
 
 
@@ -32,12 +33,11 @@ def make_pairs(rows, path, tokenizer, args, need_scores):
     args: those of train.py. need_scores: leave out rows without scores."""
     for i, row in enumerate(rows, 1):
         row.setdefault("id", i)
-    # Large files are tokenised in as many processes as there are cores.
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # A large file is tokenised in as many processes as this one has cores.
+    cores = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = cores if len(rows) > LARGE else 0
     make = functools.partial(try_rows, tokenizer=tokenizer, args=args, need_scores=need_scores)
-    made = DataLoader(
-        rows, 1000, collate_fn=make, num_workers=min(16, cores) if len(rows) > 10_000 else 0
-    )
+    made = DataLoader(rows, 1000, collate_fn=make, num_workers=workers)
     pairs, held_out, left_out = [], [], {}
     for row, (pair, reason) in zip(rows, itertools.chain.from_iterable(made), strict=True):
         if isinstance(reason, Exception):

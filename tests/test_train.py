@@ -259,6 +259,19 @@ def test_a_column_teacher_of_other_people_means_nothing(tokenizer, teacher):
     assert len(pairs) == 1 and not counts
 
 
+def test_a_large_file_is_tokenised_in_several_processes_to_the_same_pairs(tokenizer, monkeypatch):
+    row = {"prompt": "Hi", "rejected": "No.", "score_chosen": 1.0, "score_rejected": 0.0}
+    rows = [row | {"chosen": f"Yes, {i} times."} for i in range(2500)]
+    rows[7] |= {"split": "test"}
+    rows[1200] |= {"error": "no answer"}
+    alone = load([dict(row) for row in rows], tokenizer, loss="rdpo")
+    monkeypatch.setattr("prompts.tokens.LARGE", 100)
+    assert load([dict(row) for row in rows], tokenizer, loss="rdpo") == alone
+    assert [len(part) for part in alone[:2]] == [2498, 1] and alone[2] == {"failed": 1}
+    with pytest.raises(BadInput, match=r"in.jsonl: row 2001: .*must be the last messages"):
+        load([*rows[:2000], rows[0] | {"chosen": [GOOD, MORE], "id": 2001}], tokenizer)
+
+
 def test_a_row_that_the_template_refuses_is_named():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     row = {"id": "a7", "prompt": [{"role": "system", "content": "Be kind."}, USER]}
@@ -736,6 +749,39 @@ def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
     assert_same_weights(workdir / "whole", workdir / "out", atol=0)
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_stops_the_run_as_elsewhere(
+    run, tiny, pairs_file, workdir, monkeypatch
+):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    def leave(status):
+        raise SystemExit(status)
+
+    argv = ["train", "--model", tiny, "--out", workdir / "out", *FAST, "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.dcp.HuggingFaceStorageWriter, "write_data", interrupted)
+        patch.setattr("os._exit", leave)
+        status, _, err = run(*argv)
+    assert status == 130 and "stopped" in err and "Traceback" not in err
+    trained(run, tiny, workdir / "out", "--save-every", "1")
+
+
+def test_fewer_steps_than_an_epoch_has_need_the_reference_of_fewer_pairs(
+    run, tiny, pairs_file, workdir, monkeypatch
+):
+    counts, right = [], train.pair_logps
+    monkeypatch.setattr(
+        train, "pair_logps", lambda policy, pairs: counts.append(len(pairs)) or right(policy, pairs)
+    )
+    argv = ["train", "--model", tiny, *FAST, "--batch-size", "2", "--eval-every", "99"]
+    assert run(*argv, "--out", workdir / "whole", "--epochs", "1")[0] == 0
+    assert run(*argv, "--out", workdir / "part", "--max-steps", "2")[0] == 0
+    assert counts == [8 + 4, 4, 2 * 2 + 4, 4]  # training and held-out pairs; held out at the end
+    first = [train_steps(read_rows(workdir / name / "log.jsonl"))[0] for name in ("whole", "part")]
+    assert first[0]["loss"] == first[1]["loss"]
+
+
 def test_a_model_of_which_a_part_is_not_in_use_continues_too(
     run, pairs_file, workdir, tokenizer, monkeypatch
 ):
@@ -833,6 +879,17 @@ def test_overwrite_keeps_the_run_that_was_there_and_spares_other_folders(
     status, _, err = run("train", *argv)
     assert status == 2 and "no run directory" in err
     assert (workdir / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_flag_that_changed_the_pairs_is_named(run, tiny, workdir):
+    rows = [{"prompt": "The film", "chosen": f" Up {i}.", "rejected": " No."} for i in range(4)]
+    argv = ["--in", write_jsonl(workdir / "in.jsonl", rows), "--model", tiny, "--loss", "dpo"]
+    argv += ["--lr", "1e-4", "--max-steps", "1", "--out", workdir / "out"]
+    assert run("train", *argv)[0] == 0
+    status, _, err = run("train", *argv, "--raw-text")
+    assert status == 2 and "began with other data (raw_text False then, True now)" in err
+    status, _, err = run("train", *argv, "--max-steps", "2")
+    assert status == 2 and "began with other steps (max_steps 1 then, 2 now)" in err
 
 
 def test_a_policy_trained_on_in_its_own_folder_is_moved_aside(run, tiny, pairs_file, workdir):
