@@ -11,6 +11,13 @@ from prompts.server import Reply, pause_of, read_reply, status_of
 
 PAIRS = "runs/sentiment/pairs.jsonl"
 TEXT = "A fine film."
+MENTIONS = (
+    "The tag </think> ends thoughts.",
+    'Thoughts end with `</think>`, and a "</thought>" is rare.',
+    "Put them between <think> and </think>.",
+    "It writes <think>a plan</think> before it answers.",
+    "The last of all tags is </think>",
+)
 
 
 def answer(text=TEXT, finish="stop", usage=(5, 3), **message):
@@ -55,6 +62,12 @@ def ask(run, server, films):
         (answer(f"I should be warm.</think>{TEXT}"), TEXT, "stop"),
         (answer(f"<think>a</think> no <think>b</think> {TEXT}"), TEXT, "stop"),
         (answer(f"<thinking>a</thinking>{TEXT}"), TEXT, "stop"),
+        (answer(f"I should be warm.\n</think> {TEXT}"), TEXT, "stop"),
+        (answer(f"I should be warm. </think>\n\n{TEXT}"), TEXT, "stop"),
+        (answer(f"Sure.\n<think>\nWarm.\n</think>\n{TEXT}"), TEXT, "stop"),
+        (answer(f"<think> </think> {TEXT}"), TEXT, "stop"),
+        (answer("<think>a</think>The tag </think> ends it."), "The tag </think> ends it.", "stop"),
+        *((answer(text), text, "stop") for text in MENTIONS),
         (answer(f"[THINK]a[/THINK]{TEXT}"), TEXT, "stop"),
         (answer(f"<seed:think>a</seed:think>{TEXT}"), TEXT, "stop"),
         (answer(f"◁think▷a◁/think▷{TEXT}"), TEXT, "stop"),
