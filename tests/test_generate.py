@@ -428,6 +428,9 @@ def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
     assert generated(run, tiny, "--prompts", "a.jsonl")[0] == 0
     status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
     assert status == 2 and "row sentiment-00001 was made with prompt" in err
+    write_jsonl(workdir / "b.jsonl", [{"prompt": "Good morning", "id": "other"}])
+    status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
+    assert status == 2 and "id 'sentiment-00001', now it is 'gone from the input'" in err
 
 
 def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, workdir):
@@ -751,7 +754,8 @@ def test_ctrl_c_ends_a_run_whose_server_stalls_at_once(start, monkeypatch, fault
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130 and time.perf_counter() - began < 2
     said = process.stderr.read().decode()
-    assert "the same command" in said and "Traceback" not in said
+    assert "the same command without --overwrite goes on from what is saved" in said
+    assert "Traceback" not in said
     assert len(HostileServer.asked) == 5
 
 

@@ -101,13 +101,28 @@ def test_empty_lines_are_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"prompt,film\nHello,Heat\n", b"PAR1\x15\x04\x15\xc8", b'[{"prompt": "Hello"}]', b'[\n {"prompt": "Hello"}\n]'],
-)  # fmt: skip
-def test_a_file_of_another_format_is_one_line_with_its_conversion(tmp_path, content):
+    ("content", "looks"),
+    [
+        (b"prompt,film\nHello,Heat\n", "CSV"),
+        (b"PAR1\x15\x04\x15\xc8", "text or Parquet"),
+        (b"Why is the sky blue?\n", "text or Parquet"),
+        (b'[{"prompt": "Hello"}]', "a JSON array"),
+        (b'[\n {"prompt": "Hello"}\n]', "a JSON array"),
+    ],
+)
+def test_a_file_of_another_format_is_one_line_with_its_conversion(tmp_path, content, looks):
     (tmp_path / "in.csv").write_bytes(content)
-    with pytest.raises(BadInput, match=r"in.csv:1: .*load_dataset\(.*to_json\("):
+    said = rf"in.csv:1: .* looks like {looks}; datasets.load_dataset\(.*to_json\("
+    with pytest.raises(BadInput, match=said):
         read_prompts(tmp_path / "in.csv", "sentiment")
+
+
+def test_only_a_file_of_another_format_gets_the_hint_of_its_conversion(tmp_path):
+    for row in ('{"promt": "Hello"}', '{"prompt": "Hello", }'):
+        (tmp_path / "in.jsonl").write_text(row)
+        with pytest.raises(BadInput, match=r"in\.jsonl:1: ") as refused:
+            read_prompts(tmp_path / "in.jsonl", "sentiment")
+        assert "load_dataset" not in str(refused.value)
 
 
 def test_nan_in_a_column_beside_is_null_and_the_same_run_goes_on(run, tiny, workdir):

@@ -230,6 +230,24 @@ def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs,
     assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
 
 
+def test_a_change_inside_the_teachers_settings_is_named_with_both_values(run, tiny, pairs):
+    rows = read_rows(pairs)
+    for most in (200, 140):
+        settings = {"model": "org/a-name", "finish": {"draft": "stop"}, "max_tokens": most}
+        write_jsonl(pairs, [row | {"teacher": settings} for row in rows])
+        status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "was made with teacher.max_tokens 200, now it is 140;" in err
+    settings = {"model": "org/a-name", "finish": {"draft": "length"}}
+    write_jsonl(pairs, [row | {"teacher": settings} for row in rows])
+    status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "teacher.finish.draft 'stop', now it is 'length';" in err
+    write_jsonl(
+        pairs, [row | {"teacher": settings | {"finish": {"draft": "stop"}}} for row in rows]
+    )
+    status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "teacher.max_tokens 200, now it is None;" in err
+
+
 def test_a_killed_run_continues_to_the_same_file(run, tiny, pairs, workdir):
     _, whole, _ = scored(run, tiny, "--batch-size", "2")
     path = workdir / "runs/sentiment/scored.jsonl"
