@@ -25,6 +25,7 @@ from prompts import as_messages, fill, load_task, measure
 from prompts.chat import apply_template, encode, load_model, open_chat, pick_device
 from prompts.rows import SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task
 from prompts.rows import number, read_rows, run, text_of
+from prompts.server import was_cut_off
 
 
 class Score(NamedTuple):
@@ -184,7 +185,8 @@ def add_scores(rows, reward, settings):
         row["reward"] = dict(settings)
         for side in SIDES:
             score = scores[i, text_of(row[side])]
-            row[f"score_{side}"] = finite(score.value)
+            finite = score.value is not None and math.isfinite(score.value)
+            row[f"score_{side}"] = score.value if finite else None
             if score.comment:
                 row["reward"][f"comment_{side}"] = score.comment
     return rows
@@ -200,11 +202,6 @@ def score_batch(rows, reward, settings):
         return [score_batch([row], reward, settings)[0] for row in rows]
 
 
-def finite(value):
-    """The value, or None if it is missing or not finite."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 # ---- the audit -----------------------------------------------------------------------------------
 def audit(rows, task):
     """What to know of the scores before training on them, as text. task: of load_task."""
@@ -215,6 +212,9 @@ def audit(rows, task):
     if not scored:
         return lines[0]
 
+    cut = sum(was_cut_off(row) for row in scored)
+    left_out = f"left out {cut}, cut off at generate.py's --max-tokens"
+    lines.append(f"usable in training {len(scored) - cut}; {left_out}")
     gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")

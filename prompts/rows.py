@@ -27,9 +27,9 @@ class BadInput(Exception):
 
 # ---- reading -------------------------------------------------------------------------------------
 def read_rows(path, *fields):
-    """The rows of a JSONL file, a list of dictionaries. NaN and Infinity, which JSON lacks, are None.
-    Raises BadInput for a missing file, a line that is no JSON object, or a row that has neither
-    `error` nor all of the fields."""
+    """The rows of a JSONL file, dictionaries. NaN and Infinity, which JSON lacks, are None. Raises
+    BadInput for a missing file, a line that is no JSON object, or a row that has neither `error`
+    nor all of the fields."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
 
@@ -79,8 +79,8 @@ class Rows:
     rows: {id: row} of the whole file. done: those of them that need not be made again."""
 
     def __init__(self, path, overwrite=False):
-        """Opens or makes the file, without a torn last line. overwrite: begins an empty file; the old
-        one becomes NAME.bak. Raises BadInput for a file of something else, which stays as it is."""
+        """Opens or makes the file, without a torn last line. overwrite: begins an empty file; the
+        old one is NAME.bak. Raises BadInput for a file of something else, which stays as it is."""
         self.path, self.done = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open_locked(path)
@@ -107,8 +107,8 @@ class Rows:
         self.file.flush()
 
     def resume(self, made_by, settings, source):
-        """Marks the rows without `error` as done. Raises BadInput where the field made_by of one has
-        other settings than this run, or where its row in source, the input, changed or is gone."""
+        """Marks the rows without `error` as done. Raises BadInput where the field made_by of one
+        has other settings than this run, or its row of source, the input, changed or is gone."""
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
@@ -125,9 +125,9 @@ class Rows:
                     raise BadInput(f"{self.path}: {what}; choose another --out or --overwrite")
 
     def batches(self, rows, size=None):
-        """Lists of `size` rows, of which at least one is not done. They are cut from all rows, done or
-        not, so that a continued run computes the same batches. None: one list of the rows that are
-        not done, since calls cost money."""
+        """Lists of `size` rows, of which at least one is not done. They are cut from all rows, done
+        or not, so that a continued run computes the same batches. None: one list of the rows that
+        are not done, since calls cost money."""
         if size is None:
             rows = [row for row in rows if row["id"] not in self.done]
             size = len(rows) or 1
@@ -143,7 +143,7 @@ class Rows:
 
 
 def difference(before, now):
-    """The first key of `now` that has another value in `before`, with both values; "" without one."""
+    """The first key of `now` that has another value in `before`, with both; "" if there is none."""
     for name, value in now.items():
         old = before.get(name)
         if isinstance(old, dict) and isinstance(value, dict) and old != value:

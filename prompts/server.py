@@ -59,6 +59,13 @@ class Reply(NamedTuple):
     completion_tokens: int = 0
 
 
+def was_cut_off(row):
+    """Whether the draft or the revision of a pair was cut off. train.py leaves such a pair out."""
+    teacher = row.get("teacher")  # in a data set of others it may be anything
+    finish = teacher.get("finish") if isinstance(teacher, dict) else None
+    return any(call != "critique" and why == "length" for call, why in (finish or {}).items())
+
+
 def seed_of(*parts):
     """A 63-bit seed from anything printable, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

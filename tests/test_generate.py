@@ -326,7 +326,8 @@ def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
                 assert teacher[key].keys() == {"draft", "critique", "revision"}
             assert 0 < max(teacher["completion_tokens"].values()) <= 12
             cut += "length" in (teacher["finish"]["draft"], teacher["finish"]["revision"])
-    assert f"{7 - failed} pairs, {cut} of them cut off, {failed} failed" in said
+    assert f"{7 - failed} pairs, {7 - failed - cut} of them complete, {failed} failed" in said
+    assert cut and f"{cut} were cut off at 12 tokens and are left out of training" in said
 
 
 def test_framings_of_one_argument_share_their_neutral_request_and_their_random_numbers():
@@ -615,7 +616,8 @@ def test_more_rows_cost_their_own_calls_alone_even_without_the_journal(run, serv
 def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     HostileServer.script = ["length"]
     status, said, _ = ask(run, server, "--limit", "1")
-    assert status == 0 and "1 of them cut off" in said
+    want = "1 were cut off at 200 tokens and are left out of training: raise --max-tokens\n"
+    assert status == 0 and said.endswith(f"1 pairs, 0 of them complete, 0 failed; {want}")
     assert read_rows(PAIRS)[0]["teacher"]["finish"]["draft"] == "length"
 
 
@@ -640,6 +642,12 @@ def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, w
     code, _, err = ask(run, server, "--limit", "20", "--concurrency", "4")
     assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) == 1
     assert len([line for line in err.splitlines() if line.startswith("generate.py: ")]) == 1
+
+
+def test_a_critique_that_was_cut_costs_no_pair(run, server, workdir):
+    HostileServer.script = [200, "length"]
+    status, said, _ = ask(run, server, "--limit", "1")
+    assert status == 0 and said.endswith("1 pairs, 1 of them complete, 0 failed\n")
 
 
 def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):

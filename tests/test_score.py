@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from transformers import (
 )
 
 import score
+import train
 from prompts import fill, load_task
 from prompts.chat import encode, load_model
 from prompts.rows import is_scored
+from prompts.server import was_cut_off
 from score import Score, audit, contrast_reward, rating_of
 
 CPU = torch.device("cpu")
@@ -281,6 +284,30 @@ def test_the_audit_counts_wins_and_ties_and_measures_drafts_and_revisions():
     assert "metric where it lost: draft 1.00, revision 0.00" in text
     by_columns = load_task("sycophancy") | {"columns": ["markers"]}
     assert "metric" not in audit(rows, by_columns)  # pairs of others, without the column
+
+
+def test_the_audit_and_training_leave_out_the_same_pairs_as_cut_off(tokenizer):
+    finishes = [
+        {"finish": {"draft": "stop", "critique": "length", "revision": "stop"}},
+        {"finish": {"draft": "length", "critique": "stop", "revision": "stop"}},
+        {"finish": {"draft": "stop", "critique": "stop", "revision": "length"}},
+        {"finish": None},
+        {"finish": {}},
+        "Mr Smith",
+        None,
+    ]
+    rows = [
+        pair_row(i, "good", "poor") | {"teacher": teacher} for i, teacher in enumerate(finishes)
+    ]
+    rows.append(pair_row(7, "good", "poor"))
+    args = {"loss": "rdpo", "accept": False, "raw_text": False, "max_repeats": 1, "max_length": 512}
+    left_out = []
+    for row in rows:
+        _, reason = train.make_pair(dict(row), row["id"], tokenizer, SimpleNamespace(**args))
+        left_out.append(reason == "cut off by the teacher")
+    assert left_out == [was_cut_off(row) for row in rows] and sum(left_out) == 2
+    said = "\nusable in training 6; left out 2, cut off at generate.py's --max-tokens\n"
+    assert said in audit(rows, TASK)
 
 
 def test_a_copied_draft_is_scored_once_and_a_tie():

@@ -197,7 +197,7 @@ def test_an_answer_that_was_cut_off_in_other_words_has_no_rating(
 ):
     respond(monkeypatch, lambda body, turn: (200, {}, answer("Rating: 3", finish)))
     status, said, _ = ask()
-    assert status == 0 and "4 pairs, 4 of them cut off" in said
+    assert status == 0 and "4 pairs, 0 of them complete" in said
     judge = ["--task", "sentiment", "--reward", "judge", "--model", "big", "--api-base", server]
     assert run("score", *judge)[0] == 1
     assert {row["score_chosen"] for row in read_rows("runs/sentiment/scored.jsonl")} == {None}
