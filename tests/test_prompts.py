@@ -161,18 +161,35 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{draft}", "{drafft}", "no key or placeholder 'drafft'"),
-    ('draft = [{ role = "user", content = "{prompt}" }]', 'draft = "{critique}"', "'critique'"),
-    ('role = "user"', 'role = "usr"', "role"),
-    ("revision = [", "revison = [", "no key or placeholder 'revision'"),
-    ("principle = [", "principal = [", "no key or placeholder 'principle'"),
-    ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
-    ("patterns = [", "patterns = []\nothers = [", "no key or placeholder 'field'"),
+    ("{draft}", "{drafft}", "no placeholder {drafft}; known: {prompt}, {request}, {draft}, "),
+    ('"{request}"', '"{reqest}"', "no placeholder {reqest}; known: {prompt}, {request}, {draft}, "),
+    (
+        'draft = [{ role = "user", content = "{prompt}" }]',
+        'draft = "{critique}"',
+        "no placeholder {critique};",
+    ),
+    ('role = "user"', 'role = "usr"', "a message needs content and the role system, user or "),
+    ('role = "user"', 'rol = "user"', "a message needs content and the role system, user or "),
+    ("revision = [", "revison = [", "'revison' is not among draft, critique, revision\n"),
+    ("principle = [", "principal = [", "'principal' is not among principle, opposite, control\n"),
+    ("scale = [1, 10]", "scales = [1, 10]", "[judge]: 'scales' is not among prompt, scale\n"),
+    ("scale = [1, 10]", "", "[judge]: 'scale' is missing\n"),
+    ("patterns = [", 'patterns = ["(open", ', "[metric]: the pattern '(open': missing )"),
+    ("patterns = [", "patterns = []\nothers = [", "[metric]: 'others' is not among kind, better, "),
     ('want = "any"', 'want = "all"', "want: any or none"),
+    (
+        'want = "any"',
+        'wnat = "any"',
+        "'wnat' is not among kind, better, meaning, want, patterns, field\n",
+    ),
+    ('want = "any"', "", "[metric]: 'want' is missing\n"),
+    ('[metric]\nkind = "match"', "[metric]", "[metric]: 'kind' is missing\n"),
+    ("[metric]", "#", "top level: 'metric' is missing\n"),
     ('about = "', 'abuot = "', "'abuot' is not among about, "),
     ("[metric]", "[metrics]", "'metrics' is not among about, "),
     ("[judge]", "[judges]", "'judges' is not among about, "),
-    ("meaning = ", "means = ", "no key or placeholder 'meaning'"),
+    ("meaning = ", "means = ", "[metric]: 'means' is not among kind, better, meaning, "),
+    ("meaning = ", "# ", "[metric]: 'meaning' is missing\n"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
@@ -185,7 +202,15 @@ def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, r
     monkeypatch.setattr(prompts, "FOLDER", tmp_path)
     with pytest.raises(BadInput) as refused:
         load_task("safety")
-    assert said in str(refused.value) and str(tmp_path) in str(refused.value)
+    assert said in f"{refused.value}\n" and str(tmp_path) in str(refused.value)
+
+
+def test_a_match_without_patterns_or_a_field_says_what_is_missing(monkeypatch, tmp_path):
+    text = (ROOT / "prompts/roleplay.toml").read_text()
+    (tmp_path / "roleplay.toml").write_text(text.replace("field = ", "# field = "))
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=r"roleplay.toml: \[metric\]: 'patterns' is missing$"):
+        load_task("roleplay")
 
 
 def test_the_default_task_is_the_newest_that_is_a_task(workdir):
