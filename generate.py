@@ -66,14 +66,14 @@ def parse_args():
     parser.set_defaults(task="sentiment")
     add = parser.add_argument
     # fmt: off
-    add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
-    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of a group stay in one split; rows without a group are grouped by prompt")
+    add("--model", default="smollm2", help="teacher: 'smollm2' (the embedded model), a local folder, a hub id, or with --api-base the server's name of the model (default: %(default)s)")
+    add("--prompts", metavar="FILE", help="instructions to use in place of prompts/TASK.jsonl: JSON lines with a prompt (text or messages) and perhaps a group, whose rows all go to training or all to the test (default group: the prompt)")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
-    add("--form", choices=FORMS, help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type=number(), default=200, help="maximum length of an answer, in tokens; longer ones are cut off, marked and left out of training (default: %(default)s)")
+    add("--form", choices=FORMS, help="what the teacher sees when it criticises and revises: one growing conversation, as in the paper, or the texts of [fresh] in the task file (default: fresh for smollm2, else conversation)")
+    add("--max-tokens", type=number(), default=200, help="maximum length of an answer, in tokens; a longer draft or revision is cut off, and its pair left out of training (default: %(default)s)")
     add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
     add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability; a model on this machine samples from its 256 likeliest at most (default: %(default)s)")
-    add("--batch-size", type=number(), default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type=number(), default=64, help="rows that are sampled and written together, without --api-base (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, without calling the model")
     # fmt: on
     return parser.parse_args()

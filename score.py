@@ -237,9 +237,9 @@ def add_reward_flags(parser, kind=None):
     """Flags that score.py and eval.py share. kind: the default reward; None: that of the pairs."""
     add, default = parser.add_argument, "that of the pairs"
     # fmt: off
-    add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
-    add("--label", help="for a classifier with several labels: the one that counts as good")
-    add("--judge-tokens", type=number(), default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
+    add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: the answer's log-prob under the task's principle minus that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
+    add("--label", help="for a classifier with several labels: the one that counts as good, e.g. POSITIVE")
+    add("--judge-tokens", type=number(), default=300, help="maximum length of the judge's reply, in tokens; a longer one gives no score (default: %(default)s)")
     # fmt: on
 
 
@@ -248,10 +248,10 @@ def parse_args():
     add = parser.add_argument
     add_reward_flags(parser, "contrast")
     # fmt: off
-    add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (the embedded model), a local folder, a hub id, or with --api-base the server's name of the model (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type=number(), default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type=number(), default=32, help="rows that are scored and written together, without --api-base (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     args.task = args.task or newest_task("pairs.jsonl", args.input)

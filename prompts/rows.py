@@ -209,16 +209,16 @@ def make_parser(doc, server=True):
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
-    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="task: the name of a file prompts/TASK.toml (default: generate.py sentiment, the others the one whose input is newest)")
-    add("--limit", type=number(), help="use the first LIMIT rows only (default: all)")
+    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="name of a file prompts/TASK.toml (default: sentiment for generate.py, for the other stages the task of the newest input file)")
+    add("--limit", type=number(), help="use only the first LIMIT rows of the input (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
+    add("--overwrite", action="store_true", help="where the output exists already, start afresh and rename the old one to NAME.bak (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-        add("--extra-body", metavar="JSON", help='fields to add to each request; null leaves one out, e.g. {"max_tokens": null, "max_completion_tokens": 800} or {"seed": null} (default: none)')
+        add("--extra-body", metavar="JSON", help='fields to add to each request to the server; null leaves a field out, e.g. {"max_tokens": null, "max_completion_tokens": 800} or {"seed": null} (default: none)')
         add("--concurrency", type=number(), default=16, help="calls made to the server at the same time (default: %(default)s)")
         add("--timeout", type=number(), default=300, help="seconds that the server may be silent (default: %(default)s)")
     # fmt: on

@@ -701,6 +701,13 @@ def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir)
     assert {body["model"] for _, body in HostileServer.asked} == {str(workdir / "big")}
 
 
+def test_the_help_names_the_limits_of_sampling(run):
+    status, said, _ = run("generate", "--help")
+    said = " ".join(said.split())
+    assert status == 0 and "samples from its 256 likeliest at most" in said
+    assert "a longer draft or revision is cut off, and its pair left out of training" in said
+
+
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
     status, said, _ = ask(run, server, "--dry-run")
     assert status == 0 and "1,932 calls" in said and "386,400 completion tokens at most" in said
