@@ -5,8 +5,7 @@
     python score.py --task safety --reward judge --model NAME --api-base http://localhost:8000/v1
 
 runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen and score_rejected
-(null, never 0, if there is no score) and reward; then an audit of the scores.
-"""
+(null, never 0, if there is no score) and reward; then an audit of the scores."""
 
 import functools
 import math
@@ -41,8 +40,7 @@ def contrast_reward(rows, answers, model, tokenizer, table):
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
     table: [contrast] of the task file, two lists of messages behind which the answer stands. Rows
-        with `control` have a table of their own, if there is [contrast.control].
-    """
+        with `control` have a table of their own, if there is [contrast.control]."""
     under_principle, under_opposite = [], []
     for row, answer in zip(rows, answers, strict=True):
         sides = table.get("control", table) if row.get("control") else table
@@ -185,8 +183,7 @@ def add_scores(rows, reward, settings):
         row["reward"] = dict(settings)
         for side in SIDES:
             score = scores[i, text_of(row[side])]
-            finite = score.value is not None and math.isfinite(score.value)
-            row[f"score_{side}"] = score.value if finite else None
+            row[f"score_{side}"] = finite(score.value)
             if score.comment:
                 row["reward"][f"comment_{side}"] = score.comment
     return rows
@@ -202,6 +199,11 @@ def score_batch(rows, reward, settings):
         return [score_batch([row], reward, settings)[0] for row in rows]
 
 
+def finite(value):
+    """The value, or None if it is missing or not finite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 # ---- the audit -----------------------------------------------------------------------------------
 def audit(rows, task):
     """What to know of the scores before training on them, as text. task: of load_task."""
@@ -213,19 +215,17 @@ def audit(rows, task):
         return lines[0]
 
     cut = sum(was_cut_off(row) for row in scored)
-    left_out = f"left out {cut}, cut off at generate.py's --max-tokens"
-    lines.append(f"usable in training {len(scored) - cut}; {left_out}")
+    lines.append(f"usable {len(scored) - cut}, left out {cut}: cut off by generate.py --max-tokens")
     gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
     spread = f"mean {gaps.mean():+.3f}, root mean square {np.sqrt(np.mean(gaps**2)):.3f}"
     lines.append(f"reward gap (chosen - rejected): {spread}")
+    metric = task["metric"]
     if all(set(task["columns"]) <= row.keys() for row in scored):  # the pairs of others lack some
         for name, which in (("won", gaps > 0), ("lost", gaps < 0)):
             some = [row for row, counts in zip(scored, which, strict=True) if counts]
-            values = [
-                [measure(task["metric"], r, text_of(r[side])) for side in SIDES] for r in some
-            ]
+            values = [[measure(metric, r, text_of(r[side])) for side in SIDES] for r in some]
             if values:
                 revision, draft = np.mean(values, axis=0)
                 lines.append(f"metric where it {name}: draft {draft:.2f}, revision {revision:.2f}")

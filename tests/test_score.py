@@ -306,7 +306,7 @@ def test_the_audit_and_training_leave_out_the_same_pairs_as_cut_off(tokenizer):
         _, reason = train.make_pair(dict(row), row["id"], tokenizer, SimpleNamespace(**args))
         left_out.append(reason == "cut off by the teacher")
     assert left_out == [was_cut_off(row) for row in rows] and sum(left_out) == 2
-    said = "\nusable in training 6; left out 2, cut off at generate.py's --max-tokens\n"
+    said = "\nusable 6, left out 2: cut off by generate.py --max-tokens\n"
     assert said in audit(rows, TASK)
 
 
