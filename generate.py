@@ -19,6 +19,7 @@ from tqdm import tqdm
 from prompts import CALLS, FOLDER, FORMS, fill, load_task, read_prompts
 from prompts.chat import open_chat
 from prompts.rows import BadInput, Rows, digest_of, make_parser, number, run
+from prompts.tokens import was_cut_off
 
 
 # ---- the method: draft, criticise, revise --------------------------------------------------------
@@ -65,14 +66,14 @@ def parse_args():
     parser.set_defaults(task="sentiment")
     add = parser.add_argument
     # fmt: off
-    add("--model", default="smollm2", help="teacher: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
-    add("--prompts", metavar="FILE", help="JSONL of instructions in place of prompts/TASK.jsonl; a row needs prompt (text or messages); rows of a group stay in one split; rows without a group are grouped by prompt")
+    add("--model", default="smollm2", help="teacher: 'smollm2' (the embedded model), a local folder, a hub id, or with --api-base the server's name of the model (default: %(default)s)")
+    add("--prompts", metavar="FILE", help="instructions to use in place of prompts/TASK.jsonl: JSON lines with a prompt (text or messages) and perhaps a group, whose rows all go to training or all to the test (default group: the prompt)")
     add("--out", metavar="FILE", help="pairs to write (default: runs/TASK/pairs.jsonl)")
-    add("--form", choices=FORMS, help="what critic and reviser see: one growing conversation, as in the paper, or the task's fresh form (default: fresh for smollm2, else conversation)")
-    add("--max-tokens", type=number(), default=200, help="maximum length of an answer, in tokens; longer ones are cut off, marked and left out of training (default: %(default)s)")
+    add("--form", choices=FORMS, help="what the teacher sees when it criticises and revises: one growing conversation, as in the paper, or the texts of [fresh] in the task file (default: fresh for smollm2, else conversation)")
+    add("--max-tokens", type=number(), default=200, help="maximum length of an answer, in tokens; a longer draft or revision is cut off, and its pair left out of training (default: %(default)s)")
     add("--temperature", type=number(0, kind=float), default=0.7, help="sampling temperature, 0 = greedy (default: %(default)s)")
-    add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
-    add("--batch-size", type=number(), default=64, help="rows that are sampled, and written, together on this machine (default: %(default)s)")
+    add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability; a model on this machine samples from its 256 likeliest at most (default: %(default)s)")
+    add("--batch-size", type=number(), default=64, help="rows that are sampled and written together, without --api-base (default: %(default)s)")
     add("--dry-run", action="store_true", help="show the first call and an estimate of the tokens, without calling the model")
     # fmt: on
     return parser.parse_args()
@@ -104,21 +105,25 @@ def show_pair(rows):
             print(f"[{name}] {text}")
 
 
-def summary(rows):
-    """The last line: pairs made, cut off and failed, and the error that occurs most often."""
+def summary(rows, max_tokens):
+    """The last line: pairs made, failed and cut off, and the error that occurs most often."""
     cut, errors = 0, {}  # errors that differ in numbers alone are one kind: {kind: errors}
     for row in rows:
         if row.get("error"):
             kind = re.sub(r"\w*\d\w*", "#", row["error"])
             errors.setdefault(kind, []).append(row["error"])
         else:
-            finish = row["teacher"]["finish"]
-            cut += "length" in (finish["draft"], finish["revision"])
+            cut += was_cut_off(row)
+
     failed = sum(map(len, errors.values()))
-    text = f"{len(rows) - failed} pairs, {cut} of them cut off, {failed} failed"
+    made = len(rows) - failed
+    text = f"{made} pairs, {made - cut} of them complete, {failed} failed"
     if failed:
         most = max(errors.values(), key=len)
         text += f"; {len(most)} of them: {most[0]}"
+    if cut:
+        text += f"; {cut} were cut off at {max_tokens} tokens and are left out of training: "
+        text += "raise --max-tokens"
     return text
 
 
@@ -155,7 +160,7 @@ def main():
 
     rows = output.finish(source)
     show_pair(rows)
-    print(f"{out}: {summary(rows)}")
+    print(f"{out}: {summary(rows, args.max_tokens)}")
     raise SystemExit(1 if any(row.get("error") for row in rows) else 0)
 
 

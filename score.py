@@ -5,8 +5,7 @@
     python score.py --task safety --reward judge --model NAME --api-base http://localhost:8000/v1
 
 runs/TASK/pairs.jsonl -> runs/TASK/scored.jsonl: the same rows with score_chosen and score_rejected
-(null, never 0, if there is no score) and reward; then an audit of the scores.
-"""
+(null, never 0, if there is no score) and reward; then an audit of the scores."""
 
 import functools
 import math
@@ -25,7 +24,7 @@ from prompts import as_messages, fill, load_task, measure
 from prompts.chat import load_model, open_chat, pick_device
 from prompts.rows import SIDES, BadInput, Rows, digest_of, is_scored, make_parser, newest_task
 from prompts.rows import number, read_rows, run, text_of
-from prompts.tokens import apply_template, encode
+from prompts.tokens import apply_template, encode, was_cut_off
 
 
 class Score(NamedTuple):
@@ -41,8 +40,7 @@ def contrast_reward(rows, answers, model, tokenizer, table):
     r(x, y) = 1/|y| [log pi(y | x, principle) - log pi(y | x, opposite)]
 
     table: [contrast] of the task file, two lists of messages behind which the answer stands. Rows
-        with `control` have a table of their own, if there is [contrast.control].
-    """
+        with `control` have a table of their own, if there is [contrast.control]."""
     under_principle, under_opposite = [], []
     for row, answer in zip(rows, answers, strict=True):
         sides = table.get("control", table) if row.get("control") else table
@@ -217,17 +215,18 @@ def audit(rows, task):
     if not scored:
         return lines[0]
 
+    cut = sum(was_cut_off(row) for row in scored)
+    lines.append(f"usable {len(scored) - cut}, left out {cut}: cut off by generate.py --max-tokens")
     gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
     spread = f"mean {gaps.mean():+.3f}, root mean square {np.sqrt(np.mean(gaps**2)):.3f}"
     lines.append(f"reward gap (chosen - rejected): {spread}")
+    metric = task["metric"]
     if all(set(task["columns"]) <= row.keys() for row in scored):  # the pairs of others lack some
         for name, which in (("won", gaps > 0), ("lost", gaps < 0)):
             some = [row for row, counts in zip(scored, which, strict=True) if counts]
-            values = [
-                [measure(task["metric"], r, text_of(r[side])) for side in SIDES] for r in some
-            ]
+            values = [[measure(metric, r, text_of(r[side])) for side in SIDES] for r in some]
             if values:
                 revision, draft = np.mean(values, axis=0)
                 lines.append(f"metric where it {name}: draft {draft:.2f}, revision {revision:.2f}")
@@ -239,9 +238,9 @@ def add_reward_flags(parser, kind=None):
     """Flags that score.py and eval.py share. kind: the default reward; None: that of the pairs."""
     add, default = parser.add_argument, "that of the pairs"
     # fmt: off
-    add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: log-prob under the task's principle less that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
-    add("--label", help="for a classifier with several labels: the one that counts as good")
-    add("--judge-tokens", type=number(), default=300, help="longest reply of the judge, in tokens (default: %(default)s)")
+    add("--reward", default=kind, choices=["contrast", "classifier", "judge"], help=f"contrast: the answer's log-prob under the task's principle minus that under its opposite; classifier: a reward model or sequence classifier; judge: a chat model's rating (default: {kind or default})")
+    add("--label", help="for a classifier with several labels: the one that counts as good, e.g. POSITIVE")
+    add("--judge-tokens", type=number(), default=300, help="maximum length of the judge's reply, in tokens; a longer one gives no score (default: %(default)s)")
     # fmt: on
 
 
@@ -250,10 +249,10 @@ def parse_args():
     add = parser.add_argument
     add_reward_flags(parser, "contrast")
     # fmt: off
-    add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (embedded), a folder, a hub id, or the server's model name (default: %(default)s)")
+    add("--model", dest="reward_model", metavar="MODEL", default="smollm2", help="model of the reward: 'smollm2' (the embedded model), a local folder, a hub id, or with --api-base the server's name of the model (default: %(default)s)")
     add("--in", dest="input", metavar="FILE", help="pairs to score (default: runs/TASK/pairs.jsonl)")
     add("--out", metavar="FILE", help="scored pairs to write (default: scored.jsonl beside --in)")
-    add("--batch-size", type=number(), default=32, help="rows that are scored, and written, together on this machine (default: %(default)s)")
+    add("--batch-size", type=number(), default=32, help="rows that are scored and written together, without --api-base (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     args.task = args.task or newest_task("pairs.jsonl", args.input)

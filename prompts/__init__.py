@@ -1,6 +1,4 @@
-"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions.
-
-Only this file knows their format. It imports nothing from the stages."""
+"""Tasks: TASK.toml holds all text that a model is shown, TASK.jsonl the instructions."""
 
 import hashlib
 import re
@@ -12,7 +10,6 @@ from prompts.rows import FOLDER, BadInput, read_rows
 
 FORMS = ("conversation", "fresh")  # what critic and reviser see
 CALLS = ("draft", "critique", "revision")  # of a form
-KEYS = ("about", "seed_by", *FORMS, "contrast", "judge", "metric")  # of a task
 WRITTEN = ("error", "rejected", "critique", "chosen", "teacher")  # what generate.py adds to a row
 LEXICON = SentimentIntensityAnalyzer()
 
@@ -20,11 +17,8 @@ LEXICON = SentimentIntensityAnalyzer()
 # ---- task files ----------------------------------------------------------------------------------
 def load_task(name):
     """The checked dictionary of prompts/NAME.toml, with two keys added. Raises BadInput.
-
-    seed_by: the field that a row's random numbers depend on (default "id"). With "group" the
-        variants of one text share them.
-    columns: what rows must have for the metric.
-    """
+    seed_by: the field that a row's random numbers depend on. With "group" the variants of one text
+    share them. columns: what rows must have for the metric."""
     path = FOLDER / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
@@ -34,50 +28,62 @@ def load_task(name):
         check_task(task)
     except KeyError as error:
         known = "{prompt}, {request}, {draft}, {critique}, {answer}, as far as they are made"
-        raise BadInput(f"{path}: no key or placeholder {error}; placeholders: {known}") from None
-    except (LookupError, ValueError, TypeError, re.error) as error:  # also invalid TOML, UTF-8
+        raise BadInput(f"{path}: no placeholder {{{error.args[0]}}}; known: {known}") from None
+    except re.error as error:
+        raise BadInput(f"{path}: [metric]: the pattern {error.pattern!r}: {error}") from None
+    except (AttributeError, ValueError, TypeError) as error:  # also invalid TOML, UTF-8
         raise BadInput(f"{path}: {error}") from None
 
-    by_markers = task["metric"]["kind"] == "match" and not task["metric"].get("patterns")
-    return task | {"columns": [task["metric"]["field"]] if by_markers else []}
+    field = task["metric"].get("field")
+    return task | {"columns": [] if field is None else [field]}
 
 
 def check_task(task):
-    """Raises KeyError, ValueError, TypeError or re.error. Each call is filled in once, as a test."""
-    for key in task:
-        if key not in KEYS:
-            raise ValueError(f"'{key}' is not among {', '.join(sorted(KEYS))}")
+    """Raises the errors of load_task. Each call is filled in once, as a test."""
+    check_keys("top level", task, ("about", "metric"), ("seed_by", *FORMS, "contrast", "judge"))
     for form in FORMS:
         texts = {}  # that the calls before have made
         for call in CALLS if form in task else ():
+            check_keys(f"[{form}]", task[form], CALLS)
             fill(task[form][call], {"prompt": "P"}, **texts)
             texts[call] = "text"
     if "contrast" in task:
         for table in (task["contrast"], task["contrast"].get("control", task["contrast"])):
+            check_keys("[contrast] or its control", table, ("principle", "opposite"), ("control",))
             fill(table["principle"], {"prompt": "P"})
             fill(table["opposite"], {"prompt": "P"})
     if "judge" in task:
+        check_keys("[judge]", task["judge"], ("prompt", "scale"))
         fill(task["judge"]["prompt"], {"prompt": "P"}, answer="A")
-    metric = task.get("metric", {})
-    for table, key in ((task, "about"), (metric, "kind"), (metric, "better"), (metric, "meaning")):
-        if key not in table:
-            raise KeyError(key)
-    want = metric["want"] if metric["kind"] == "match" else "any"
+
+    metric = task["metric"]
+    needed = ["kind", "better", "meaning"]
+    if metric.get("kind") == "match":
+        needed += ["want", "field" if "field" in metric else "patterns"]
+    check_keys("[metric]", metric, needed, ("want", "patterns", "field"))
+    want = metric.get("want", "any")
     if metric["kind"] not in ("match", "positive", "spread") or want not in ("any", "none"):
         raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
-    re.compile("|".join(metric.get("patterns", [])))
-    if metric["kind"] == "match" and not metric.get("patterns") and "field" not in metric:
-        raise KeyError("field")
+    for pattern in metric.get("patterns", []):
+        re.compile(pattern)
+
+
+def check_keys(where, table, needed, others=()):
+    """Raises ValueError where a key of the table is unknown, or a needed one is missing."""
+    known = dict.fromkeys([*needed, *others])
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{where}: '{key}' is not among {', '.join(known)}")
+    for key in needed:
+        if key not in table:
+            raise ValueError(f"{where}: '{key}' is missing")
 
 
 def fill(call, row, **texts):
-    """The messages of one call, with the placeholders of the task file replaced.
-
-    call: messages, or text for one user message.
-    row: a message that is exactly "{prompt}" becomes all messages of its prompt. Inside other text
-        {prompt} is the last user turn, and {request} its field `request`, without one the same.
-    texts: what replaces {draft} and {critique}, or a judge's {answer}. Others raise KeyError.
-    """
+    """The messages of one call: messages, or text for one user message, with placeholders replaced.
+    A message that is exactly "{prompt}" becomes all messages of the row's prompt. Inside other text
+    {prompt} is the last user turn, and {request} its field `request`, without one the same.
+    texts: what replaces {draft} and {critique}, or a judge's {answer}. Others raise KeyError."""
     prompt = as_messages(row["prompt"])
     last_turn = [message["content"] for message in prompt if message["role"] == "user"][-1]
     texts = {"prompt": last_turn, "request": row.get("request") or last_turn, **texts}
@@ -93,26 +99,21 @@ def fill(call, row, **texts):
 
 
 def as_messages(prompt, role="user"):
-    """A prompt as a list of messages, without fields that are null; text is one of this role. Anything
-    else raises ValueError, TypeError or KeyError."""
+    """Messages without null fields; text is one of this role. Raises ValueError or TypeError."""
     messages = [{"role": role, "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{k: v for k, v in dict(message).items() if v is not None} for message in messages]
-    for message in messages:
-        known = message["role"] in ("system", "user", "assistant")
-        if not known or not isinstance(message["content"], str):
-            raise ValueError("a message needs text and the role system, user or assistant")
-    if not messages:
-        raise ValueError("at least one message is needed")
+    for message in messages or [{}]:
+        known = message.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(message.get("content"), str):
+            raise ValueError("a message needs content and the role system, user or assistant")
     return messages
 
 
 # ---- instructions --------------------------------------------------------------------------------
 def read_prompts(path, task, *needed):
     """The instructions of a JSONL file: rows of id, task, group, split, prompt and other columns.
-
     needed: columns that every row must have. Rows without `group` are grouped by prompt. Rows
-    without `split` are divided by a hash of their group, four to one. Raises BadInput.
-    """
+    without `split` are divided by a hash of their group, four to one. Raises BadInput."""
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         try:
@@ -142,8 +143,7 @@ def read_prompt(columns, task, number, splits):
 
     key = str(columns["id"] if "id" in columns else f"{task}-{number:05d}")
     row = {"id": key, "task": task, "prompt": prompt, "group": group, "split": split}
-    others = {k: v for k, v in columns.items() if k not in row and k not in WRITTEN}
-    return row | others
+    return row | {k: v for k, v in columns.items() if k not in row and k not in WRITTEN}
 
 
 # ---- the metric ----------------------------------------------------------------------------------

@@ -27,11 +27,9 @@ class BadInput(Exception):
 
 # ---- reading -------------------------------------------------------------------------------------
 def read_rows(path, *fields):
-    """The rows of a JSONL file, a list of dictionaries.
-
-    fields: what every row without `error` must have. NaN and Infinity, which JSON lacks, are None.
-    Raises BadInput for a missing file, a line that is no JSON object, or a missing field.
-    """
+    """The rows of a JSONL file, dictionaries. NaN and Infinity, which JSON lacks, are None. Raises
+    BadInput for a missing file, a line that is no JSON object, or a row that has neither `error`
+    nor all of the fields."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
 
@@ -43,15 +41,20 @@ def read_rows(path, *fields):
         try:
             row = json.loads(line, parse_constant=lambda name: None)
             if not isinstance(row, dict):
-                raise ValueError("a JSON object is needed")
+                raise ValueError("it is another value")
             if re.search(rb"\\u[dD]", line):  # half of a character's two codes can't be written
                 json.dumps(row, ensure_ascii=False).encode()
-            for field in fields:
-                if field not in row and not row.get("error"):
-                    raise ValueError(f"the field '{field}' is missing")
         except ValueError as error:
-            hint = "; datasets.load_dataset(...)['train'].to_json(...) converts it" * (number == 1)
-            raise BadInput(f"{path}:{number}: not the JSON that is needed: {error}{hint}") from None
+            why = str(error)
+            if number == 1 and not line.startswith(b"{"):
+                looks = "CSV" if b"," in line else "text or Parquet"
+                looks = "a JSON array" if line.startswith(b"[") else looks
+                how = "datasets.load_dataset(...)['train'].to_json(...) converts it"
+                why = f"the file looks like {looks}; {how}"
+            raise BadInput(f"{path}:{number}: one JSON object a line is needed: {why}") from None
+        for field in fields:
+            if field not in row and not row.get("error"):
+                raise BadInput(f"{path}:{number}: the field '{field}' is missing in {list(row)}")
         rows.append(row)
 
     if not rows:
@@ -73,17 +76,11 @@ def is_scored(row):
 # ---- writing, and continuing a run that was stopped ----------------------------------------------
 class Rows:
     """A JSONL file of rows with an id, to which rows are added as they are made.
-
-    rows: {id: row} of everything in the file.
-    done: those of them that need not be made again.
-    """
+    rows: {id: row} of the whole file. done: those of them that need not be made again."""
 
     def __init__(self, path, overwrite=False):
-        """Opens or makes the file. A torn last line is cut off.
-
-        overwrite: begin an empty file; the old one becomes NAME.bak.
-        Raises BadInput for a file of something else, which stays as it is.
-        """
+        """Opens or makes the file, without a torn last line. overwrite: begins an empty file; the
+        old one is NAME.bak. Raises BadInput for a file of something else, which stays as it is."""
         self.path, self.done = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open_locked(path)
@@ -110,35 +107,27 @@ class Rows:
         self.file.flush()
 
     def resume(self, made_by, settings, source):
-        """Marks the rows without `error` as done, and refuses to mix two runs.
-
-        made_by: the field in which rows keep the settings that they were made with.
-        settings, source: those of this run, and the rows of its input.
-        Raises BadInput if a row has other settings, or if its source row changed or is gone.
-        """
+        """Marks the rows without `error` as done. Raises BadInput where the field made_by of one
+        has other settings than this run, or its row of source, the input, changed or is gone."""
         origins = {row["id"]: row for row in source}
         if len(origins) < len(source):
             raise BadInput("--in: an id is there twice; ids must differ")
 
         self.done = {key: row for key, row in self.rows.items() if not row.get("error")}
         for key, row in self.done.items():
-            origin = origins.get(key, {"id": None})  # differs from any row: its source is gone
+            origin = origins.get(key, {"id": "gone from the input"})
             for before, now in ((row.get(made_by, {}), settings), (row, origin)):
-                changed = [name for name in now if before.get(name) != now[name]]
-                if changed:
-                    name = changed[0]
-                    what = f"{name} {before.get(name)!r:.60}, now it is {now[name]!r:.60}"
-                    if name == "prompt_text":
-                        what = "another text of the task"
+                what = difference(before, now)
+                if what.startswith("prompt_text"):
+                    what = "another text of the task"
+                if what:
                     what = f"row {key} was made with {what}"
                     raise BadInput(f"{self.path}: {what}; choose another --out or --overwrite")
 
     def batches(self, rows, size=None):
-        """Lists of rows of which at least one is not done.
-
-        size: rows a batch. They are cut from all rows, done or not, so that a continued run computes
-            the same batches. None: one batch of the rows that are not done, since calls cost money.
-        """
+        """Lists of `size` rows, of which at least one is not done. They are cut from all rows, done
+        or not, so that a continued run computes the same batches. None: one list of the rows that
+        are not done, since calls cost money."""
         if size is None:
             rows = [row for row in rows if row["id"] not in self.done]
             size = len(rows) or 1
@@ -151,6 +140,17 @@ class Rows:
         rows = [self.rows.pop(row["id"]) for row in source if row["id"] in self.rows]
         write(self.path, lines_of([*rows, *self.rows.values()]))
         return rows
+
+
+def difference(before, now):
+    """The first key of `now` that has another value in `before`, with both; "" if there is none."""
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(old, dict) and isinstance(value, dict) and old != value:
+            return f"{name}.{difference(old, dict.fromkeys(old) | value)}"
+        if old != value:
+            return f"{name} {old!r:.60}, now it is {value!r:.60}"
+    return ""
 
 
 def open_locked(path):
@@ -209,16 +209,16 @@ def make_parser(doc, server=True):
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
-    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="task: the name of a file prompts/TASK.toml (default: generate.py sentiment, the others the one whose input is newest)")
-    add("--limit", type=number(), help="use the first LIMIT rows only (default: all)")
+    add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="name of a file prompts/TASK.toml (default: sentiment for generate.py, for the other stages the task of the newest input file)")
+    add("--limit", type=number(), help="use only the first LIMIT rows of the input (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    add("--overwrite", action="store_true", help="start afresh where the output exists; the old one becomes NAME.bak (default: continue it)")
+    add("--overwrite", action="store_true", help="where the output exists already, start afresh and rename the old one to NAME.bak (default: continue it)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="number format to compute in (default: bfloat16 where that is fast, else float32)")
     if server:
         add("--api-base", metavar="URL", help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default: run the model here)")
         add("--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the server's key (default: %(default)s)")
-        add("--extra-body", metavar="JSON", help='fields to add to each request; null leaves one out, e.g. {"max_tokens": null, "max_completion_tokens": 800} or {"seed": null} (default: none)')
+        add("--extra-body", metavar="JSON", help='fields to add to each request to the server; null leaves a field out, e.g. {"max_tokens": null, "max_completion_tokens": 800} or {"seed": null} (default: none)')
         add("--concurrency", type=number(), default=16, help="calls made to the server at the same time (default: %(default)s)")
         add("--timeout", type=number(), default=300, help="seconds that the server may be silent (default: %(default)s)")
     # fmt: on
@@ -250,7 +250,8 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command, without --overwrite, continues", file=sys.stderr)
+        how = "the same command without --overwrite goes on from what is saved, if anything is"
+        print(f"\nstopped; {how}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # at once: threads may still wait for a server
     except (BadInput, OSError) as error:

@@ -27,15 +27,26 @@ USED_UP = "insufficient_quota|exceeded_current_quota_error"  # no call will be a
 OF_ITS_TEXT = "(?i)content.?(filter|policy|management)|moderation|context.?length|too long"
 SECONDS = {"ms": 0.001, "s": 1, "": 1, "m": 60, "h": 3600}  # in the units of Retry-After
 
-# Finish reasons, in lower case; thoughts before an answer, or without an end; ends of turns.
+# Finish reasons, in lower case.
 BROKEN = "error|aborted|abort|cancelled|network_error|insufficient_system_resource"
 ENDED = "stop|stop_?sequence|eos|eos_?token|eos_?found|end_?turn|complete|"
 CUT_OFF = ".*length.*|.*max.*tokens.*|.*context_window.*"
-THOUGHTS = (
-    r"(?is).*(?P<end></(seed:)?(think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<channel\|>"
-    r"|<\|(end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>)"
-    r"|\s*(<(seed:)?think|\[THINK\]|◁think▷|<\|channel|<\|(begin_of_thought|START_THINKING)\|>).*"
-)
+
+# Thoughts before an answer, which may itself mention a tag: in the middle of a line, behind a space,
+# a quote or an opening tag. So such a tag ends no thoughts, unless the text began with an opening.
+OPENING = r"\s*(<(seed:)?(think|thought|reasoning)|\[THINK\]|◁think▷|<\|channel|<\|(begin_of_thought|START_THINKING)\|>)"
+TAG = "</(seed:)?(think|thinking|thought|reasoning)>"
+TOKEN = r"\[/THINK\]|◁/think▷|<channel\|>|<\|(end_of_thought|END_THINKING)\|>|<\|channel\|>final<\|message\|>"
+BARE = rf"(?<![ \t\"'`“(]){TAG}(?!`)"
+THOUGHTS = rf"""(?isx)
+    (?P<ended>
+        .* ({TOKEN} | \n{TAG} | {TAG}[ \t]*\n)
+        | {OPENING} (.*{BARE} | .*?{TAG})
+        | (?: (?!<(seed:)?(think|thought|reasoning)) . )* {BARE}
+    )
+    | {OPENING} .*  # without an end"""
+
+# Ends of turns that a server leaves in the text.
 END_OF_TURN = r"(\s*(<\|\w+\|>|</s>|<end_of_turn>))+\s*$"
 
 
@@ -231,7 +242,7 @@ def read_reply(answer):
 
     reason = str(choice.get("finish_reason") or "").lower()
     finish = "stop" if re.fullmatch(ENDED, reason) else reason
-    if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts["end"]):
+    if re.fullmatch(CUT_OFF, reason) or (thoughts and not thoughts["ended"]):
         finish = "length"
     hidden = table(usage.get("completion_tokens_details")).get("reasoning_tokens")
     apart = message.get("reasoning_content") or message.get("reasoning") or hidden

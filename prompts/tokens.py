@@ -68,9 +68,7 @@ def make_pair(row, tokenizer, args, need_scores):
         row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
     if need_scores and not is_scored(row):
         return None, "without scores"
-    teacher = row.get("teacher")  # in a data set of others it may be anything
-    finish = teacher.get("finish") if isinstance(teacher, dict) else None
-    if any(call != "critique" and why == "length" for call, why in (finish or {}).items()):
+    if was_cut_off(row):
         return None, "cut off by the teacher"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return None, "not accepted"
@@ -91,6 +89,13 @@ def make_pair(row, tokenizer, args, need_scores):
         return None, "identical"
     delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else math.nan
     return Pair(row["id"], prompt, chosen, rejected, float(delta)), None
+
+
+def was_cut_off(row):
+    """Whether the draft or the revision of a pair was cut off. Such a pair is left out."""
+    teacher = row.get("teacher")  # in a data set of others it may be anything
+    finish = teacher.get("finish") if isinstance(teacher, dict) else None
+    return any(call != "critique" and why == "length" for call, why in (finish or {}).items())
 
 
 def split_row(row, raw_text):

@@ -335,7 +335,8 @@ def test_generate_writes_every_row_with_its_three_calls(run, tiny, workdir):
                 assert teacher[key].keys() == {"draft", "critique", "revision"}
             assert 0 < max(teacher["completion_tokens"].values()) <= 12
             cut += "length" in (teacher["finish"]["draft"], teacher["finish"]["revision"])
-    assert f"{7 - failed} pairs, {cut} of them cut off, {failed} failed" in said
+    assert f"{7 - failed} pairs, {7 - failed - cut} of them complete, {failed} failed" in said
+    assert cut and f"{cut} were cut off at 12 tokens and are left out of training" in said
 
 
 def test_framings_of_one_argument_share_their_neutral_request_and_their_random_numbers():
@@ -437,6 +438,9 @@ def test_rows_made_of_other_instructions_are_refused(run, tiny, workdir):
     assert generated(run, tiny, "--prompts", "a.jsonl")[0] == 0
     status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
     assert status == 2 and "row sentiment-00001 was made with prompt" in err
+    write_jsonl(workdir / "b.jsonl", [{"prompt": "Good morning", "id": "other"}])
+    status, _, err = generated(run, tiny, "--prompts", "b.jsonl")
+    assert status == 2 and "id 'sentiment-00001', now it is 'gone from the input'" in err
 
 
 def test_a_column_error_in_the_instructions_marks_no_row_as_failed(run, tiny, workdir):
@@ -621,7 +625,8 @@ def test_more_rows_cost_their_own_calls_alone_even_without_the_journal(run, serv
 def test_an_answer_that_was_cut_is_kept_and_marked(run, server, workdir):
     HostileServer.script = ["length"]
     status, said, _ = ask(run, server, "--limit", "1")
-    assert status == 0 and "1 of them cut off" in said
+    want = "1 were cut off at 200 tokens and are left out of training: raise --max-tokens\n"
+    assert status == 0 and said.endswith(f"1 pairs, 0 of them complete, 0 failed; {want}")
     assert read_rows(PAIRS)[0]["teacher"]["finish"]["draft"] == "length"
 
 
@@ -646,6 +651,12 @@ def test_a_wrong_key_model_or_address_stops_the_run_with_one_line(run, server, w
     code, _, err = ask(run, server, "--limit", "20", "--concurrency", "4")
     assert code == 2 and err.count(f"status {status}") == 1 and len(HostileServer.asked) == 1
     assert len([line for line in err.splitlines() if line.startswith("generate.py: ")]) == 1
+
+
+def test_a_critique_that_was_cut_costs_no_pair(run, server, workdir):
+    HostileServer.script = [200, "length"]
+    status, said, _ = ask(run, server, "--limit", "1")
+    assert status == 0 and said.endswith("1 pairs, 1 of them complete, 0 failed\n")
 
 
 def test_a_bad_request_is_an_error_of_its_row_that_the_next_run_mends(run, server, workdir):
@@ -697,6 +708,13 @@ def test_a_server_is_given_a_models_name_as_it_was_written(run, server, workdir)
     argv = ["--model", str(workdir / "big"), "--form", "conversation", "--limit", "1"]
     assert run("generate", "--api-base", server, *argv)[0] == 0
     assert {body["model"] for _, body in HostileServer.asked} == {str(workdir / "big")}
+
+
+def test_the_help_names_the_limits_of_sampling(run):
+    status, said, _ = run("generate", "--help")
+    said = " ".join(said.split())
+    assert status == 0 and "samples from its 256 likeliest at most" in said
+    assert "a longer draft or revision is cut off, and its pair left out of training" in said
 
 
 def test_a_dry_run_asks_nothing_and_says_what_it_would(run, server, workdir):
@@ -760,7 +778,8 @@ def test_ctrl_c_ends_a_run_whose_server_stalls_at_once(start, monkeypatch, fault
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130 and time.perf_counter() - began < 2
     said = process.stderr.read().decode()
-    assert "the same command" in said and "Traceback" not in said
+    assert "the same command without --overwrite goes on from what is saved" in said
+    assert "Traceback" not in said
     assert len(HostileServer.asked) == 5
 
 

@@ -101,13 +101,28 @@ def test_empty_lines_are_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"prompt,film\nHello,Heat\n", b"PAR1\x15\x04\x15\xc8", b'[{"prompt": "Hello"}]', b'[\n {"prompt": "Hello"}\n]'],
-)  # fmt: skip
-def test_a_file_of_another_format_is_one_line_with_its_conversion(tmp_path, content):
+    ("content", "looks"),
+    [
+        (b"prompt,film\nHello,Heat\n", "CSV"),
+        (b"PAR1\x15\x04\x15\xc8", "text or Parquet"),
+        (b"Why is the sky blue?\n", "text or Parquet"),
+        (b'[{"prompt": "Hello"}]', "a JSON array"),
+        (b'[\n {"prompt": "Hello"}\n]', "a JSON array"),
+    ],
+)
+def test_a_file_of_another_format_is_one_line_with_its_conversion(tmp_path, content, looks):
     (tmp_path / "in.csv").write_bytes(content)
-    with pytest.raises(BadInput, match=r"in.csv:1: .*load_dataset\(.*to_json\("):
+    said = rf"in.csv:1: .* looks like {looks}; datasets.load_dataset\(.*to_json\("
+    with pytest.raises(BadInput, match=said):
         read_prompts(tmp_path / "in.csv", "sentiment")
+
+
+def test_only_a_file_of_another_format_gets_the_hint_of_its_conversion(tmp_path):
+    for row in ('{"promt": "Hello"}', '{"prompt": "Hello", }'):
+        (tmp_path / "in.jsonl").write_text(row)
+        with pytest.raises(BadInput, match=r"in\.jsonl:1: ") as refused:
+            read_prompts(tmp_path / "in.jsonl", "sentiment")
+        assert "load_dataset" not in str(refused.value)
 
 
 def test_nan_in_a_column_beside_is_null_and_the_same_run_goes_on(run, tiny, workdir):
@@ -146,18 +161,35 @@ def test_only_rows_that_failed_may_lack_a_field(tmp_path):
 # ---- task files ----------------------------------------------------------------------------------
 
 SLIPS = [
-    ("{draft}", "{drafft}", "no key or placeholder 'drafft'"),
-    ('draft = [{ role = "user", content = "{prompt}" }]', 'draft = "{critique}"', "'critique'"),
-    ('role = "user"', 'role = "usr"', "role"),
-    ("revision = [", "revison = [", "no key or placeholder 'revision'"),
-    ("principle = [", "principal = [", "no key or placeholder 'principle'"),
-    ("patterns = [", 'patterns = ["(open", ', "safety.toml: "),
-    ("patterns = [", "patterns = []\nothers = [", "no key or placeholder 'field'"),
+    ("{draft}", "{drafft}", "no placeholder {drafft}; known: {prompt}, {request}, {draft}, "),
+    ('"{request}"', '"{reqest}"', "no placeholder {reqest}; known: {prompt}, {request}, {draft}, "),
+    (
+        'draft = [{ role = "user", content = "{prompt}" }]',
+        'draft = "{critique}"',
+        "no placeholder {critique};",
+    ),
+    ('role = "user"', 'role = "usr"', "a message needs content and the role system, user or "),
+    ('role = "user"', 'rol = "user"', "a message needs content and the role system, user or "),
+    ("revision = [", "revison = [", "'revison' is not among draft, critique, revision\n"),
+    ("principle = [", "principal = [", "'principal' is not among principle, opposite, control\n"),
+    ("scale = [1, 10]", "scales = [1, 10]", "[judge]: 'scales' is not among prompt, scale\n"),
+    ("scale = [1, 10]", "", "[judge]: 'scale' is missing\n"),
+    ("patterns = [", 'patterns = ["(open", ', "[metric]: the pattern '(open': missing )"),
+    ("patterns = [", "patterns = []\nothers = [", "[metric]: 'others' is not among kind, better, "),
     ('want = "any"', 'want = "all"', "want: any or none"),
+    (
+        'want = "any"',
+        'wnat = "any"',
+        "'wnat' is not among kind, better, meaning, want, patterns, field\n",
+    ),
+    ('want = "any"', "", "[metric]: 'want' is missing\n"),
+    ('[metric]\nkind = "match"', "[metric]", "[metric]: 'kind' is missing\n"),
+    ("[metric]", "#", "top level: 'metric' is missing\n"),
     ('about = "', 'abuot = "', "'abuot' is not among about, "),
     ("[metric]", "[metrics]", "'metrics' is not among about, "),
     ("[judge]", "[judges]", "'judges' is not among about, "),
-    ("meaning = ", "means = ", "no key or placeholder 'meaning'"),
+    ("meaning = ", "means = ", "[metric]: 'means' is not among kind, better, meaning, "),
+    ("meaning = ", "# ", "[metric]: 'meaning' is missing\n"),
     ("[fresh]", "[fresh", "safety.toml: "),
 ]
 
@@ -170,7 +202,15 @@ def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, r
     monkeypatch.setattr(prompts, "FOLDER", tmp_path)
     with pytest.raises(BadInput) as refused:
         load_task("safety")
-    assert said in str(refused.value) and str(tmp_path) in str(refused.value)
+    assert said in f"{refused.value}\n" and str(tmp_path) in str(refused.value)
+
+
+def test_a_match_without_patterns_or_a_field_says_what_is_missing(monkeypatch, tmp_path):
+    text = (ROOT / "prompts/roleplay.toml").read_text()
+    (tmp_path / "roleplay.toml").write_text(text.replace("field = ", "# field = "))
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=r"roleplay.toml: \[metric\]: 'patterns' is missing$"):
+        load_task("roleplay")
 
 
 def test_the_default_task_is_the_newest_that_is_a_task(workdir):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from transformers import (
 )
 
 import score
+import train
 from prompts import fill, load_task
 from prompts.chat import load_model
 from prompts.tokens import encode
 from prompts.rows import is_scored
+from prompts.tokens import was_cut_off
 from score import Score, audit, contrast_reward, rating_of
 
 CPU = torch.device("cpu")
@@ -231,6 +234,24 @@ def test_pairs_that_changed_since_they_were_scored_are_refused(run, tiny, pairs,
     assert (workdir / "runs/sentiment/scored.jsonl").read_bytes() == before
 
 
+def test_a_change_inside_the_teachers_settings_is_named_with_both_values(run, tiny, pairs):
+    rows = read_rows(pairs)
+    for most in (200, 140):
+        settings = {"model": "org/a-name", "finish": {"draft": "stop"}, "max_tokens": most}
+        write_jsonl(pairs, [row | {"teacher": settings} for row in rows])
+        status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "was made with teacher.max_tokens 200, now it is 140;" in err
+    settings = {"model": "org/a-name", "finish": {"draft": "length"}}
+    write_jsonl(pairs, [row | {"teacher": settings} for row in rows])
+    status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "teacher.finish.draft 'stop', now it is 'length';" in err
+    write_jsonl(
+        pairs, [row | {"teacher": settings | {"finish": {"draft": "stop"}}} for row in rows]
+    )
+    status, _, err = run("score", "--model", tiny, "--dtype", "float32")
+    assert status == 2 and "teacher.max_tokens 200, now it is None;" in err
+
+
 def test_a_killed_run_continues_to_the_same_file(run, tiny, pairs, workdir):
     _, whole, _ = scored(run, tiny, "--batch-size", "2")
     path = workdir / "runs/sentiment/scored.jsonl"
@@ -264,6 +285,30 @@ def test_the_audit_counts_wins_and_ties_and_measures_drafts_and_revisions():
     assert "metric where it lost: draft 1.00, revision 0.00" in text
     by_columns = load_task("sycophancy") | {"columns": ["markers"]}
     assert "metric" not in audit(rows, by_columns)  # pairs of others, without the column
+
+
+def test_the_audit_and_training_leave_out_the_same_pairs_as_cut_off(tokenizer):
+    finishes = [
+        {"finish": {"draft": "stop", "critique": "length", "revision": "stop"}},
+        {"finish": {"draft": "length", "critique": "stop", "revision": "stop"}},
+        {"finish": {"draft": "stop", "critique": "stop", "revision": "length"}},
+        {"finish": None},
+        {"finish": {}},
+        "Mr Smith",
+        None,
+    ]
+    rows = [
+        pair_row(i, "good", "poor") | {"teacher": teacher} for i, teacher in enumerate(finishes)
+    ]
+    rows.append(pair_row(7, "good", "poor"))
+    args = {"loss": "rdpo", "accept": False, "raw_text": False, "max_repeats": 1, "max_length": 512}
+    left_out = []
+    for row in rows:
+        _, reason = train.make_pair(dict(row), row["id"], tokenizer, SimpleNamespace(**args))
+        left_out.append(reason == "cut off by the teacher")
+    assert left_out == [was_cut_off(row) for row in rows] and sum(left_out) == 2
+    said = "\nusable 6, left out 2: cut off by generate.py --max-tokens\n"
+    assert said in audit(rows, TASK)
 
 
 def test_a_copied_draft_is_scored_once_and_a_tie():

@@ -11,6 +11,13 @@ from prompts.server import Reply, pause_of, read_reply, status_of
 
 PAIRS = "runs/sentiment/pairs.jsonl"
 TEXT = "A fine film."
+MENTIONS = (
+    "The tag </think> ends thoughts.",
+    'Thoughts end with `</think>`, and a "</thought>" is rare.',
+    "Put them between <think> and </think>.",
+    "It writes <think>a plan</think> before it answers.",
+    "The last of all tags is </think>",
+)
 
 
 def answer(text=TEXT, finish="stop", usage=(5, 3), **message):
@@ -55,6 +62,12 @@ def ask(run, server, films):
         (answer(f"I should be warm.</think>{TEXT}"), TEXT, "stop"),
         (answer(f"<think>a</think> no <think>b</think> {TEXT}"), TEXT, "stop"),
         (answer(f"<thinking>a</thinking>{TEXT}"), TEXT, "stop"),
+        (answer(f"I should be warm.\n</think> {TEXT}"), TEXT, "stop"),
+        (answer(f"I should be warm. </think>\n\n{TEXT}"), TEXT, "stop"),
+        (answer(f"Sure.\n<think>\nWarm.\n</think>\n{TEXT}"), TEXT, "stop"),
+        (answer(f"<think> </think> {TEXT}"), TEXT, "stop"),
+        (answer("<think>a</think>The tag </think> ends it."), "The tag </think> ends it.", "stop"),
+        *((answer(text), text, "stop") for text in MENTIONS),
         (answer(f"[THINK]a[/THINK]{TEXT}"), TEXT, "stop"),
         (answer(f"<seed:think>a</seed:think>{TEXT}"), TEXT, "stop"),
         (answer(f"◁think▷a◁/think▷{TEXT}"), TEXT, "stop"),
@@ -184,7 +197,7 @@ def test_an_answer_that_was_cut_off_in_other_words_has_no_rating(
 ):
     respond(monkeypatch, lambda body, turn: (200, {}, answer("Rating: 3", finish)))
     status, said, _ = ask()
-    assert status == 0 and "4 pairs, 4 of them cut off" in said
+    assert status == 0 and "4 pairs, 0 of them complete" in said
     judge = ["--task", "sentiment", "--reward", "judge", "--model", "big", "--api-base", server]
     assert run("score", *judge)[0] == 1
     assert {row["score_chosen"] for row in read_rows("runs/sentiment/scored.jsonl")} == {None}
