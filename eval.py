@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, load_task, measure
 from prompts.chat import LocalModel, pick_device
-from prompts.rows import (
-    BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, run, text_of,
-)  # fmt: skip
+from prompts.rows import BadInput, Rows, make_parser, newest_task, number, provenance
+from prompts.rows import read_rows, run, text_of
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
 
@@ -238,6 +238,23 @@ def models_in(folder, refined):
     return [*(bases or ["smollm2"]), *[SELF_REFINE] * bool(refined), *finished]
 
 
+def check_models(models):
+    """Raises BadInput for a model that could not be loaded, before others are sampled for minutes."""
+    if models[0] == SELF_REFINE:
+        raise BadInput(f"--models: {SELF_REFINE} is no baseline; name a model before it")
+    for model in models:
+        record = Path(model, "run.json")
+        if record.exists() and not json.loads(record.read_text()).get("finished"):
+            raise BadInput(f"model {model}: its training has not finished; run train.py once more")
+        try:
+            if model not in ("smollm2", SELF_REFINE) and not cached_file(model, "config.json"):
+                raise OSError("the folder has no config.json")
+        except OSError as error:
+            how = "name a folder with a finished run of train.py, or a hub id"
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"model {model}: there is no such model: {reason}; {how}") from None
+
+
 def jobs_of(models, names, rows, refined, samples):
     """A row of eval.jsonl for each answer that is wanted; of self-refine one per prompt. The field
     `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
@@ -286,7 +303,10 @@ def read_test_rows(args, task):
     rows = read_rows(args.input, "id", "group", "prompt", *task["columns"])
     rows = [row for row in rows if row.get("split") == "test"][: args.limit]
     if not rows:
-        raise BadInput(f"{args.input}: nothing is held out: no row has the split 'test'")
+        how = (
+            """run generate.py with more rows, or add "split": "test" to all rows of some groups"""
+        )
+        raise BadInput(f"{args.input}: nothing is held out, no row has the split 'test'; {how}")
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {rows[0]['task']}")
 
@@ -312,6 +332,7 @@ def main():
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names):
         raise BadInput("--models: two have the same last name; rename one of the folders")
+    check_models(args.models)
 
     out = args.out / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")

@@ -225,6 +225,44 @@ def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(wor
         stage_eval.models_in(runs, [])
 
 
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["runs/noshout"], "model runs/noshout: there is no such model: the folder has no config"),
+        (["runs/stopped"], "model runs/stopped: its training has not finished; run train.py"),
+        (["./nowhere"], "model ./nowhere: there is no such model"),
+        (["smolm2"], "model smolm2: there is no such model"),
+        (["self-refine", "runs/noshout"], "model runs/noshout"),
+    ],
+)
+def test_a_model_that_is_none_is_named_before_another_is_sampled(
+    run, tiny, workdir, monkeypatch, models, said
+):
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
+    write_jsonl(workdir / "runs/noshout/log.jsonl", [])
+    write_jsonl(workdir / "runs/stopped/run.json", [{"model": tiny}])
+    monkeypatch.setattr("eval.make_reward", lambda *_: 1 / 0)
+    argv = ["--in", "in.jsonl", "--reward-model", tiny, "--models", tiny, *models]
+    status, _, err = run("eval", *argv)
+    assert status == 2 and f"eval.py: {said}" in err and err.count("\n") == 1
+    assert not (workdir / "eval.jsonl").exists()
+
+
+def test_the_revisions_are_no_baseline(run, workdir):
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
+    status, _, err = run("eval", "--in", "in.jsonl", "--models", "self-refine", "smollm2")
+    assert status == 2 and "self-refine is no baseline; name a model before it" in err
+
+
+def test_pairs_without_a_test_split_get_told_how_to_make_one(run, workdir):
+    rows = [pair_row(0, "good", "poor") for _ in range(2)]
+    for row in (rows[0], {key: value for key, value in rows[1].items() if key != "split"}):
+        write_jsonl(workdir / "in.jsonl", [row])
+        status, _, err = run("eval", "--in", "in.jsonl", "--models", "smollm2", "self-refine")
+        assert status == 2 and "in.jsonl: nothing is held out" in err
+        assert "run generate.py with more rows" in err and 'add "split": "test" to all rows' in err
+
+
 # ---- the whole way -------------------------------------------------------------------------------
 
 
