@@ -13,6 +13,7 @@ Departure: the paper's equation (arXiv 2402.08005) was not available to us. rdpo
 of what is known about it; rdpo-margin and rdpo-weight are our own.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ import time
 import warnings
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -176,7 +178,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
     reference_logps = torch.zeros(len(pairs) + len(held_out), 1, device=policy.device)
     if args.loss != "sft":
-        reference_logps = pair_logps(policy, pairs + held_out)
+        reference_logps = reference_logps_of(policy, pairs + held_out, out)
     start = load_checkpoint(out, policy.model, optimizer)
     if start:
         print(f"{out}: goes on after step {start} of {steps}")
@@ -226,6 +228,24 @@ def pair_logps(policy, pairs):
         logps[indices] += weight * policy([pairs[i] for i in indices])
     if WORLD > 1:
         dist.all_reduce(logps)
+    return logps
+
+
+def reference_logps_of(policy, pairs, out):
+    """pair_logps before training. The run directory keeps them until the run is finished, so that a
+    restart goes on at once."""
+    path, record = out / "reference.safetensors", json.loads((out / "run.json").read_text())
+    name = digest_of([record[key] for key in ("data", "weights", "dtype")])
+    logps = torch.zeros(len(pairs), 2, device=policy.device)
+    if RANK == 0:  # the file may be missing, torn or another run's
+        with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError):
+            logps += safetensors.torch.load_file(path)[name].to(policy.device)
+    if WORLD > 1:
+        dist.broadcast(logps, 0)
+    if not logps.all():
+        logps = pair_logps(policy, pairs)
+        if RANK == 0:
+            write(path, safetensors.torch.save({name: logps.cpu()}))
     return logps
 
 
@@ -282,12 +302,21 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.device = device
         self.sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-        first = device if WORLD == 1 else "cpu"
-        self.model, self.tokenizer = load_model(args.model, first, torch.float32)
-        self.digest = digest_of([torch.hash_tensor(w.cpu()).item() for w in self.parameters()])
         self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
-        with torch.autocast(self.model.device.type, **self.autocast):
-            packs = use_packed_attention(self.model)
+        # The first of several processes reads the weights; to the others the model is shapes alone.
+        where = device if WORLD == 1 else "cpu" if RANK == 0 else "meta"
+        self.model, self.tokenizer = load_model(args.model, where, torch.float32)
+        known = [None, None, None]  # by the first process
+        if RANK == 0:
+            digest = digest_of([torch.hash_tensor(w.cpu()).item() for w in self.parameters()])
+            with torch.autocast(self.model.device.type, **self.autocast):
+                packs = use_packed_attention(self.model)
+            known = [digest, packs, dict(self.model.named_buffers())]
+        if WORLD > 1:
+            dist.broadcast_object_list(known)
+        self.digest, packs, buffers = known
+        if packs:
+            self.model.set_attn_implementation("packed")
         self.pack_tokens = args.pack_tokens if packs else 0  # of a micro-batch; 0: one pair
 
         kinds = self.model._no_split_modules or ()  # the names of its classes of decoder layers
@@ -296,10 +325,19 @@ class Policy(torch.nn.Module):
             for layer in layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         if WORLD > 1:
+            weights = self.model.state_dict() if RANK == 0 else {}
             mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             mesh = dist.init_device_mesh(device.type, (WORLD,))
             for module in (*layers, self):
                 fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+            # Weights come one by one, so that no other process ever holds the whole model. The
+            # buffers come apart from them, since state_dict() lacks those that are computed.
+            self.to_empty(device=device)
+            self.model.tie_weights()
+            options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            dcp_state.set_model_state_dict(self.model, weights, options=options)
+            for name, buffer in buffers.items():
+                self.model.get_buffer(name).copy_(buffer)
 
     def forward(self, pairs):
         sequences = [(pair.prompt, getattr(pair, side)) for pair in pairs for side in self.sides]
@@ -399,6 +437,9 @@ def save_policy(policy, out, record):
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
+        (out / "reference.safetensors").unlink(
+            missing_ok=True
+        )  # servers read all safetensors as weights
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -160,16 +160,17 @@ def packed_attention(
     outputs = []
     for i, segment in enumerate(segments):
         parts = [i] if segment.prompt is None else [segment.prompt, i]
-        k = torch.cat([keys[part] for part in parts], 2)
-        v = torch.cat([values[part] for part in parts], 2)
-        # A token attends to the whole prompt, and to own tokens up to itself; with a window, to the
-        # last of these, which for a completion may begin in its prompt.
+        k, v = (torch.cat([x[part] for part in parts], 2) for x in (keys, values))
+        # A token attends to the prompt and its own tokens up to itself; a window keeps the last.
         prompt_length = k.shape[2] - lengths[i]
         mask = torch.ones(lengths[i], k.shape[2], dtype=torch.bool, device=k.device)
         mask = mask.tril(prompt_length).triu(prompt_length + 1 - (sliding_window or k.shape[2]))
         options = {"attn_mask": mask, "scale": scaling, "enable_gqa": True}
         outputs.append(scaled_dot_product_attention(queries[i], k, v, **options))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
 
 
 def flash_attention(query, key, value, segments, scaling, sliding_window):
@@ -238,7 +239,6 @@ def switch_if_equal(model):
     usual = model.config._attn_implementation
     # Layers that packed_attention does not compute raise one of these.
     with contextlib.suppress(TypeError, KeyError, ValueError, RuntimeError):
-        AttentionInterface.register("packed", packed_attention)
         model.set_attn_implementation("packed")
         logps = completion_logps(model, sequences)
         # A completion must not change with its neighbour; 1e-4 is tighter than rtol in 16 bits.

@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- models --------------------------------------------------------------------------------------
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
-    """(model in eval mode on device, tokenizer). No pickled weights are read.
+    """(model in eval mode on device, tokenizer); on "meta" it has no weights. None are unpickled.
 
     name: 'smollm2', a folder or a hub id.
     auto_class: of transformers, for causal LMs or sequence classifiers.
@@ -36,7 +36,8 @@ def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
     try:
         folder = model_folder(name)
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, loading = auto_class.from_pretrained(folder, **options)
+        meta = "meta" if device == "meta" else None
+        model, loading = auto_class.from_pretrained(folder, device_map=meta, **options)
         # With tied embeddings a classifier loads as a causal LM without a missing key.
         kind = str(model.config.architectures)
         if auto_class is AutoModelForCausalLM and "Classification" in kind:

@@ -1,12 +1,15 @@
 """From rows to tokens: the same ones when a model samples an answer, scores it and learns it."""
 
 import functools
+import itertools
 import math
+import os
 import re
 from array import array
 from typing import NamedTuple
 
 from jinja2 import TemplateError
+from torch.utils.data import DataLoader
 
 from prompts import as_messages
 from prompts.rows import SIDES, BadInput, is_scored
@@ -27,13 +30,18 @@ class Pair(NamedTuple):
 def make_pairs(rows, path, tokenizer, args, need_scores):
     """(training pairs, held-out pairs, {why rows were left out: how many}). Raises BadInput.
     args: those of train.py. need_scores: leave out rows without scores."""
-    pairs, held_out, left_out = [], [], {}
     for i, row in enumerate(rows, 1):
-        name = row.get("id", i)
-        try:
-            pair, reason = make_pair(row, name, tokenizer, args, need_scores)
-        except (ValueError, TypeError, LookupError, AttributeError, BadInput) as error:
-            raise BadInput(f"{path}: row {name}: {error}") from None
+        row.setdefault("id", i)
+    # Large files are tokenised in as many processes as there are cores.
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    make = functools.partial(try_rows, tokenizer=tokenizer, args=args, need_scores=need_scores)
+    made = DataLoader(
+        rows, 1000, collate_fn=make, num_workers=min(16, cores) if len(rows) > 10_000 else 0
+    )
+    pairs, held_out, left_out = [], [], {}
+    for row, (pair, reason) in zip(rows, itertools.chain.from_iterable(made), strict=True):
+        if isinstance(reason, Exception):
+            raise BadInput(f"{path}: row {row['id']}: {reason}")
         if reason:
             left_out[reason] = left_out.get(reason, 0) + 1
         else:
@@ -41,7 +49,18 @@ def make_pairs(rows, path, tokenizer, args, need_scores):
     return pairs, held_out, left_out
 
 
-def make_pair(row, name, tokenizer, args, need_scores):
+def try_rows(rows, **how):
+    """make_pair of each row; where it raises, the error takes the place of the reason."""
+    made = []
+    for row in rows:
+        try:
+            made.append(make_pair(row, **how))
+        except (ValueError, TypeError, LookupError, AttributeError, BadInput) as error:
+            made.append((None, error))
+    return made
+
+
+def make_pair(row, tokenizer, args, need_scores):
     """(the Pair of a row, None), or (None, why the row is left out)."""
     if row.get("error"):
         return None, "failed"
@@ -71,7 +90,7 @@ def make_pair(row, name, tokenizer, args, need_scores):
     if chosen == rejected and args.loss != "sft":
         return None, "identical"
     delta = row["score_chosen"] - row["score_rejected"] if is_scored(row) else math.nan
-    return Pair(name, prompt, chosen, rejected, float(delta)), None
+    return Pair(row["id"], prompt, chosen, rejected, float(delta)), None
 
 
 def split_row(row, raw_text):

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_model, make_tokenizer, pair_row, read_rows, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import train
+from test_families import FAMILIES, save_model, shapes_in
 from prompts.chat import load_model
 from prompts.tokens import Pair, make_pairs
 from prompts.rows import BadInput
@@ -500,7 +501,7 @@ def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
     assert steps[-1]["rewards/margins"] < -0.02 and steps[-1]["rewards/accuracies"] == 0
 
 
-def torchrun(*argv, nodes=1):
+def torchrun(*argv, nodes=1, script=ROOT / "train.py"):
     """train.py in two processes, on one node or on two nodes of one process each over loopback."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes=2", "--nproc-per-node=1"] if nodes == 2 else []
@@ -512,7 +513,7 @@ def torchrun(*argv, nodes=1):
     launched = []
     for node in range(nodes):
         more = [f"--node-rank={node}", *where] if nodes == 2 else []
-        line = [*command, *more, ROOT / "train.py", *argv]
+        line = [*command, *more, script, *argv]
         launched.append(subprocess.Popen(list(map(str, line)), **how))
     errors = [process.communicate()[1] for process in launched]
     print(*errors, sep="\n")  # whole, where the test fails
@@ -536,6 +537,53 @@ def test_two_processes_give_the_losses_of_one(run, tiny, pairs_file, workdir, no
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(workdir / "alone", workdir / "two")
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Gemma 3", "Mixtral", "Qwen 3 MoE"])
+def test_a_family_in_two_processes_is_that_of_one(name, run, pairs_file, workdir, tokenizer):
+    """Untied and tied, buffers that are computed, and weights that are renamed on loading."""
+    kind, options = next(row[1:3] for row in FAMILIES if row[0] == name)
+    model = save_model(workdir / "base", tokenizer, kind, options)
+    more = ["--batch-size", "3", "--lr", "1e-4", *ON_CPU]
+    alone = train_steps(trained(run, model, workdir / "alone", *more)[0])
+    torchrun("--model", model, "--out", workdir / "two", *FAST, *more)
+    together = train_steps(read_rows(workdir / "two" / "log.jsonl"))
+    losses = [[row["loss"] for row in rows] for rows in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 6
+    assert shapes_in(workdir / "two") == shapes_in(model)
+    logits = []
+    for folder in ("alone", "two"):
+        saved, loading = AutoModelForCausalLM.from_pretrained(
+            workdir / folder, output_loading_info=True
+        )
+        assert not any(loading.values()), loading
+        logits.append(saved(torch.arange(5, 25)[None]).logits)
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
+
+
+LOADS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+load = train.load_model
+def load_model(name, device, dtype):
+    with open(f"loads-{{train.RANK}}", "a") as file:
+        file.write(f"{{device}} ")
+    return load(name, device, dtype)
+train.load_model = load_model
+train.run(train.main)
+train.dist.barrier()
+os._exit(0)
+"""
+
+
+def test_only_the_first_process_reads_the_weights(tiny, pairs_file, workdir):
+    (workdir / "loads.py").write_text(LOADS.format(root=str(ROOT)))
+    argv = ["--model", tiny, "--out", workdir / "out", *FAST, "--max-steps", "1", *ON_CPU]
+    torchrun(*argv, script=workdir / "loads.py")
+    assert [Path(f"loads-{rank}").read_text().split() for rank in (0, 1)] == [["cpu"], ["meta"]]
+    model, _ = load_model(tiny, "meta", torch.float32)
+    assert all(weight.is_meta for weight in model.parameters())
 
 
 def test_no_process_holds_the_whole_optimizer_state_and_one_finishes_what_two_began(
@@ -624,6 +672,40 @@ def test_a_run_that_was_killed_ends_as_an_unbroken_one(run, tiny, pairs_file, wo
     # the record is that of the start that made the first step which counts
     dates.append(json.loads((cut / "run.json").read_text())["date"])
     assert [one == next_ for one, next_ in itertools.pairwise(dates)] == kept and any(kept)
+
+
+def test_a_restart_computes_the_reference_only_if_its_file_is_torn_or_of_another_run(
+    run, tiny, pairs_file, workdir, monkeypatch
+):
+    """The run is stopped before its end, again and again. Eight pairs are trained, four held out."""
+    calls, pair_logps = [], train.pair_logps
+
+    def counted(policy, pairs):
+        calls.append(len(pairs))
+        return pair_logps(policy, pairs)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "pair_logps", counted)
+    argv = ["train", "--model", tiny, "--out", workdir / "out", *FAST, "--eval-every", "99"]
+    path = workdir / "out" / "reference.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_policy", full)
+        assert run(*argv)[0] == 2 and calls == [12, 4]
+        whole = path.read_bytes()
+        (logps,) = load_file(path).values()
+        assert logps.shape == (12, 2)
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4]
+        path.write_bytes(whole[:-7])
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4, 12, 4]
+        assert path.read_bytes() == whole
+        save_file({"another run's": logps}, path)
+        assert run(*argv)[0] == 2 and calls == [12, 4, 4, 12, 4, 12, 4]
+        assert path.read_bytes() == whole
+    # A finished run is a model's folder, of which servers read all safetensors as weights.
+    trained(run, tiny, workdir / "out", "--eval-every", "99")
+    assert [file.name for file in (workdir / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
