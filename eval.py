@@ -3,14 +3,12 @@
     python eval.py --task sycophancy                      # the base model and all of runs/sycophancy/
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
-runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, a table and answers side by side; report.png, also training curves.
+runs/TASK/scored.jsonl (split "test"), models -> eval.jsonl (answers), report.md, report.png
 """
 
 import itertools
 import json
 import os
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +17,8 @@ from tqdm import tqdm
 from kernels.packed import all_logps, use_packed_attention
 from prompts import as_messages, load_task, measure
 from prompts.chat import LocalModel, pick_device
-from prompts.rows import (
-    BadInput, Rows, make_parser, newest_task, number, provenance, read_rows, run, text_of,
-)  # fmt: skip
+from prompts.rows import BadInput, Rows, make_parser, newest_task, number, provenance
+from prompts.rows import read_rows, run, text_of
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
 
@@ -70,9 +67,8 @@ def by_group(rows, field, kind="mean"):
 
 
 def bootstrap(values, share=False, seed=0, draws=10_000):
-    """(mean, low, high) over groups: a 95 % interval, percentiles of the means of `draws` samples of as
-    many groups, drawn with replacement. None without values. share: where that reaches 0 or 1,
-    Wilson's interval (1927) instead, and "W", since of 22 of 22 it would be [1, 1]."""
+    """(mean, low, high): a 95 % interval by bootstrap over groups. None without values. share: where
+    it reaches 0 or 1, Wilson's interval (1927) instead, since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
     n, zz = len(values), 1.96**2
     if not n:
@@ -83,7 +79,7 @@ def bootstrap(values, share=False, seed=0, draws=10_000):
     if share and (low <= 0 or high >= 1):
         center = (n * mean + zz / 2) / (n + zz)
         half = (zz * (n * mean * (1 - mean) + zz / 4)) ** 0.5 / (n + zz)
-        return mean, max(0.0, center - half), min(1.0, center + half), "W"
+        return mean, max(0.0, center - half), min(1.0, center + half)
     return mean, float(low), float(high)
 
 
@@ -101,7 +97,6 @@ def summarise(names, rows, kind):
         table.append({"model": name, "groups": measures["metric"]})
         for key, groups in measures.items():
             table[-1][key] = bootstrap(groups.values(), share=key in shares)
-
     for first, second in itertools.combinations(table, 2):
         ours, others = second["groups"], first["groups"]
         differences = [ours[group] - others[group] for group in ours if group in others]
@@ -111,11 +106,11 @@ def summarise(names, rows, kind):
 
 # ---- the report ----------------------------------------------------------------------------------
 def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`, and the mark "W". None: '-'."""
+    """'0.413 [0.301, 0.520]', each number in the format `form`. None: '-'."""
     if not triple:
         return "-"
-    mean, low, high = (format(value, form) for value in triple[:3])
-    return " ".join([mean, f"[{low}, {high}]", *triple[3:]])
+    mean, low, high = (format(value, form) for value in triple)
+    return f"{mean} [{low}, {high}]"
 
 
 def make_table(table, pairs, metric):
@@ -137,17 +132,38 @@ def make_table(table, pairs, metric):
     return "\n".join(lines)
 
 
-def make_warnings(table):
-    """A line for the top of the report: few groups, and models whose answers are odd or short."""
-    first, *others = table
-    texts = [f"only {len(first['groups'])} groups of test prompts"] * (len(first["groups"]) < 20)
+def make_verdicts(table, pairs, metric, unequal=False):
+    """Lines for the top of the report: what is shown of each model beside the first one, and what
+    to beware of. unequal: whether --max-tokens differs between the teacher and the models."""
+    first = table[0]
+    others = [line for line in table[1:] if line["metric"]]  # without answers nothing is shown
+    base, groups = first["model"], len(first["groups"])
+    best = {"lower": 0, "higher": 2 if metric["kind"] == "spread" else 1}[metric["better"]]
+    at_best = first["metric"] is not None and first["metric"][0] == best
+    lines = [f"groups of test prompts: {groups}, too few to rely on what follows"] * (groups < 20)
+    lines += [f"**{base}**: its metric is the best possible, so nothing can be gained"] * at_best
     for line in others:
-        for key, what, form in (("words", "words", ".0f"), ("base_logp", "log-prob", ".2f")):
-            before, now = first[key], line[key]
-            least = 0.3 if key == "base_logp" else before[0] / 3
-            if before and now and before[0] - now[0] >= least > 0:
-                texts.append(f"{line['model']}: {what} from {before[0]:{form}} to {now[0]:{form}}")
-    return f"> **Caution**: {'; '.join(texts)}.\n\n" if texts else ""
+        _, low, high = pairs[f"{line['model']} - {base}"]
+        gained = int(low > 0) - int(high < 0)  # 0: the interval contains 0
+        gained *= -1 if metric["better"] == "lower" else 1
+        is_teacher = line["model"] == SELF_REFINE
+        useless = is_teacher and gained < 1 and not at_best
+        rise = {}  # of the means
+        for key in ("score", "words", "base_logp"):
+            rise[key] = line[key][0] - first[key][0] if line[key] and first[key] else 0
+        says = {
+            f"its metric is better than that of {base}": gained > 0,
+            f"its metric is worse than that of {base}": gained < 0,
+            "no change is shown: the interval of the difference contains 0": gained == 0,
+            "the revisions are not shown to improve it: mend the task before training": useless,
+            "its --max-tokens was another one, so the comparison is unfair": is_teacher and unequal,
+            f"the mean reward disagrees: {rise['score']:+.3f}": rise["score"] * gained < 0,
+            "words are down by a third or more": rise["words"] < -first["words"][0] / 3,
+            f"log-prob is down by {-rise['base_logp']:.2f}": rise["base_logp"] <= -0.3,
+        }
+        texts = [text for text, holds in says.items() if holds]
+        lines.append(f"**{line['model']}**: {'; '.join(texts)}")
+    return "".join(f"- {line}.\n" for line in lines)
 
 
 def make_samples(rows, count):
@@ -163,23 +179,22 @@ def make_samples(rows, count):
     return "\n\n".join(parts)
 
 
-def make_report(args, task, compared, table, results, answers):
-    """Text of report.md. compared: models and settings."""
+def make_report(args, task, table, pairs, results, answers):
+    """Text of report.md."""
     made = provenance(pick_device(args.device)[0])
-    control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
     return f"""# Task {args.task}: {task["about"]}
 
-{make_warnings(table)}{compared}
+{make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens)}
+Models: {", ".join(args.models)}. Test prompts: {len({row["prompt_id"] for row in answers})} of {args.input}, answers to each: {args.samples}. Sampling: {json.dumps(answers[0]["settings"])[1:-1]}. Reward: {args.reward} of {args.reward_model}.
 
 {results}
 
-Brackets: 95 % intervals over {len(table[0]["groups"])} groups of prompts, not over training seeds, by bootstrap; W: by Wilson's formula, where the bootstrap would reach 0 or 100 %. A difference that is the same in every group has no interval.
-
-- **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens.
+- **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
+- **metric**: {task["metric"]["meaning"]}. Training never saw it.
+- **mean reward**: as in training. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens ({args.teacher_tokens} in {SELF_REFINE}).
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
-![metric and words of every model, and training curves](report.png)
+![the metric of every model](report.png)
 
 ## Answers side by side
 
@@ -190,39 +205,28 @@ on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]
 """
 
 
-def draw(path, title, table, metric, logs):
-    """report.png: bars of all models, curves of `logs`, for each the rows of log.jsonl or []."""
+def draw(path, table, metric):
+    """report.png: the metric of every model, with its interval."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    panels = ["metric", "words", "loss", "rewards/margins", "logps/chosen", "logps/rejected"]
-    forms = {"metric": ".2f" if metric["kind"] == "spread" else ".0%", "words": ".0f"}
-    figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
-    meaning = f"{metric['meaning']} ({metric['better']} is better)"
-    figure.suptitle(textwrap.fill(f"{title}. Metric: {meaning}", 120))
-    axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
-    for axis, key in zip(axes.flat, panels, strict=False):
-        axis.set_title(key.replace("rewards/margins", "z (rewards/margins)"))
-        axis.set_xlabel("" if key in forms else "step (dots: held out)")
-        for i, (line, log) in enumerate(zip(table, logs, strict=True)):
-            if key in forms:
-                mean, *ends = (line[key] or (0, 0, 0))[:3]  # a model may have no answer
-                axis.barh(f"{line['model']}  {mean:{forms[key]}}", mean, color=f"C{i}", alpha=0.6)
-                axis.plot(ends, [i, i], "k-|")
-                axis.set_ylim(len(table) - 0.5, -0.5)  # the first model on top
-            held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
-            for rows, style in ((log, "-"), (held_out, "--o")):
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
+    figure = Figure((9, 2 + len(table) / 2), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(f"{metric['meaning']} ({metric['better']} is better)", wrap=True)
+    form = ".3f" if metric["kind"] == "spread" else ".0%"
+    for i, line in enumerate(table):
+        mean, *ends = line["metric"] or (0, 0, 0)  # a model may have no answer
+        axis.barh(f"{line['model']}  {mean:{form}}", mean, color=f"C{i}", alpha=0.6)
+        axis.plot(ends, [i, i], "k-|")
+    axis.invert_yaxis()  # the first model on top
     if metric["kind"] != "spread":
-        axes.flat[0].set_xlim(0, 1)
-        axes.flat[0].xaxis.set_major_formatter("{x:.0%}")
+        axis.set_xlim(0, 1)
+        axis.xaxis.set_major_formatter("{x:.0%}")
     figure.savefig(path, dpi=150)
 
 
 # ---- command line --------------------------------------------------------------------------------
 def models_in(folder, refined):
-    """What --models is by default: the base of the runs in folder, the revisions if there are rows
-    `refined`, and the finished runs. Raises BadInput where the runs have several bases."""
+    """What --models is by default: the base of the runs in folder, the revisions, finished runs."""
     runs = {}
     for file in sorted(folder.glob("*/run.json")):
         if file.parent.suffix != ".bak":
@@ -230,7 +234,6 @@ def models_in(folder, refined):
     finished = [name for name, record in runs.items() if record.get("finished")]
     for name in sorted(runs.keys() - finished):
         print(f"{name} is left out: its training has not finished")
-
     # A run that began from another one here, as rdpo from sft, has the base of that one.
     bases = sorted({os.path.relpath(runs[name]["model"]) for name in finished} - runs.keys())
     if len(bases) > 1:
@@ -243,8 +246,13 @@ def jobs_of(models, names, rows, refined, samples):
     `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
-        files = sorted(Path(model).glob("*.safetensors"))
-        weights = str([os.path.relpath(model), *(file.stat().st_mtime_ns for file in files)])
+        folder = Path(model)  # checked now, not after other models were sampled for minutes
+        is_local = folder.exists() or model.startswith((".", "/", "~", "runs/"))  # else on the hub
+        if is_local and not (folder / "config.json").exists():
+            unfinished = " (its training has not finished)" * (folder / "run.json").exists()
+            raise BadInput(f"model {model}: no config.json is there{unfinished}; name a model")
+        times = [file.stat().st_mtime_ns for file in sorted(folder.glob("*.safetensors"))]
+        weights = str([os.path.relpath(model), *times])
         for sample in range(1 if name == SELF_REFINE else samples):
             for row in refined if name == SELF_REFINE else rows:
                 job = {"id": f"{name}/{row['id']}/{sample}", "model": name, "sample": sample}
@@ -286,7 +294,8 @@ def read_test_rows(args, task):
     rows = read_rows(args.input, "id", "group", "prompt", *task["columns"])
     rows = [row for row in rows if row.get("split") == "test"][: args.limit]
     if not rows:
-        raise BadInput(f"{args.input}: nothing is held out: no row has the split 'test'")
+        how = 'run generate.py with more rows, or add "split": "test" to the rows of some groups'
+        raise BadInput(f"{args.input}: nothing is held out; {how}")
     if rows[0].get("task", args.task) != args.task:
         raise BadInput(f"{args.input}: rows of another task; pass --task {rows[0]['task']}")
 
@@ -298,6 +307,7 @@ def read_test_rows(args, task):
     args.label = args.label or made.get("label")
     teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
     args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
+    args.teacher_tokens = teacher.get("max_tokens") or args.max_tokens
     return rows
 
 
@@ -310,16 +320,16 @@ def main():
     refined = [row for row in rows if row["group"] not in broken]
     args.models = args.models or models_in(args.input.parent, refined)
     names = [Path(name).name for name in args.models]
-    if len(set(names)) < len(names):
-        raise BadInput("--models: two have the same last name; rename one of the folders")
+    if len(set(names)) < len(names) or names[0] == SELF_REFINE:
+        raise BadInput(f"--models: last names must differ, and {SELF_REFINE} can't be the first")
 
+    jobs = jobs_of(args.models, names, rows, refined, args.samples)
     out = args.out / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
     settings = {**sampling, "seed": args.seed}
     prompts = {row["id"]: row for row in rows}
     seeds = {row["id"]: row[task["seed_by"]] for row in rows}
-    jobs = jobs_of(args.models, names, rows, refined, args.samples)
     output = Rows(out, args.overwrite)
     for job in jobs:  # a policy that was trained anew is asked again
         if job["id"] in output.rows and output.rows[job["id"]].get("made") != job["made"]:
@@ -350,27 +360,18 @@ def main():
     use_packed_attention(base.model)
     size = len(answers) if args.api_base else args.batch_size
     for start in tqdm(range(0, len(answers), size), "measures", unit="batch"):
-        batch = answers[start : start + size]
-        add_measures(batch, prompts, task["metric"], reward, base)
+        add_measures(answers[start : start + size], prompts, task["metric"], reward, base)
     for row in answers:
         row["reward"] = reward_settings
     output.finish(jobs)
 
     table, pairs = summarise(names, answers, task["metric"]["kind"])
     results = make_table(table, pairs, task["metric"])
-    compared = (
-        f"{', '.join(args.models)} on {len(rows)} test prompts of {args.input}; {args.samples} answers "
-        f"each, {json.dumps(settings)[1:-1]}; {args.reward} reward of {args.reward_model}."
-    )
     report = args.out / "report.md"
-    if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
-        for file in args.out.glob("report.[mp]*[dg]"):
-            file.replace(f"{file}.bak")
-    report.write_text(make_report(args, task, compared, table, results, answers), encoding="utf-8")
-    logs = [Path(model, "log.jsonl") for model in args.models]
-    logs = [read_rows(log) if log.exists() and log.stat().st_size else [] for log in logs]
-    title = f"Task {args.task}: {len(rows)} test prompts"
-    draw(report.with_suffix(".png"), title, table, task["metric"], logs)
+    if report.exists() and args.overwrite:
+        report.replace(f"{report}.bak")
+    report.write_text(make_report(args, task, table, pairs, results, answers), encoding="utf-8")
+    draw(args.out / "report.png", table, task["metric"])
     print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")
     raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 

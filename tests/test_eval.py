@@ -4,14 +4,13 @@ import json
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import bootstrap, by_group, draw, make_table, make_warnings, summarise
+from eval import bootstrap, by_group, draw, make_table, make_verdicts, summarise
 from prompts import load_task, measure
 from prompts.tokens import repetition
 from prompts.rows import BadInput
@@ -110,11 +109,11 @@ def test_a_share_of_all_or_none_has_an_interval_that_is_no_point(count, low, hig
             ]
             rows += group
         table, _ = summarise(["a"], rows, "positive")
-        expected = (count / 22, pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005), "W")
+        expected = (count / 22, pytest.approx(low, abs=0.005), pytest.approx(high, abs=0.005))
         assert table[0]["metric"] == expected
-        assert table[0]["cut"][2:] == (pytest.approx(0.149, abs=1e-3), "W")
-        assert len(table[0]["repeats"]) == len(table[0]["words"]) == 3  # these are no shares
-    assert "[85%, 100%] W" in make_table(table, {}, METRIC) or count < 22
+        assert table[0]["cut"][2] == pytest.approx(0.149, abs=1e-3)
+        assert table[0]["repeats"] == (0, 0, 0)  # these are no shares of groups
+    assert "[85%, 100%] |" in make_table(table, {}, METRIC) or count < 22
 
 
 def test_a_share_within_the_bootstraps_reach_keeps_the_bootstrap():
@@ -143,16 +142,95 @@ def test_no_two_columns_share_a_head_and_log_prob_says_under_whom():
         assert any("control" in head for head in heads) == bool(controls)
 
 
-def test_few_groups_and_answers_that_break_down_or_shrink_are_named_on_top():
-    def warnings(groups=20, **fields):
-        rows = rows_of("base", [1.0] * groups) + rows_of("dpo", [1.0] * groups, **fields)
-        return make_warnings(summarise(["base", "dpo"], rows, "positive")[0])
+def verdicts(base, other, name="dpo", metric=METRIC, unequal=False, **fields):
+    """Lines of make_verdicts() for a base model and another one. base, other: values of the metric."""
+    rows = rows_of("base", base) + rows_of(name, other, **fields)
+    table, pairs = summarise(["base", name], rows, metric["kind"])
+    return make_verdicts(table, pairs, metric, unequal).splitlines()
 
-    assert warnings() == warnings(words=27, base_logp=-1.29) == warnings(words=99) == ""
-    assert warnings(base_logp=None) == ""
-    assert "only 19 groups" in warnings(19) and "dpo" not in warnings(19)
-    assert "dpo: words from 40 to 26" in warnings(words=26)
-    assert "dpo: log-prob from -1.00 to -1.31" in warnings(base_logp=-1.31)
+
+HALF, MOST, FEW = [0.0, 1.0] * 15, [0.0] + [1.0] * 29, [1.0] + [0.0] * 29
+BETTER, WORSE = (
+    f"- **dpo**: its metric is {word} than that of base" for word in ("better", "worse")
+)
+SAME = "- **dpo**: no change is shown: the interval of the difference contains 0"
+
+
+def test_verdicts_say_whether_the_metric_is_better_worse_or_not_shown_to_change():
+    assert verdicts(HALF, MOST) == [f"{BETTER}."]
+    assert verdicts(HALF, FEW) == [f"{WORSE}."]
+    assert verdicts(HALF, HALF) == verdicts(HALF, HALF[::-1]) == [f"{SAME}."]
+    lower = METRIC | {"better": "lower"}
+    assert verdicts(HALF, FEW, metric=lower) == [f"{BETTER}."]
+    assert verdicts(HALF, MOST, metric=lower) == [f"{WORSE}."]
+    rows = rows_of("base", HALF)
+    assert make_verdicts(*summarise(["base"], rows, "positive"), METRIC) == ""  # one model alone
+
+
+def test_a_baseline_that_cannot_be_better_is_named():
+    best = "- **base**: its metric is the best possible, so nothing can be gained."
+    assert verdicts([1.0] * 20, [1.0] * 20) == [best, f"{SAME}."]
+    assert verdicts([0.0] * 20, [0.0] * 20, metric=METRIC | {"better": "lower"})[0] == best
+    assert verdicts([1.0] * 19 + [0.5], [1.0] * 20) == [f"{SAME}."]
+    assert verdicts([0.0] * 20, [0.0] * 20) == [f"{SAME}."]
+    # the teacher is not to blame then
+    assert "mend" not in verdicts([1.0] * 20, [1.0] * 20, "self-refine")[1]
+
+
+@pytest.mark.parametrize(("better", "best"), [("lower", 0.0), ("higher", 2.0)])
+def test_a_spread_has_a_verdict_and_limits_of_its_own(better, best):
+    metric = METRIC | {"kind": "spread", "better": better}
+
+    def spreads(name, low, high):
+        groups = rows_of(name, [low] * 20) + rows_of(name, [high] * 20)
+        return groups if low != high else groups[:20]
+
+    def said(base, other):
+        rows = spreads("base", *base) + spreads("dpo", *other)
+        return make_verdicts(*summarise(["base", "dpo"], rows, "spread"), metric).splitlines()
+
+    lines = said((-0.5, 0.5), (0.1, 0.1))
+    assert lines == [f"{BETTER if better == 'lower' else WORSE}."]
+    ends = (0.1, 0.1) if best == 0.0 else (-1.0, 1.0)
+    assert said(ends, ends)[0].startswith("- **base**: its metric is the best possible")
+    assert said((-0.5, 0.5), (-0.5, 0.5)) == [f"{SAME}."]  # a spread of 1 is not the best of any
+
+
+def test_a_teacher_whose_revisions_do_not_improve_the_metric_stops_the_reader():
+    advice = "the revisions are not shown to improve it: mend the task before training"
+    assert advice in verdicts(HALF, HALF, "self-refine")[0]
+    assert advice in verdicts(HALF, FEW, "self-refine")[0]
+    assert "mend" not in verdicts(HALF, MOST, "self-refine")[0]
+    assert "mend" not in verdicts(HALF, FEW)[0]  # a model is no teacher
+    assert "mend" not in verdicts(HALF, FEW, "self-refine", METRIC | {"better": "lower"})[0]
+
+
+def test_a_reward_that_moves_against_the_metric_is_named():
+    assert verdicts(HALF, FEW, score=0.7) == [f"{WORSE}; the mean reward disagrees: +0.200."]
+    assert verdicts(HALF, MOST, score=0.3) == [f"{BETTER}; the mean reward disagrees: -0.200."]
+    lower = METRIC | {"better": "lower"}
+    assert verdicts(HALF, MOST, metric=lower, score=0.7)[0].endswith("disagrees: +0.200.")
+    for other, score in ((FEW, 0.3), (MOST, 0.7), (HALF, 0.7), (MOST, None)):
+        assert "disagrees" not in verdicts(HALF, other, score=score)[0]
+
+
+def test_few_groups_and_answers_that_break_down_or_shrink_are_named_on_top():
+    assert verdicts(HALF, HALF, words=27, base_logp=-1.29) == [f"{SAME}."]
+    assert verdicts(HALF, HALF, words=99, base_logp=None) == [f"{SAME}."]
+    few, text = verdicts([1.0, 0.0, 0.0] * 6, [1.0] * 18)
+    assert few == "- groups of test prompts: 18, too few to rely on what follows." and text
+    assert verdicts(HALF, HALF, words=26) == [f"{SAME}; words are down by a third or more."]
+    assert verdicts(HALF, HALF, base_logp=-1.31) == [f"{SAME}; log-prob is down by 0.31."]
+    # without an answer nothing is shown
+    table, pairs = summarise(["base", "self-refine"], rows_of("base", HALF), "positive")
+    assert make_verdicts(table, pairs, METRIC) == ""
+
+
+def test_a_teacher_with_another_length_of_answers_is_not_compared_silently():
+    said = "its --max-tokens was another one, so the comparison is unfair"
+    assert said in verdicts(HALF, MOST, "self-refine", unequal=True)[0]
+    assert said not in verdicts(HALF, MOST, "self-refine")[0]
+    assert said not in verdicts(HALF, MOST, unequal=True)[0]
 
 
 def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path):
@@ -166,31 +244,25 @@ def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path
         text = make_table(table, {}, METRIC | {"kind": kind}).splitlines()
         assert len({line.count("|") for line in text}) == 1 and len(text) == 4
     table.append({"model": "silent", "metric": None, "words": None})
-    log = [{"step": 1, "loss": 0.7}, {"step": 1, "held_out": {"loss": 0.6}}]
-    draw(tmp_path / "report.png", "title", table, METRIC, [[], log, []])
+    draw(tmp_path / "report.png", table, METRIC)
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_picture_has_the_metrics_meaning_whole_axes_and_the_curves_of_logs(monkeypatch):
+def test_the_picture_has_the_metrics_meaning_a_whole_axis_and_a_bar_a_model(monkeypatch):
     figures = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self)
     )
     table, _ = summarise(["a", "b"], rows_of("a", [0.0] * 22) + rows_of("b", [1.0] * 22), "match")
-    held_out = {"loss": 0.9, "rewards/margins": 0.1}
-    log = [{"step": 1, "loss": 0.7, "rewards/margins": 0.0}, {"step": 1, "held_out": held_out}]
-    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], log])
-    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], []])
-    axes = {axis.get_label() or axis.get_title(): axis for axis in figures[0].axes}
-    heading = f"Task x: 22 test prompts. Metric: {METRIC['meaning']} (higher is better)"
-    assert figures[0].get_suptitle() == heading
-    bars, words, loss, z, *_ = figures[0].axes
-    assert len(axes) == 6 and len(figures[1].axes) == 2
+    draw("x.png", table, METRIC)
+    draw("x.png", table, METRIC | {"kind": "spread", "better": "lower"})
+    (bars,), (spreads,) = (figure.axes for figure in figures)
+    assert bars.get_title() == f"{METRIC['meaning']} (higher is better)"
     assert bars.get_xlim() == (0, 1) and bars.xaxis.get_major_formatter()(0.5) == "50%"
     assert [label.get_text() for label in bars.get_yticklabels()] == ["a  0%", "b  100%"]
-    assert [label.get_text() for label in words.get_yticklabels()] == ["a  40", "b  40"]
-    lines = [[*line.get_xydata()[0]] for line in z.lines if len(line.get_xydata())]
-    assert lines == [[1.0, 0.0], [1.0, 0.1]] and "z" in z.get_title() and loss.lines
+    assert [label.get_text() for label in spreads.get_yticklabels()] == ["a  0.000", "b  1.000"]
+    assert bars.get_ylim()[0] > bars.get_ylim()[1]  # the first model is on top
+    assert list(bars.lines[1].get_xdata()) == [table[1]["metric"][1], 1.0]
 
 
 def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
@@ -223,6 +295,46 @@ def test_the_models_are_the_common_base_the_revisions_and_every_finished_run(wor
     finished(runs / "dpo", "small")
     with pytest.raises(BadInput, match="several bases"):
         stage_eval.models_in(runs, [])
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["runs/noshout"], "model runs/noshout: no config.json is there; name a model"),
+        (
+            ["runs/stopped"],
+            "model runs/stopped: no config.json is there (its training has not finished)",
+        ),
+        (["./nowhere"], "model ./nowhere: no config.json is there"),
+        (["self-refine", "runs/noshout"], "model runs/noshout"),
+    ],
+)
+def test_a_model_that_is_none_is_named_before_another_is_sampled(
+    run, tiny, workdir, monkeypatch, models, said
+):
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
+    write_jsonl(workdir / "runs/noshout/log.jsonl", [])
+    write_jsonl(workdir / "runs/stopped/run.json", [{"model": tiny}])
+    monkeypatch.setattr("eval.make_reward", lambda *_: 1 / 0)
+    argv = ["--in", "in.jsonl", "--reward-model", tiny, "--models", tiny, *models]
+    status, _, err = run("eval", *argv)
+    assert status == 2 and f"eval.py: {said}" in err and err.count("\n") == 1
+    assert not (workdir / "eval.jsonl").exists()
+
+
+def test_the_revisions_are_no_baseline(run, workdir):
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
+    status, _, err = run("eval", "--in", "in.jsonl", "--models", "self-refine", "smollm2")
+    assert status == 2 and "self-refine can't be the first" in err
+
+
+def test_pairs_without_a_test_split_get_told_how_to_make_one(run, workdir):
+    rows = [pair_row(0, "good", "poor") for _ in range(2)]
+    for row in (rows[0], {key: value for key, value in rows[1].items() if key != "split"}):
+        write_jsonl(workdir / "in.jsonl", [row])
+        status, _, err = run("eval", "--in", "in.jsonl", "--models", "smollm2", "self-refine")
+        assert status == 2 and "in.jsonl: nothing is held out" in err
+        assert "run generate.py with more rows" in err and 'add "split": "test" to the rows' in err
 
 
 # ---- the whole way -------------------------------------------------------------------------------
@@ -258,9 +370,9 @@ def test_the_four_stages_run_end_to_end_by_command_line(run, tiny, workdir):
     assert json.loads((folder / "rdpo" / "run.json").read_text())["task"] == "safety"
     report = (folder / "report.md").read_text()
     assert "| tiny |" in report and "| rdpo |" in report and "| control (" in report
-    assert "rdpo - self-refine: " in report and "> **Caution**: only" in report
+    assert "rdpo - self-refine: " in report and "- **rdpo**: " in report
     assert f"Made by `python {ROOT / 'eval.py'} --max-tokens 8`" in report
-    assert report.count("**rdpo**") > 1 and "contrast reward of" in report
+    assert report.count("**rdpo**") > 1 and "Reward: contrast of" in report
     assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert "runs/safety/report.md" in done.stdout
 
@@ -289,28 +401,28 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     assert run("eval", "--models", tiny, "self-refine", "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
+    report = (workdir / "runs/sentiment/report.md").read_text()
+    assert "tokens (3 in self-refine)" in report and "unfair" not in report
+    argv = ["--models", tiny, "self-refine", "--reward-model", tiny, "--max-tokens", "5"]
+    assert run("eval", *argv, "--out", "longer")[0] == 0
+    report = (workdir / "longer/report.md").read_text()
+    assert "reached 5 tokens (3 in self-refine)" in report
+    assert "its --max-tokens was another one, so the comparison is unfair" in report
 
 
-def test_a_report_of_other_models_is_kept_and_its_command_can_be_pasted(run, tiny, workdir):
+def test_an_overwritten_report_is_kept_and_its_command_can_be_pasted(run, tiny, workdir):
     rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     argv = ["--reward-model", tiny, "--max-tokens", "4", "--out", "a folder", "--models", tiny]
-    report, picture = workdir / "a folder/report.md", workdir / "a folder/report.png"
-    kept = [Path(f"{file}.bak") for file in (report, picture)]
+    report, kept = workdir / "a folder/report.md", workdir / "a folder/report.md.bak"
     for _ in range(2):
         assert run("eval", *argv)[0] == 0
-        assert not any(file.exists() for file in kept)
-    before = [report.read_text(), picture.read_bytes()]
-    assert shlex.split(before[0].split("Made by `python ")[1].split("`")[0])[1:] == argv
-    assert "**control**" not in before[0]
-    assert run("eval", *argv, "self-refine")[0] == 0
-    assert [kept[0].read_text(), kept[1].read_bytes()] == before
-    assert "| self-refine |" in report.read_text()
+        assert not kept.exists()
     before = report.read_text()
+    assert shlex.split(before.split("Made by `python ")[1].split("`")[0])[1:] == argv
     assert run("eval", *argv, "self-refine", "--overwrite")[0] == 0
-    assert kept[0].read_text() == before
-    assert run("eval", *argv, "self-refine", "--limit", "1")[0] == 0
-    assert kept[0].read_text() != before
+    assert kept.read_text() == before
+    assert "| self-refine |" in report.read_text()
 
 
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):
@@ -373,7 +485,7 @@ def test_the_reward_is_that_of_the_pairs_and_one_without_scores_gives_status_1(r
     write_jsonl(workdir / "runs/safety/scored.jsonl", [row])
     argv = ["--task", "safety", "--models", tiny, "--max-tokens", "4", "--judge-tokens", "4"]
     assert run("eval", *argv)[0] == 1  # a judge without a rating
-    assert "judge reward of" in (workdir / "runs/safety/report.md").read_text()
+    assert "Reward: judge of" in (workdir / "runs/safety/report.md").read_text()
 
 
 def test_another_reward_than_that_of_the_pairs_has_not_its_model(run, tiny, workdir, monkeypatch):
