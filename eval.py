@@ -3,7 +3,8 @@
     python eval.py --task sycophancy                      # the base model and all of runs/sycophancy/
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
-runs/TASK/scored.jsonl (split "test"), models -> eval.jsonl (answers), report.md, report.png
+runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
+with its scores; report.md, verdicts, a table and answers side by side; report.png, also curves.
 """
 
 import itertools
@@ -15,15 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels.packed import all_logps, use_packed_attention
-from prompts import as_messages, load_task, measure
-from prompts.chat import LocalModel, pick_device
-from prompts.rows import BadInput, Rows, make_parser, newest_task, number, provenance
-from prompts.rows import read_rows, run, text_of
+from prompts import load_task, measure
+from prompts.chat import LocalModel
+from prompts.report import SELF_REFINE, make_samples, make_table, make_verdicts, write_report
+from prompts.rows import BadInput, Rows, make_parser, newest_task, number, read_rows, run, text_of
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
 
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
-SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -67,8 +67,9 @@ def by_group(rows, field, kind="mean"):
 
 
 def bootstrap(values, share=False, seed=0, draws=10_000):
-    """(mean, low, high): a 95 % interval by bootstrap over groups. None without values. share: where
-    it reaches 0 or 1, Wilson's interval (1927) instead, since of 22 of 22 it would be [1, 1]."""
+    """(mean, low, high) over groups: a 95 % interval, percentiles of the means of `draws` samples of as
+    many groups, drawn with replacement. None without values. share: where that reaches 0 or 1,
+    Wilson's interval (1927) instead, since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
     n, zz = len(values), 1.96**2
     if not n:
@@ -104,129 +105,10 @@ def summarise(names, rows, kind):
     return table, pairs
 
 
-# ---- the report ----------------------------------------------------------------------------------
-def interval(triple, form):
-    """'0.413 [0.301, 0.520]', each number in the format `form`. None: '-'."""
-    if not triple:
-        return "-"
-    mean, low, high = (format(value, form) for value in triple)
-    return f"{mean} [{low}, {high}]"
-
-
-def make_table(table, pairs, metric):
-    """What summarise() found, in Markdown, without the columns that no model has."""
-    form = ".3f" if metric["kind"] == "spread" else ".0%"
-    columns = [
-        ("metric", f"metric ({metric['better']} is better)", form),
-        ("control", "control (lower is better)", form),
-        ("score", "mean reward", ".3f"), ("words", "words", ".0f"), ("repeats", "repeats", ".1%"),
-        ("base_logp", f"log-prob under {table[0]['model']}", ".2f"), ("cut", "cut off", ".0%"),
-    ]  # fmt: skip
-    columns = [column for column in columns if any(line[column[0]] for line in table)]
-    rows = [["model", *(heading for _, heading, _ in columns)], ["---"] * (len(columns) + 1)]
-    for line in table:
-        rows.append([line["model"], *(interval(line[key], form) for key, _, form in columns)])
-    lines = [*(f"| {' | '.join(row)} |" for row in rows), ""]
-    for name, difference in pairs.items():
-        lines.append(f"- difference in metric, {name}: {interval(difference, f'+{form}')}")
-    return "\n".join(lines)
-
-
-def make_verdicts(table, pairs, metric, unequal=False):
-    """Lines for the top of the report: what is shown of each model beside the first one, and what
-    to beware of. unequal: whether --max-tokens differs between the teacher and the models."""
-    first = table[0]
-    others = [line for line in table[1:] if line["metric"]]  # without answers nothing is shown
-    base, groups = first["model"], len(first["groups"])
-    best = {"lower": 0, "higher": 2 if metric["kind"] == "spread" else 1}[metric["better"]]
-    at_best = first["metric"] is not None and first["metric"][0] == best
-    lines = [f"groups of test prompts: {groups}, too few to rely on what follows"] * (groups < 20)
-    lines += [f"**{base}**: its metric is the best possible, so nothing can be gained"] * at_best
-    for line in others:
-        _, low, high = pairs[f"{line['model']} - {base}"]
-        gained = int(low > 0) - int(high < 0)  # 0: the interval contains 0
-        gained *= -1 if metric["better"] == "lower" else 1
-        is_teacher = line["model"] == SELF_REFINE
-        useless = is_teacher and gained < 1 and not at_best
-        rise = {}  # of the means
-        for key in ("score", "words", "base_logp"):
-            rise[key] = line[key][0] - first[key][0] if line[key] and first[key] else 0
-        says = {
-            f"its metric is better than that of {base}": gained > 0,
-            f"its metric is worse than that of {base}": gained < 0,
-            "no change is shown: the interval of the difference contains 0": gained == 0,
-            "the revisions are not shown to improve it: mend the task before training": useless,
-            "its --max-tokens was another one, so the comparison is unfair": is_teacher and unequal,
-            f"the mean reward disagrees: {rise['score']:+.3f}": rise["score"] * gained < 0,
-            "words are down by a third or more": rise["words"] < -first["words"][0] / 3,
-            f"log-prob is down by {-rise['base_logp']:.2f}": rise["base_logp"] <= -0.3,
-        }
-        texts = [text for text, holds in says.items() if holds]
-        lines.append(f"**{line['model']}**: {'; '.join(texts)}")
-    return "".join(f"- {line}.\n" for line in lines)
-
-
-def make_samples(rows, count):
-    """First answers of all models to the first `count` prompts, side by side, in Markdown."""
-    parts = []
-    for prompt_id in [*dict.fromkeys(row["prompt_id"] for row in rows)][:count]:
-        answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
-        parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
-        for row in answers:
-            score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
-            text = row["answer"].replace("\n", "\n> ")
-            parts.append(f"> **{row['model']}** ({score}): {text}")
-    return "\n\n".join(parts)
-
-
-def make_report(args, task, table, pairs, results, answers):
-    """Text of report.md."""
-    made = provenance(pick_device(args.device)[0])
-    return f"""# Task {args.task}: {task["about"]}
-
-{make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens)}
-Models: {", ".join(args.models)}. Test prompts: {len({row["prompt_id"] for row in answers})} of {args.input}, answers to each: {args.samples}. Sampling: {json.dumps(answers[0]["settings"])[1:-1]}. Reward: {args.reward} of {args.reward_model}.
-
-{results}
-
-- **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
-- **metric**: {task["metric"]["meaning"]}. Training never saw it.
-- **mean reward**: as in training. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens ({args.teacher_tokens} in {SELF_REFINE}).
-- **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
-
-![the metric of every model](report.png)
-
-## Answers side by side
-
-{make_samples(answers, 6)}
-
-Made by `python {made["command"]}` at commit {made["commit"]}, {made["date"]}, \
-on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
-"""
-
-
-def draw(path, table, metric):
-    """report.png: the metric of every model, with its interval."""
-    from matplotlib.figure import Figure  # slow to import, and needed only at the end
-
-    figure = Figure((9, 2 + len(table) / 2), layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(f"{metric['meaning']} ({metric['better']} is better)", wrap=True)
-    form = ".3f" if metric["kind"] == "spread" else ".0%"
-    for i, line in enumerate(table):
-        mean, *ends = line["metric"] or (0, 0, 0)  # a model may have no answer
-        axis.barh(f"{line['model']}  {mean:{form}}", mean, color=f"C{i}", alpha=0.6)
-        axis.plot(ends, [i, i], "k-|")
-    axis.invert_yaxis()  # the first model on top
-    if metric["kind"] != "spread":
-        axis.set_xlim(0, 1)
-        axis.xaxis.set_major_formatter("{x:.0%}")
-    figure.savefig(path, dpi=150)
-
-
 # ---- command line --------------------------------------------------------------------------------
 def models_in(folder, refined):
-    """What --models is by default: the base of the runs in folder, the revisions, finished runs."""
+    """What --models is by default: the base of the runs in folder, the revisions if there are rows
+    `refined`, and the finished runs. Raises BadInput where the runs have several bases."""
     runs = {}
     for file in sorted(folder.glob("*/run.json")):
         if file.parent.suffix != ".bak":
@@ -246,7 +128,8 @@ def jobs_of(models, names, rows, refined, samples):
     `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
-        folder = Path(model)  # checked now, not after other models were sampled for minutes
+        folder = Path(model)
+        # Checked now, and not when other models have been sampled for minutes.
         is_local = folder.exists() or model.startswith((".", "/", "~", "runs/"))  # else on the hub
         if is_local and not (folder / "config.json").exists():
             unfinished = " (its training has not finished)" * (folder / "run.json").exists()
@@ -366,13 +249,10 @@ def main():
     output.finish(jobs)
 
     table, pairs = summarise(names, answers, task["metric"]["kind"])
-    results = make_table(table, pairs, task["metric"])
-    report = args.out / "report.md"
-    if report.exists() and args.overwrite:
-        report.replace(f"{report}.bak")
-    report.write_text(make_report(args, task, table, pairs, results, answers), encoding="utf-8")
-    draw(args.out / "report.png", table, task["metric"])
-    print(f"\n{results}\n\n{make_samples(answers, 3)}\n\n{report}, {out}")
+    write_report(args, task, table, pairs, answers)
+    print(f"\n{make_samples(answers, 3)}\n\n{make_table(table, pairs, task['metric'])}\n")
+    print(make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens))
+    print(f"{args.out / 'report.md'}, {out}")
     raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 
 

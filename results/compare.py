@@ -31,7 +31,7 @@ from study import (
     whole,
 )
 
-from eval import interval
+from prompts.report import interval
 from prompts import load_task, read_prompts
 from prompts.rows import BadInput
 from prompts.rows import run as run_stage

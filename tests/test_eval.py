@@ -4,14 +4,16 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write_jsonl
 
 import eval as stage_eval
-from eval import bootstrap, by_group, draw, make_table, make_verdicts, summarise
+from eval import bootstrap, by_group, summarise
 from prompts import load_task, measure
+from prompts.report import draw, make_table, make_verdicts
 from prompts.tokens import repetition
 from prompts.rows import BadInput
 
@@ -244,25 +246,31 @@ def test_a_report_bears_models_without_scores_and_rows_without_controls(tmp_path
         text = make_table(table, {}, METRIC | {"kind": kind}).splitlines()
         assert len({line.count("|") for line in text}) == 1 and len(text) == 4
     table.append({"model": "silent", "metric": None, "words": None})
-    draw(tmp_path / "report.png", table, METRIC)
+    log = [{"step": 1, "loss": 0.7}, {"step": 1, "held_out": {"loss": 0.6}}]
+    draw(tmp_path / "report.png", "title", table, METRIC, [[], log, []])
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_picture_has_the_metrics_meaning_a_whole_axis_and_a_bar_a_model(monkeypatch):
+def test_the_picture_has_the_metrics_meaning_whole_axes_and_the_curves_of_logs(monkeypatch):
     figures = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda self, *_, **__: figures.append(self)
     )
     table, _ = summarise(["a", "b"], rows_of("a", [0.0] * 22) + rows_of("b", [1.0] * 22), "match")
-    draw("x.png", table, METRIC)
-    draw("x.png", table, METRIC | {"kind": "spread", "better": "lower"})
-    (bars,), (spreads,) = (figure.axes for figure in figures)
-    assert bars.get_title() == f"{METRIC['meaning']} (higher is better)"
+    held_out = {"loss": 0.9, "rewards/margins": 0.1}
+    log = [{"step": 1, "loss": 0.7, "rewards/margins": 0.0}, {"step": 1, "held_out": held_out}]
+    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], log])
+    draw("x.png", "Task x: 22 test prompts", table, METRIC, [[], []])
+    axes = {axis.get_label() or axis.get_title(): axis for axis in figures[0].axes}
+    heading = f"Task x: 22 test prompts. Metric: {METRIC['meaning']} (higher is better)"
+    assert figures[0].get_suptitle() == heading
+    bars, words, loss, z, *_ = figures[0].axes
+    assert len(axes) == 6 and len(figures[1].axes) == 2
     assert bars.get_xlim() == (0, 1) and bars.xaxis.get_major_formatter()(0.5) == "50%"
     assert [label.get_text() for label in bars.get_yticklabels()] == ["a  0%", "b  100%"]
-    assert [label.get_text() for label in spreads.get_yticklabels()] == ["a  0.000", "b  1.000"]
-    assert bars.get_ylim()[0] > bars.get_ylim()[1]  # the first model is on top
-    assert list(bars.lines[1].get_xdata()) == [table[1]["metric"][1], 1.0]
+    assert [label.get_text() for label in words.get_yticklabels()] == ["a  40", "b  40"]
+    lines = [[*line.get_xydata()[0]] for line in z.lines if len(line.get_xydata())]
+    assert lines == [[1.0, 0.0], [1.0, 0.1]] and "z" in z.get_title() and loss.lines
 
 
 def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
@@ -410,19 +418,26 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     assert "its --max-tokens was another one, so the comparison is unfair" in report
 
 
-def test_an_overwritten_report_is_kept_and_its_command_can_be_pasted(run, tiny, workdir):
+def test_a_report_of_other_models_is_kept_and_its_command_can_be_pasted(run, tiny, workdir):
     rows = [pair_row(i, "good", "poor", split="test") for i in range(2)]
     write_jsonl(workdir / "runs/sentiment/scored.jsonl", rows)
     argv = ["--reward-model", tiny, "--max-tokens", "4", "--out", "a folder", "--models", tiny]
-    report, kept = workdir / "a folder/report.md", workdir / "a folder/report.md.bak"
+    report, picture = workdir / "a folder/report.md", workdir / "a folder/report.png"
+    kept = [Path(f"{file}.bak") for file in (report, picture)]
     for _ in range(2):
         assert run("eval", *argv)[0] == 0
-        assert not kept.exists()
-    before = report.read_text()
-    assert shlex.split(before.split("Made by `python ")[1].split("`")[0])[1:] == argv
-    assert run("eval", *argv, "self-refine", "--overwrite")[0] == 0
-    assert kept.read_text() == before
+        assert not any(file.exists() for file in kept)
+    before = [report.read_text(), picture.read_bytes()]
+    assert shlex.split(before[0].split("Made by `python ")[1].split("`")[0])[1:] == argv
+    assert "**control**" not in before[0]
+    assert run("eval", *argv, "self-refine")[0] == 0
+    assert [kept[0].read_text(), kept[1].read_bytes()] == before
     assert "| self-refine |" in report.read_text()
+    before = report.read_text()
+    assert run("eval", *argv, "self-refine", "--overwrite")[0] == 0
+    assert kept[0].read_text() == before
+    assert run("eval", *argv, "self-refine", "--limit", "1")[0] == 0
+    assert kept[0].read_text() != before
 
 
 def test_another_reward_measures_kept_answers_anew(run, tiny, workdir, tokenizer):
