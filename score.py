@@ -62,8 +62,7 @@ def classifier_reward(rows, answers, model, tokenizer, label):
     """A Score for each answer: a reward model's logit, or the log-odds of `label` in a classifier;
     where its labels are independent, the label's own logit. An answer that is too long has none.
     Sequences run one by one, without padding: transformers reads the logits at the last token that
-    is not the padding token, as it did in training (transformers#35352).
-    """
+    is not the padding token, as it did in training (transformers#35352)."""
     config, label_ids = model.config, model.config.label2id
     most = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 1e9)
     scores = []
