@@ -175,14 +175,14 @@ def add_scores(rows, reward, settings):
     # A copied draft is asked for once: it is a tie, whatever rounding or a judge's mood would say.
     asked = {}  # (number of the pair, text): row
     for i, row in enumerate(pairs):
-        for side in SIDES:
+        for side in () if was_cut_off(row) else SIDES:  # what is not trained on costs no call
             asked[i, text_of(row[side])] = row
     scores = reward(list(asked.values()), [text for _, text in asked])
     scores = dict(zip(asked, scores, strict=True))
     for i, row in enumerate(pairs):
         row["reward"] = dict(settings)
         for side in SIDES:
-            score = scores[i, text_of(row[side])]
+            score = scores.get((i, text_of(row[side])), Score(None))
             row[f"score_{side}"] = finite(score.value)
             if score.comment:
                 row["reward"][f"comment_{side}"] = score.comment
@@ -209,13 +209,12 @@ def audit(rows, task):
     """What to know of the scores before training on them, as text. task: of load_task."""
     scored = [row for row in rows if is_scored(row)]
     failed = sum(bool(row.get("error")) for row in rows)
-    left = len(rows) - len(scored) - failed
+    cut = sum(was_cut_off(row) for row in rows)
+    left = len(rows) - len(scored) - failed - cut
     lines = [f"scored {len(scored)} of {len(rows)} pairs; {left} without a score, {failed} failed"]
+    lines[0] += f", {cut} cut off and so left out" * bool(cut)
     if not scored:
         return lines[0]
-
-    cut = sum(was_cut_off(row) for row in scored)
-    lines.append(f"usable {len(scored) - cut}, left out {cut}: cut off by generate.py --max-tokens")
     gaps = np.array([row["score_chosen"] - row["score_rejected"] for row in scored])
     won, lost, ties = np.mean(gaps > 0), np.mean(gaps < 0), np.mean(gaps == 0)
     lines.append(f"revisions that won {won:.0%}, lost {lost:.0%}, ties {ties:.0%}")
@@ -274,8 +273,9 @@ def main():
     rows = source[: args.limit]
     reward, settings = make_reward(args, task, f"{args.out}.calls")
     output = Rows(args.out, args.overwrite)
-    # What has no score is asked for again.
-    output.rows = {k: r for k, r in output.rows.items() if is_scored(r) or "reward" not in r}
+    for key, row in [*output.rows.items()]:  # what has no score is asked for again
+        if "reward" in row and not (is_scored(row) or was_cut_off(row)):
+            del output.rows[key]
     output.resume("reward", settings, source)
     print(f"task {args.task}, {args.reward} of {args.reward_model}: {len(output.done)} rows done")
     batches = output.batches(rows, None if args.api_base else args.batch_size)
@@ -283,7 +283,7 @@ def main():
         output.add(*score_batch(batch, reward, settings))
     rows = output.finish(source)
     print(f"{args.out}:\n{audit(rows, task)}")
-    raise SystemExit(0 if all(is_scored(row) for row in rows) else 1)
+    raise SystemExit(0 if all(is_scored(row) or was_cut_off(row) for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -66,10 +66,10 @@ def make_pair(row, tokenizer, args, need_scores):
         return None, "failed"
     for side in SIDES:  # "chosen_rating" is another usual name
         row.setdefault(f"score_{side}", row.get(f"{side}_rating"))
-    if need_scores and not is_scored(row):
-        return None, "without scores"
     if was_cut_off(row):
         return None, "cut off by the teacher"
+    if need_scores and not is_scored(row):
+        return None, "without scores"
     if args.accept and not row["score_chosen"] > row["score_rejected"]:
         return None, "not accepted"
     if row.get("split") not in (None, "", "train", "test"):

@@ -18,12 +18,11 @@ from transformers import (
 )
 
 import score
-import train
 from prompts import fill, load_task
 from prompts.chat import load_model
 from prompts.tokens import encode
 from prompts.rows import is_scored
-from prompts.tokens import was_cut_off
+from prompts.tokens import make_pair, was_cut_off
 from score import Score, audit, contrast_reward, rating_of
 
 CPU = torch.device("cpu")
@@ -304,11 +303,28 @@ def test_the_audit_and_training_leave_out_the_same_pairs_as_cut_off(tokenizer):
     args = {"loss": "rdpo", "accept": False, "raw_text": False, "max_repeats": 1, "max_length": 512}
     left_out = []
     for row in rows:
-        _, reason = train.make_pair(dict(row), row["id"], tokenizer, SimpleNamespace(**args))
+        _, reason = make_pair(dict(row), tokenizer, SimpleNamespace(**args), need_scores=True)
         left_out.append(reason == "cut off by the teacher")
     assert left_out == [was_cut_off(row) for row in rows] and sum(left_out) == 2
-    said = "\nusable 6, left out 2: cut off by generate.py --max-tokens\n"
-    assert said in audit(rows, TASK)
+    asked = []
+    score.add_scores(
+        rows, lambda _, texts: asked.extend(texts) or [score.Score(1.0)] * len(texts), {}
+    )
+    assert len(asked) == 2 * 6  # what is left out costs no call
+    assert audit(rows, TASK).startswith(
+        "scored 6 of 8 pairs; 0 without a score, 0 failed, 2 cut off and so left out\n"
+    )
+
+
+def test_a_pair_that_was_cut_off_is_neither_scored_nor_missed(run, tiny, workdir, monkeypatch):
+    cut = {"teacher": {"finish": {"draft": "stop", "revision": "length"}}}
+    write_jsonl(workdir / "in.jsonl", [pair_row(0, "a", "b"), pair_row(1, "c", "d") | cut])
+    argv = ["--in", "in.jsonl", "--task", "sentiment", "--model", tiny]
+    status, said, err = run("score", *argv)
+    assert status == 0 and "scored 1 of 2 pairs" in said, err
+    assert read_rows("scored.jsonl")[1]["score_chosen"] is None
+    monkeypatch.setattr(score, "add_scores", lambda *args: 1 / 0)
+    assert run("score", *argv)[0] == 0  # nothing is done again
 
 
 def test_a_copied_draft_is_scored_once_and_a_tie():
