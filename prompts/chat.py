@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file
 
 from prompts.rows import BadInput, Rows, digest_of
@@ -153,6 +155,67 @@ class LocalModel:
         return [read_reply(answer) for answer in answers]
 
 
+def next_logits(model, cache, ids, mask):
+    """Logits (B, V) behind the new tokens ids (B, T). mask: of these and of all in the cache."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+
+
+def prefill(model, prompts):
+    """(cache, attention mask (B, T), logits (B, V) of the first new tokens) of lists of token ids.
+
+    Padding costs as much as tokens do, so prompts that are sorted by length are read 16 at a time.
+    Layers that keep a window or a state cannot be put together, so theirs are read all at once."""
+    cache = DynamicCache(config=model.config)
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    size = 16 if plain else len(prompts)
+    groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    parts = [prefill_group(model, group, share_prefix=plain) for group in groups]
+    if not plain:
+        return parts[0]
+
+    # The groups are put together with padding on the left of the shorter ones.
+    caches, masks, logits = zip(*parts, strict=True)
+    columns = max(mask.shape[1] for mask in masks)
+    mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
+    for k, layer in enumerate(cache.layers):
+        keys, values = [], []  # of each group, (B, heads, T, head_dim)
+        for part in caches:
+            left = columns - part.layers[k].keys.shape[2]
+            keys.append(pad(part.layers[k].keys, (0, 0, left, 0)))
+            values.append(pad(part.layers[k].values, (0, 0, left, 0)))
+        layer.update(torch.cat(keys), torch.cat(values))
+    return cache, mask, torch.cat(logits)
+
+
+def prefill_group(model, prompts, share_prefix):
+    """As prefill(), of prompts that are read together. What all of them begin with, such as the
+    examples of a task's critique, is read once if share_prefix is true."""
+    device = model.device
+    cache = DynamicCache(config=model.config)
+    prefix = common_prefix(prompts) if share_prefix else []
+    if prefix:
+        ids = torch.tensor([prefix], device=device)
+        next_logits(model, cache, ids, torch.ones_like(ids))
+        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
+
+    # The rest is padded on the left, so that the next token of every row has the same column.
+    rest = [torch.tensor(prompt[len(prefix) :], device=device) for prompt in prompts]
+    rest = pad_sequence(rest, batch_first=True, padding_value=-1, padding_side="left")
+    mask = torch.cat([rest.new_ones(len(prompts), len(prefix)), (rest >= 0).long()], 1)
+    return cache, mask, next_logits(model, cache, rest.clamp(min=0), mask)
+
+
+def common_prefix(prompts):
+    """The tokens that all prompts begin with, but never the last token of a prompt."""
+    length = 0
+    shortest = min(len(prompt) for prompt in prompts)
+    while length < shortest - 1 and len({prompt[length] for prompt in prompts}) == 1:
+        length += 1
+    return prompts[0][:length]
+
+
 @torch.inference_mode()
 def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p):
     """A sampled Reply to each conversation, all in one batch on the model's device.
@@ -169,18 +232,11 @@ def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperatur
     eos = model.generation_config.eos_token_id or []  # a number, a list or None
     stop_ids = [end_of_turn, *(eos if isinstance(eos, list) else [eos])]
 
-    # Prompts are padded on the left, so that the next token of every row has the same column.
-    ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-    ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left")
-    mask = (ids >= 0).long()
-    ids = ids.clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    # Row k of the batch is conversation batch[k], the shortest prompt first.
+    batch = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    cache, mask, logits = prefill(model, [prompts[i] for i in batch])
     can_select = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-    batch = list(range(len(prompts)))  # row k of the batch is conversation batch[k]
     for step in tqdm(range(max_tokens), f"{len(prompts)} answers", leave=False, disable=None):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of the new tokens
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
         uniform = torch.cat([torch.rand(1, 1, generator=generators[i]) for i in batch])
         tokens = pick_tokens(logits, uniform.to(device), temperature, top_p)
 
@@ -201,6 +257,7 @@ def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperatur
             mask = mask[unfinished]
             batch = [batch[k] for k in unfinished]
             cache.batch_select_indices(torch.tensor(unfinished, device=device))
+        logits = next_logits(model, cache, ids, mask)
     return [replies[i] for i in range(len(prompts))]
 
 

@@ -229,6 +229,25 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
     assert [reply.text for reply in together] != [reply.text for reply in other]
 
 
+def test_prompts_are_read_in_groups_and_their_common_prefix_once(model, tokenizer, monkeypatch):
+    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A fine film."}]
+    asked = [example + chat for chat in chats(40)]
+    lengths = [len(encode(tokenizer, chat)[0]) for chat in asked]
+    how = {"max_tokens": 6, "temperature": 1.0, "top_p": 0.9}
+    alone = [replies_of(model, tokenizer, [chat], [i], **how)[0] for i, chat in enumerate(asked)]
+    sizes = []  # of what the model reads, (rows, tokens)
+    next_logits = chat_module.next_logits
+
+    def spy(model, cache, ids, mask):
+        sizes.append(tuple(ids.shape))
+        return next_logits(model, cache, ids, mask)
+
+    monkeypatch.setattr(chat_module, "next_logits", spy)
+    assert replies_of(model, tokenizer, asked, range(40), **how) == alone
+    assert [rows for rows, _ in sizes[:6]] == [1, 16, 1, 16, 1, 8]
+    assert sum(rows * columns for rows, columns in sizes[:6]) < sum(lengths)
+
+
 def test_rows_that_finish_early_leave_the_batch_and_change_nothing(model, tokenizer):
     how = {"max_tokens": 80, "temperature": 3.0, "top_p": 1.0}
     together = replies_of(model, tokenizer, chats(12), range(12), **how)
