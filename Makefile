@@ -1,8 +1,8 @@
-# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (ten minutes)
+# make demo   the four stages on the sentiment task, on the CPU, with a model that comes along (README.md has times)
 # make test   the tests                                make lint   ruff
 # make study  the methods side by side under noise, on three more seeds (many hours; TASK= and SEEDS= choose)
 # make parity and make bench-train   train.py beside TRL's DPOTrainer: its numbers, its speed and memory
-# Needs Python 3.11 or newer (PYTHON=python3.12 chooses one) and nothing else; all goes into .venv.
+# Needs Python 3.11 or newer (PYTHON=python3.12 chooses one) and nothing else; all goes into .venv, the model into ~/.cache/rdpo.
 
 PYTHON ?= python3
 TASK ?= sentiment

@@ -18,7 +18,14 @@ from tqdm import tqdm
 from kernels.packed import all_logps, use_packed_attention
 from prompts import load_task, measure
 from prompts.chat import LocalModel
-from prompts.report import SELF_REFINE, make_samples, make_table, make_verdicts, write_report
+from prompts.report import (
+    SELF_REFINE,
+    SHARES,
+    make_samples,
+    make_table,
+    make_verdicts,
+    write_report,
+)
 from prompts.rows import BadInput, Rows, make_parser, newest_task, number, read_rows, run, text_of
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
@@ -87,7 +94,7 @@ def bootstrap(values, share=False, seed=0, draws=10_000):
 def summarise(names, rows, kind):
     """(table, pairs). table: of each model a dictionary with mean and interval of every measure, and
     its metric by group. pairs: {"B - A": the difference in metric, group by group} of any two."""
-    shares = {"cut"} if kind == "spread" else {"cut", "metric", "control"}
+    shares = {"cut", "metric", "control"} if kind in SHARES else {"cut"}
     table, pairs = [], {}
     for name in names:
         answers = [row for row in rows if row["model"] == name]

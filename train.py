@@ -2,7 +2,7 @@
 
     python train.py --task sycophancy                         # rDPO on the embedded model, on a CPU
     torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.2-1B-Instruct --lr 1e-5
-    python train.py --task sycophancy --loss dpo --sft-weight 1   # the same, but scores are ignored
+    python train.py --task sycophancy --loss dpo --sft-weight 1   # no scores; a rate of its own
     python train.py --task sycophancy --loss sft --accept     # dSC: SFT on the revisions that won,
     python train.py --model runs/sycophancy/sft-accept --lr 5e-6 --out runs/next  # then rDPO from there
 
@@ -105,9 +105,11 @@ def preference_loss(
     elif kind == "robust":  # arXiv 2403.00409, eq. 12
         losses = label_smoothing * F.logsigmoid(-z) - (1 - label_smoothing) * F.logsigmoid(z)
         losses /= 1 - 2 * label_smoothing
-    else:  # ipo, arXiv 2310.12036, eq. 17, of means over tokens, as its authors run it
+    elif kind == "ipo":  # arXiv 2310.12036, eq. 17, of means over tokens, as its authors run it
         h = log_ratios[:, 0] / tokens[:, 0] - log_ratios[:, 1] / tokens[:, 1]
         losses = (h - 1 / (2 * beta)) ** 2
+    else:
+        raise ValueError(f"no loss {kind}")
     return losses, z
 
 

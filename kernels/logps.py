@@ -1,5 +1,5 @@
 """Log-probabilities of given tokens without holding all logits: linear_logps, from hidden states and
-the output layer; gather_logps, from given logits. Both must equal the three lines of plain_logps.
+the output layer; gather_logps, from given logits. Both must equal plain_logps, which is two lines.
 
 The problem
     A preference loss needs for every completion token with label y the log-probability

@@ -105,7 +105,7 @@ def completion_logps(model, sequences):
 
     batch = collate(sequences, model.device)
     options = {"segments": batch.segments} if packs else {}
-    decoder = getattr(model, "model", model.base_model)  # Llama 4 has a base_model without one
+    decoder = getattr(model, "model", model.base_model)  # Llama 4's base_model lacks hidden states
     output = decoder(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options)
     weight, options = output_layer(model)
     hidden = output.last_hidden_state[0, batch.predict_index].to(weight.dtype)  # (N, D)

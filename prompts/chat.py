@@ -27,8 +27,9 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- models --------------------------------------------------------------------------------------
 def load_model(name, device, dtype, auto_class=AutoModelForCausalLM):
-    """(model in eval mode on device, tokenizer); on "meta" it has no weights. None are unpickled.
+    """(model in eval mode on device, tokenizer); on "meta" it has no weights.
 
+    Pickled weights are refused.
     name: 'smollm2', a folder or a hub id.
     auto_class: of transformers, for causal LMs or sequence classifiers.
     Raises BadInput where there is no such model, or one of another kind.
@@ -132,7 +133,7 @@ class LocalModel:
 
     def ask(self, conversations, keys):
         """A Reply to each conversation. keys: what its random numbers depend on, besides the seed,
-        first of all the row. Raises BadInput for a row whose conversation cannot be encoded."""
+        first of all the row or its group. Raises BadInput where one cannot be encoded."""
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         asked = zip(conversations, seeds, strict=True)
         digests = [digest_of([self.settings, messages, seed]) for messages, seed in asked]
@@ -143,6 +144,7 @@ class LocalModel:
         prompts = []
         for messages, key in zip(conversations, keys, strict=True):
             try:
+                # Any answer shows the token that ends one.
                 prompt, (*_, end_of_turn) = encode(self.tokenizer, messages, "Yes.")
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None

@@ -10,6 +10,7 @@ from prompts import as_messages
 from prompts.chat import pick_device
 from prompts.rows import provenance, read_rows
 
+SHARES = ("match", "positive")  # kinds of metric that are a share of the answers
 SELF_REFINE = "self-refine"  # not a model: the teacher's own revisions of the test prompts
 
 
@@ -23,7 +24,7 @@ def interval(triple, form):
 
 def make_table(table, pairs, metric):
     """What summarise() found, in Markdown, without the columns that no model has."""
-    form = ".3f" if metric["kind"] == "spread" else ".0%"
+    form = ".0%" if metric["kind"] in SHARES else ".3f"
     columns = [
         ("metric", f"metric ({metric['better']} is better)", form),
         ("control", "control (lower is better)", form),
@@ -46,7 +47,8 @@ def make_verdicts(table, pairs, metric, unequal=False):
     first = table[0]
     others = [line for line in table[1:] if line["metric"]]  # without answers nothing is shown
     base, groups = first["model"], len(first["groups"])
-    best = {"lower": 0, "higher": 2 if metric["kind"] == "spread" else 1}[metric["better"]]
+    highest = {"match": 1, "positive": 1, "spread": 2}.get(metric["kind"])
+    best = {"lower": 0, "higher": highest}[metric["better"]]
     at_best = first["metric"] is not None and first["metric"][0] == best
     lines = [f"groups of test prompts: {groups}, too few to rely on what follows"] * (groups < 20)
     lines += [f"**{base}**: its metric is the best possible, so nothing can be gained"] * at_best
@@ -100,7 +102,7 @@ def make_report(args, task, compared, table, pairs, answers):
 
 - **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **mean reward**: as in training. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens ({args.teacher_tokens} in {SELF_REFINE}).
+- **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens ({args.teacher_tokens} in {SELF_REFINE}).
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
 ![metric and words of every model, and training curves](report.png)
@@ -119,7 +121,7 @@ def draw(path, title, table, metric, logs):
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
     panels = ["metric", "words", "loss", "rewards/margins", "logps/chosen", "logps/rejected"]
-    forms = {"metric": ".2f" if metric["kind"] == "spread" else ".0%", "words": ".0f"}
+    forms = {"metric": ".0%" if metric["kind"] in SHARES else ".2f", "words": ".0f"}
     figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
     meaning = f"{metric['meaning']} ({metric['better']} is better)"
     figure.suptitle(textwrap.fill(f"{title}. Metric: {meaning}", 120))
@@ -137,7 +139,7 @@ def draw(path, title, table, metric, logs):
             for rows, style in ((log, "-"), (held_out, "--o")):
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
-    if metric["kind"] != "spread":
+    if metric["kind"] in SHARES:
         axes.flat[0].set_xlim(0, 1)
         axes.flat[0].xaxis.set_major_formatter("{x:.0%}")
     figure.savefig(path, dpi=150)

@@ -139,7 +139,7 @@ def encode(tokenizer, prompt, *answers):
     start = len(prompt_ids)
     for ids in wholes:
         if ids[:start] != prompt_ids:
-            raise ValueError("the prompt's tokens are no prefix of those of prompt and answer")
+            raise ValueError("the prompt's tokens are not a prefix of those of prompt and answer")
         if ids[-1] is None:
             raise ValueError("the tokenizer has no end-of-sequence token, which an answer needs")
     highest = max(map(max, filter(None, (prompt_ids, *wholes))), default=0)
@@ -165,18 +165,18 @@ def encode_text(tokenizer, prompt, answers):
 def encode_chat(tokenizer, messages, answers):
     """Ids of the prompt, and of prompt and answer for each, as the chat template writes them.
 
-    The template is asked once, for an answer that is MARK. In ChatML it writes, behind the prompt
-    "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", MARK and "<|im_end|>\\n". Of what
-    is behind MARK the first special token ends the turn; without one the end of sequence does.
+    The template writes one answer for all, which is MARK. In ChatML, after the prompt
+    "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", that is MARK and "<|im_end|>\\n".
+    The first special token after MARK ends the turn; without one the end of sequence does.
     """
     prompt = apply_template(tokenizer, messages, add_generation_prompt=True)
     if not answers:
         return tokenizer([prompt], add_special_tokens=False)["input_ids"]
     turn = [*messages, {"role": "assistant", "content": MARK}]
-    before, _, behind = apply_template(tokenizer, turn).rpartition(MARK)
-    end = special_tokens(tokenizer).search(behind)
-    behind = behind[: end.end()] if end else ""
-    texts = [before + answer.strip() + behind for answer in answers]
+    before, _, after = apply_template(tokenizer, turn).rpartition(MARK)
+    end = special_tokens(tokenizer).search(after)
+    after = after[: end.end()] if end else ""
+    texts = [before + answer.strip() + after for answer in answers]
     # The template alone writes the beginning of sequence.
     prompt_ids, *wholes = tokenizer([prompt, *texts], add_special_tokens=False)["input_ids"]
     return [prompt_ids, *(ids if end else [*ids, tokenizer.eos_token_id] for ids in wholes)]

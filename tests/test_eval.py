@@ -179,6 +179,15 @@ def test_a_baseline_that_cannot_be_better_is_named():
     assert "mend" not in verdicts([1.0] * 20, [1.0] * 20, "self-refine")[1]
 
 
+def test_a_metric_of_a_new_kind_is_a_number_not_a_share(tmp_path):
+    metric = METRIC | {"kind": "questions"}
+    rows = rows_of("base", [2.0, 3.0] * 15) + rows_of("dpo", [4.0, 7.0] * 15)
+    table, pairs = summarise(["base", "dpo"], rows, "questions")
+    assert "2.500 [2.3" in make_table(table, pairs, metric)
+    assert make_verdicts(table, pairs, metric) == f"{BETTER}.\n"
+    draw(tmp_path / "report.png", "title", table, metric, [[], []])
+
+
 @pytest.mark.parametrize(("better", "best"), [("lower", 0.0), ("higher", 2.0)])
 def test_a_spread_has_a_verdict_and_limits_of_its_own(better, best):
     metric = METRIC | {"kind": "spread", "better": better}

@@ -211,7 +211,7 @@ def test_a_mask_that_lets_one_answer_see_the_other_is_noticed_in_16_bits_too(mon
         causal = {"is_causal": True, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, None, **causal)
 
-    monkeypatch.setattr(packed, "packed_attention", leaky)
+    monkeypatch.setitem(packed.AttentionInterface._global_mapping, "packed", leaky)
     assert use_packed_attention(make_model(600).to(torch.bfloat16)) is False
 
 
