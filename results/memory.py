@@ -53,7 +53,8 @@ def memory_of(
         4 hidden: rotated queries (2), and the output of attention (2);
         4 keys ratio: rotated keys (2), and values (2), with the copies of prompts;
         4 heads: the log-sum-exp of attention in fp32;
-        8 mlp: gate, its SiLU, up, and the product of these two (2 each).
+        8 mlp: gate, its SiLU, up, and the product of these two (2 each);
+        8: the scale of each norm in fp32 (4).
     all_kept: by all layers. inputs: with --checkpoint-activations, of each layer its input (2 hidden)
         and the inside of the one layer that is computed again.
     logits: what the log-probs keep, 2 bytes a logit if all tokens are answers', at most 4 GiB.
@@ -63,7 +64,7 @@ def memory_of(
     root = vocabulary * hidden * (1 if tied else 2) + hidden
     parameters = layers * layer + root
     heads = heads or hidden // 128
-    kept = tokens * (20 * hidden + 4 * keys * ratio + 4 * heads + 8 * mlp)
+    kept = tokens * (20 * hidden + 4 * keys * ratio + 4 * heads + 8 * mlp + 8)
     return {
         "parameters": parameters,
         "state": 16 * parameters / processes,
@@ -81,23 +82,18 @@ def memory_of(
 def table(tokens=4096):
     """Prints 1B, 8B and 70B on 8 and 32 GPUs, eight on a node, in GB."""
     print(f"Llama 3's shapes and vocabulary, {tokens:,} tokens a micro-batch, GB.\n")
-    print("| model | parameters | GPUs | host, first node, loading | host, other nodes | state "
-          "| gathered | gradients | log-probs | activations | with the flag | all | with the flag |")  # fmt: skip
+    print("| model | parameters | GPUs | host, first node | host, others | state | gathered | gradients "
+          "| log-probs | activations | with the flag | sum | with the flag |")  # fmt: skip
     print("| --- " * 13 + "|")
     for name, shape in LLAMAS.items():
         for processes in (8, 32):
-            heads = 32 if name == "1B" else None
-            m = memory_of(
-                *shape, vocabulary=128256, processes=processes, tokens=tokens, heads=heads
-            )
+            how = {"processes": processes, "tokens": tokens, "heads": 32 if name == "1B" else None}
+            m = memory_of(*shape, vocabulary=128256, **how)
+            parts = [m[part] for part in ("state", "gathered", "gradients", "logits")]
             both = [m["all_kept"], m["inputs"]]
-            fixed = m["state"] + m["gathered"] + m["gradients"] + m["logits"]
-            nodes = m["loading"] + 7 * m["others"], 8 * m["others"]
-            values = [*nodes, m["state"], m["gathered"], m["gradients"], m["logits"], *both]
-            values += [fixed + x for x in both]
-            other = "-" if processes == 8 else f"{values[1] / 1e9:.1f}"
-            cells = [f"{x / 1e9:.1f}" for x in values]
-            cells[1] = other
+            values = [m["loading"] + 7 * m["others"], 8 * m["others"], *parts, *both]
+            cells = [f"{x / 1e9:.1f}" for x in (*values, *(sum(parts) + x for x in both))]
+            cells[1] = "-" if processes == 8 else cells[1]  # one node is all
             print(f"| {name} | {m['parameters'] / 1e9:.2f}e9 | {processes} | {' | '.join(cells)} |")
 
 
@@ -240,8 +236,8 @@ def activations(args):
     print(f"{m['parameters'] / 1e6:.0f}e6 parameters, {layers} layers of {hidden}, {tokens:,} tokens a "
           f"process, {answers:,} of answers; GB.\n")  # fmt: skip
     # The table's sum, which is a bound: its parts are not all held at once.
-    fixed = PYTHON + m["state"] + m["gathered"] + m["gradients"] + logits + joined
-    bounds = [fixed + m["all_kept"], fixed + m["inputs"]]
+    fixed = PYTHON + m["state"] + m["gathered"] + m["gradients"] + logits
+    bounds = [fixed + joined + m["all_kept"], fixed + joined / layers + m["inputs"]]
     print("| --checkpoint-activations | kept after the forward pass | by arithmetic "
           "| peak of a step | at most, by arithmetic |\n| --- | --- | --- | --- | --- |")  # fmt: skip
     both = zip(runs, expected, bounds, strict=True)
