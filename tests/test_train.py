@@ -24,9 +24,12 @@ from transformers import (
     AutoTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import train
+from kernels.packed import completion_logps
 from test_families import FAMILIES, save_model, shapes_in
 from prompts.chat import load_model
 from prompts.tokens import Pair, make_pairs
@@ -719,6 +722,41 @@ def test_a_restart_computes_the_reference_only_if_its_file_is_torn_or_of_another
     # A finished run is a model's folder, of which servers read all safetensors as weights.
     trained(run, tiny, workdir / "out", "--eval-every", "99")
     assert [file.name for file in (workdir / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_layer_keeps_what_the_arithmetic_of_memory_says():
+    """Bytes of all that a forward pass in bf16 saves for the backward pass, weights apart, of two
+    layers and of one; and the number of parameters."""
+    sys.path.insert(0, str(ROOT / "results"))
+    from memory import memory_of
+
+    prompt = list(range(3, 53))
+    sequences = [(prompt, list(range(60, 85))), (prompt, list(range(90, 115)))]
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 640}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    bytes_of = []
+    for layers in (1, 2):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **shape, **heads)).bfloat16()
+        model.set_attn_implementation("packed")
+        own, saved = {w.untyped_storage().data_ptr() for w in model.parameters()}, {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that addresses differ
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            completion_logps(model, sequences)
+        sizes = {place: tensor.untyped_storage().nbytes() for place, tensor in saved.items()}
+        bytes_of.append(sum(size for place, size in sizes.items() if place not in own))
+        how = {"vocabulary": 640, "processes": 1, "tokens": 100, "ratio": 2.0}
+        found = memory_of(layers, 512, 1024, 256, False, **how)
+        assert found["parameters"] == sum(w.numel() for w in model.parameters())
+    # On a CPU attention also keeps its joined output, and each segment's mask.
+    joined, masks = 100 * 2 * 512, 2 * (50 * 50 + 2 * 25 * 75)
+    assert bytes_of[1] - bytes_of[0] == found["kept"] + joined + masks
 
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_last_one(
