@@ -102,7 +102,8 @@ def summarise(names, rows, kind):
         for key, control in (("metric", False), ("control", True)):
             asked = [row for row in answers if row["control"] == control]
             measures[key] = by_group(asked, "metric", kind)
-        table.append({"model": name, "groups": measures["metric"]})
+        empty = sum(not row["answer"] for row in answers)
+        table.append({"model": name, "groups": measures["metric"], "empty": empty})
         for key, groups in measures.items():
             table[-1][key] = bootstrap(groups.values(), share=key in shares)
     for first, second in itertools.combinations(table, 2):
@@ -227,7 +228,8 @@ def main():
     # Rows of models that are not named now stay; resume() wants a source for each, so themselves.
     others = [output.rows[key] for key in output.rows.keys() - {job["id"] for job in jobs}]
     output.resume("settings", settings, jobs + others)
-    print(f"{args.reward} of {args.reward_model}, {len(jobs)} answers, {len(output.done)} done")
+    judge = f"task {args.task}, {args.reward} of {args.reward_model}"
+    print(f"{judge}: {len(jobs)} answers, {len(output.done)} done")
 
     for model, name in zip(args.models, names, strict=True):
         chat = None  # frees the model before

@@ -149,7 +149,8 @@ def main():
     output = Rows(out, args.overwrite)
     output.resume("teacher", settings, source)
     who = f"task {args.task}, {args.model} ({form_name})"
-    print(f"{who}: {len(rows)} instructions, {len(output.done)} done -> {out}")
+    kept = len(teacher.call_log.rows)
+    print(f"{who}: {len(rows)} instructions, {len(output.done)} done ({kept} calls kept) -> {out}")
 
     batches = output.batches(rows, None if args.api_base else args.batch_size)
     for batch in tqdm(batches, unit="batch", disable=not batches):

@@ -59,7 +59,7 @@ def make_verdicts(table, pairs, metric, unequal=False):
         is_teacher = line["model"] == SELF_REFINE
         useless = is_teacher and gained < 1 and not at_best
         rise = {}  # of the means
-        for key in ("score", "words", "base_logp"):
+        for key in ("score", "words", "base_logp", "cut"):
             rise[key] = line[key][0] - first[key][0] if line[key] and first[key] else 0
         says = {
             f"its metric is better than that of {base}": gained > 0,
@@ -68,7 +68,10 @@ def make_verdicts(table, pairs, metric, unequal=False):
             "the revisions are not shown to improve it: mend the task before training": useless,
             "its --max-tokens was another one, so the comparison is unfair": is_teacher and unequal,
             f"the mean reward disagrees: {rise['score']:+.3f}": rise["score"] * gained < 0,
+            f"{line['empty']} of its answers are empty": line["empty"] > 0,
             "words are down by a third or more": rise["words"] < -first["words"][0] / 3,
+            "words are up by a third or more": rise["words"] > first["words"][0] / 3,
+            f"answers cut off are up by {rise['cut']:.0%}": rise["cut"] >= 0.1,
             f"log-prob is down by {-rise['base_logp']:.2f}": rise["base_logp"] <= -0.3,
         }
         texts = [text for text, holds in says.items() if holds]
@@ -89,6 +92,18 @@ def make_samples(rows, count):
     return "\n\n".join(parts)
 
 
+def trained_how(models):
+    """A line for each model that is a run of train.py: the settings that decide a comparison."""
+    lines = []
+    for model in models:
+        if (file := Path(model, "run.json")).exists():
+            record = json.loads(file.read_text())
+            names = ("loss", "lr", "sft_weight", "beta", "tau", "steps", "batch_size", "pairs")
+            said = ", ".join(f"{name} {record[name]}" for name in names if name in record)
+            lines.append(f"- {Path(model).name}: {said}\n")
+    return "\n" * bool(lines) + "".join(lines)
+
+
 def make_report(args, task, compared, table, pairs, answers):
     """Text of report.md. compared: a line on models and settings."""
     made = provenance(pick_device(args.device)[0])
@@ -97,7 +112,7 @@ def make_report(args, task, compared, table, pairs, answers):
 
 {make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens)}
 {compared}
-
+{trained_how(args.models)}
 {make_table(table, pairs, task["metric"])}
 
 - **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
@@ -138,7 +153,10 @@ def draw(path, title, table, metric, logs):
             held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
             for rows, style in ((log, "-"), (held_out, "--o")):
                 points = [(row["step"], row[key]) for row in rows if key in row]
-                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}")
+                label = line["model"] if style == "-" else None
+                axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=label)
+        if key == "loss":
+            axis.legend()
     if metric["kind"] in SHARES:
         axes.flat[0].set_xlim(0, 1)
         axes.flat[0].xaxis.set_major_formatter("{x:.0%}")

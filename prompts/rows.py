@@ -49,7 +49,7 @@ def read_rows(path, *fields):
             if number == 1 and not line.startswith(b"{"):
                 looks = "CSV" if b"," in line else "text or Parquet"
                 looks = "a JSON array" if line.startswith(b"[") else looks
-                how = "datasets.load_dataset(...)['train'].to_json(...) converts it"
+                how = "datasets.load_dataset(...)['train'].to_json(...) converts it, see README.md"
                 why = f"the file looks like {looks}; {how}"
             raise BadInput(f"{path}:{number}: one JSON object a line is needed: {why}") from None
         for field in fields:

@@ -81,7 +81,7 @@ def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
 
 
 ROW = {"sample": 0, "control": False, "score": 0.5, "words": 40, "repeats": 0.0}
-ROW |= {"base_logp": -1.0, "cut": 0.0}
+ROW |= {"base_logp": -1.0, "cut": 0.0, "answer": "A film."}
 METRIC = {"kind": "positive", "better": "higher", "meaning": "share of answers that are positive"}
 
 
@@ -227,11 +227,14 @@ def test_a_reward_that_moves_against_the_metric_is_named():
 
 def test_few_groups_and_answers_that_break_down_or_shrink_are_named_on_top():
     assert verdicts(HALF, HALF, words=27, base_logp=-1.29) == [f"{SAME}."]
-    assert verdicts(HALF, HALF, words=99, base_logp=None) == [f"{SAME}."]
+    assert verdicts(HALF, HALF, words=53, base_logp=None) == [f"{SAME}."]
     few, text = verdicts([1.0, 0.0, 0.0] * 6, [1.0] * 18)
     assert few == "- groups of test prompts: 18, too few to rely on what follows." and text
     assert verdicts(HALF, HALF, words=26) == [f"{SAME}; words are down by a third or more."]
     assert verdicts(HALF, HALF, base_logp=-1.31) == [f"{SAME}; log-prob is down by 0.31."]
+    assert verdicts(HALF, HALF, words=54) == [f"{SAME}; words are up by a third or more."]
+    assert verdicts(HALF, HALF, cut=0.5)[0].endswith("; answers cut off are up by 50%.")
+    assert verdicts(HALF, HALF, answer="") == [f"{SAME}; 30 of its answers are empty."]
     # without an answer nothing is shown
     table, pairs = summarise(["base", "self-refine"], rows_of("base", HALF), "positive")
     assert make_verdicts(table, pairs, METRIC) == ""
@@ -367,14 +370,15 @@ def test_the_four_stages_run_end_to_end_by_command_line(run, tiny, workdir):
 
     small = ["--limit", "60", "--max-tokens", "8"]
     assert stage("generate", "--task", "safety", "--model", tiny, *small).returncode in (0, 1)
+    # All answers were cut off, which would leave nothing to train on.
+    made = read_rows("runs/safety/pairs.jsonl")
+    write_jsonl(workdir / "runs/safety/pairs.jsonl", [row | {"teacher": {}} for row in made])
     # the task is the one that was generated last
     said = stage("score", "--model", tiny).stdout
     scored = read_rows("runs/safety/scored.jsonl")
     whole = [row for row in scored if "error" not in row]  # a random model may say nothing
     assert len(scored) == 60 and f"scored {len(whole)} of 60" in said
     assert {row["split"] for row in whole} == {"train", "test"}
-    # all answers were cut off
-    write_jsonl(workdir / "runs/safety/scored.jsonl", [row | {"teacher": {}} for row in whole])
     options = ["--model", tiny, "--lr", "1e-3", "--batch-size", "4"]
     assert stage("train", *options, "--max-steps", "2").returncode == 0
     done = stage("eval", "--max-tokens", "8")  # the reward is that of the pairs
