@@ -9,14 +9,15 @@ prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> run
 
 The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
 departure: beside the papers' single conversation a task has a second form, `fresh`, whose reviser
-does not see the draft, because a small model copies a draft that it sees.
+does not see the draft, because a small model copies a draft that it sees. In three of the four tasks
+it sees no critique either, so that none is asked for.
 """
 
 import re
 
 from tqdm import tqdm
 
-from prompts import CALLS, FOLDER, FORMS, fill, load_task, read_prompts
+from prompts import CALLS, FOLDER, FORMS, as_messages, fill, load_task, read_prompts
 from prompts.chat import open_chat
 from prompts.rows import BadInput, Rows, digest_of, make_parser, number, run
 from prompts.tokens import was_cut_off
@@ -24,7 +25,7 @@ from prompts.tokens import was_cut_off
 
 # ---- the method: draft, criticise, revise --------------------------------------------------------
 def refine(rows, form, ask, seed_by="id"):
-    """Preference pairs made from instructions, by three calls for each; `error` where one failed.
+    """Preference pairs made from instructions, by the calls of the form; `error` where one failed.
 
     rows: instructions, as read_prompts gives them.
     form: {"draft": messages, "critique": messages, "revision": messages}, from the task file.
@@ -38,7 +39,7 @@ def refine(rows, form, ask, seed_by="id"):
         pairs.append({**row, "teacher": facts})
     texts = [{} for _ in rows]  # draft, critique and revision of each pair, as far as they are made
 
-    for call in CALLS:
+    for call in calls_of(form):
         pending = [i for i, pair in enumerate(pairs) if "error" not in pair]
         conversations = [fill(form[call], pairs[i], **texts[i]) for i in pending]
         keys = [(pairs[i][seed_by], call) for i in pending]
@@ -55,9 +56,17 @@ def refine(rows, form, ask, seed_by="id"):
     for pair, text in zip(pairs, texts, strict=True):
         if "error" not in pair:
             pair["rejected"] = [{"role": "assistant", "content": text["draft"]}]
-            pair["critique"] = text["critique"]
+            if "critique" in text:
+                pair["critique"] = text["critique"]
             pair["chosen"] = [{"role": "assistant", "content": text["revision"]}]
     return pairs
+
+
+def calls_of(form):
+    """The calls to make: all, or no critique where the revision does not read it. A form without one
+    is context distillation (arXiv 2112.00861), not self-critique."""
+    read = any("{critique}" in message["content"] for message in as_messages(form["revision"]))
+    return [call for call in CALLS if read or call != "critique"]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -83,7 +92,9 @@ def show_plan(rows, form, max_tokens):
     """--dry-run: prints the first call, and the tokens of all calls with the longest answers."""
     longest = 4 * max_tokens * "?"  # a token has about 4 characters
     calls = [
-        fill(form[call], row, draft=longest, critique=longest) for row in rows for call in CALLS
+        fill(form[call], row, draft=longest, critique=longest)
+        for row in rows
+        for call in calls_of(form)
     ]
     for message in calls[0]:
         print(f"[{message['role']}] {message['content']}")
@@ -98,11 +109,12 @@ def show_pair(rows):
     made = [row for row in rows if not row.get("error")]
     for row in made[:1]:
         draft, revision = row["rejected"][0]["content"], row["chosen"][0]["content"]
-        texts = {"draft": draft, "critique": row["critique"], "revision": revision}
+        texts = {"draft": draft, "critique": row.get("critique"), "revision": revision}
         for message in row["prompt"]:
             print(f"[{message['role']}] {message['content']}")
         for name, text in texts.items():
-            print(f"[{name}] {text}")
+            if text is not None:
+                print(f"[{name}] {text}")
 
 
 def summary(rows, max_tokens):

@@ -45,8 +45,9 @@ def make_verdicts(table, pairs, metric, unequal=False):
     """Lines for the top of the report: what is shown of each model beside the first one, and what
     to beware of. unequal: whether --max-tokens differs between the teacher and the models."""
     first = table[0]
-    others = [line for line in table[1:] if line["metric"]]  # without answers nothing is shown
     base, groups = first["model"], len(first["groups"])
+    # Without prompts that both answered, nothing is shown.
+    others = [line for line in table[1:] if pairs[f"{line['model']} - {base}"]]
     highest = {"match": 1, "positive": 1, "spread": 2}.get(metric["kind"])
     best = {"lower": 0, "higher": highest}[metric["better"]]
     at_best = first["metric"] is not None and first["metric"][0] == best

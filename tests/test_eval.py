@@ -238,6 +238,9 @@ def test_few_groups_and_answers_that_break_down_or_shrink_are_named_on_top():
     # without an answer nothing is shown
     table, pairs = summarise(["base", "self-refine"], rows_of("base", HALF), "positive")
     assert make_verdicts(table, pairs, METRIC) == ""
+    only_controls = rows_of("base", HALF, control=True) + rows_of("dpo", HALF)
+    table, pairs = summarise(["base", "dpo"], only_controls, "positive")
+    assert "**dpo**" not in make_verdicts(table, pairs, METRIC)
 
 
 def test_a_teacher_with_another_length_of_answers_is_not_compared_silently():

@@ -434,6 +434,23 @@ def test_a_kill_costs_one_call_of_a_batch_on_this_machine_too(run, tiny, workdir
     assert run("generate", *argv)[0] in (0, 1) and not calls  # nothing to do, nothing loaded
 
 
+def test_a_critique_that_no_revision_reads_is_not_asked_for():
+    calls = []
+
+    def ask(conversations, keys):
+        calls.extend(keys)
+        return [Reply(key[1], "stop", 5, 5) for key in keys]
+
+    form = {"draft": "{prompt}", "critique": "{draft}?", "revision": "{prompt} Be brief."}
+    row = {"id": "a", "prompt": USER}
+    (pair,) = refine([row], form, ask)
+    assert calls == [("a", "draft"), ("a", "revision")] and "critique" not in pair
+    assert pair["chosen"] == [{"role": "assistant", "content": "revision"}]
+    (pair,) = refine([row], form | {"revision": "{prompt} {critique}"}, ask)
+    assert calls[2:] == [("a", call) for call in ("draft", "critique", "revision")]
+    assert pair["critique"] == "critique"
+
+
 def test_the_first_whole_pair_is_shown(run, server, workdir):
     status, said, _ = ask(run, server, "--limit", "2")
     row = read_rows(PAIRS)[0]
