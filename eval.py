@@ -4,7 +4,7 @@
     python eval.py --task safety --models smollm2 runs/safety/dpo runs/safety/rdpo --samples 4
 
 runs/TASK/scored.jsonl (rows of the split "test") and models -> runs/TASK/eval.jsonl, every answer
-with its scores; report.md, verdicts, a table and answers side by side; report.png, also curves.
+with its scores; report.md (verdicts, a table, answers side by side); report.png (bars, curves).
 """
 
 import itertools

@@ -8,7 +8,7 @@ prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> run
 `rejected` is the draft, `chosen` the revision. The names imply no judgement; score.py judges.
 
 The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
-departure: beside the papers' single conversation a task has a second form, `fresh`, whose reviser
+departure: besides the papers' single conversation, a task has a second form, `fresh`, whose reviser
 does not see the draft, because a small model copies a draft that it sees. In three of the four tasks
 it sees no critique either, so that none is asked for.
 """

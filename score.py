@@ -209,7 +209,7 @@ def audit(rows, task):
     """What to know of the scores before training on them, as text. task: of load_task."""
     scored = [row for row in rows if is_scored(row)]
     failed = sum(bool(row.get("error")) for row in rows)
-    cut = sum(was_cut_off(row) for row in rows)
+    cut = sum(was_cut_off(r) and not (r.get("error") or is_scored(r)) for r in rows)
     left = len(rows) - len(scored) - failed - cut
     lines = [f"scored {len(scored)} of {len(rows)} pairs; {left} without a score, {failed} failed"]
     lines[0] += f", {cut} cut off and so left out" * bool(cut)
@@ -283,7 +283,7 @@ def main():
         output.add(*score_batch(batch, reward, settings))
     rows = output.finish(source)
     print(f"{args.out}:\n{audit(rows, task)}")
-    raise SystemExit(0 if all(is_scored(row) or was_cut_off(row) for row in rows) else 1)
+    raise SystemExit(not all(is_scored(r) or (was_cut_off(r) and not r.get("error")) for r in rows))
 
 
 if __name__ == "__main__":

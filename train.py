@@ -247,7 +247,7 @@ def reference_logps_of(policy, pairs, out):
     """pair_logps before training. The run directory keeps them until the run is finished, so that a
     restart goes on at once."""
     path, record = out / "reference.safetensors", json.loads((out / "run.json").read_text())
-    name = digest_of([record[key] for key in ("data", "weights", "dtype")])
+    name = digest_of([record[key] for key in SAME])  # the seed decides which pairs come first
     logps = torch.zeros(len(pairs), 2, device=policy.device)
     if RANK == 0:  # the file may be missing, torn or another run's
         with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError):
@@ -316,16 +316,19 @@ class Policy(torch.nn.Module):
         self.sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
         self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
         # The first of several processes reads the weights; to the others the model is shapes alone.
+        # They wait for it, since it alone says why a model cannot be loaded.
+        known = [None, None, None]
+        if RANK > 0:
+            dist.broadcast_object_list(known)
         where = device if WORLD == 1 else "cpu" if RANK == 0 else "meta"
         self.model, self.tokenizer = load_model(args.model, where, torch.float32)
-        known = [None, None, None]  # by the first process
         if RANK == 0:
             digest = digest_of([torch.hash_tensor(w.cpu()).item() for w in self.parameters()])
             with torch.autocast(self.model.device.type, **self.autocast):
                 packs = use_packed_attention(self.model)
             known = [digest, packs, dict(self.model.named_buffers())]
-        if WORLD > 1:
-            dist.broadcast_object_list(known)
+            if WORLD > 1:
+                dist.broadcast_object_list(known)
         self.digest, packs, buffers = known
         if packs:
             self.model.set_attn_implementation("packed")
@@ -455,11 +458,10 @@ def save_policy(policy, out, record):
             del weights[name]  # a tied weight is saved once
         policy.model.save_pretrained(out, state_dict=weights)
         save_tokenizer(policy.tokenizer, policy.model.name_or_path, out)
+        (out / "reference.safetensors").unlink(missing_ok=True)  # a server would read it as weights
         write(out / "run.json", json.dumps(record | {"finished": True}, indent=1).encode())
         for folder in checkpoints(out):
             shutil.rmtree(folder)
-        # A server would read it as weights.
-        (out / "reference.safetensors").unlink(missing_ok=True)
 
 
 # ---- command line --------------------------------------------------------------------------------

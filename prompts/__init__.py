@@ -33,9 +33,8 @@ def load_task(name):
         raise BadInput(f"{path}: [metric]: the pattern {error.pattern!r}: {error}") from None
     except (AttributeError, ValueError, TypeError) as error:  # also invalid TOML, UTF-8
         raise BadInput(f"{path}: {error}") from None
-
-    field = task["metric"].get("field")
-    return task | {"columns": [] if field is None else [field]}
+    by_field = task["metric"]["kind"] == "match" and not task["metric"].get("patterns")
+    return task | {"columns": [task["metric"]["field"]] if by_field else []}
 
 
 def check_task(task):
@@ -55,7 +54,6 @@ def check_task(task):
     if "judge" in task:
         check_keys("[judge]", task["judge"], ("prompt", "scale"))
         fill(task["judge"]["prompt"], {"prompt": "P"}, answer="A")
-
     metric = task["metric"]
     needed = ["kind", "better", "meaning"]
     if metric.get("kind") == "match":
@@ -64,6 +62,8 @@ def check_task(task):
     want = metric.get("want", "any")
     if metric["kind"] not in ("match", "positive", "spread") or want not in ("any", "none"):
         raise ValueError("[metric]: kind is match (want: any or none), positive or spread")
+    if metric["better"] not in ("lower", "higher") or not metric.get("patterns", True):
+        raise ValueError("[metric]: better is lower or higher, and patterns are not empty")
     for pattern in metric.get("patterns", []):
         re.compile(pattern)
 

@@ -1,4 +1,4 @@
-"""Chat models: loading one, and sampling its replies; or a server that replies."""
+"""Chat models: loading one and sampling its replies, or getting them from a server."""
 
 import functools
 import inspect
@@ -171,6 +171,7 @@ def prefill(model, prompts):
     Layers that keep a window or a state cannot be put together, so theirs are read all at once."""
     cache = DynamicCache(config=model.config)
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain &= "position_ids" in inspect.signature(model.forward).parameters  # MPT counts columns
     size = 16 if plain else len(prompts)
     groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     parts = [prefill_group(model, group, share_prefix=plain) for group in groups]

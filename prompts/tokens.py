@@ -6,6 +6,7 @@ import math
 import os
 import re
 from array import array
+from multiprocessing import get_start_method
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -33,9 +34,10 @@ def make_pairs(rows, path, tokenizer, args, need_scores):
     args: those of train.py. need_scores: leave out rows without scores."""
     for i, row in enumerate(rows, 1):
         row.setdefault("id", i)
-    # A large file is tokenised in as many processes as this one has cores.
+    # A large file is tokenised in as many processes as this one has cores. Without fork each would
+    # get a copy of all rows.
     cores = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = cores if len(rows) > LARGE else 0
+    workers = cores if len(rows) > LARGE and get_start_method() == "fork" else 0
     make = functools.partial(try_rows, tokenizer=tokenizer, args=args, need_scores=need_scores)
     made = DataLoader(rows, 1000, collate_fn=make, num_workers=workers)
     pairs, held_out, left_out = [], [], {}
@@ -95,7 +97,8 @@ def was_cut_off(row):
     """Whether the draft or the revision of a pair was cut off. Such a pair is left out."""
     teacher = row.get("teacher")  # in a data set of others it may be anything
     finish = teacher.get("finish") if isinstance(teacher, dict) else None
-    return any(call != "critique" and why == "length" for call, why in (finish or {}).items())
+    finish = finish if isinstance(finish, dict) else {}
+    return any(call != "critique" and why == "length" for call, why in finish.items())
 
 
 def split_row(row, raw_text):

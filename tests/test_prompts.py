@@ -205,6 +205,21 @@ def test_a_slip_in_a_task_file_is_found_when_it_is_read(monkeypatch, tmp_path, r
     assert said in f"{refused.value}\n" and str(tmp_path) in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('better = "', 'better = "more or ', "better is lower or higher"),
+        ("field = ", "patterns = [] # ", "patterns are not empty"),
+    ],
+)
+def test_a_metric_that_cannot_be_judged_is_refused(monkeypatch, tmp_path, old, new, said):
+    text = (ROOT / "prompts/roleplay.toml").read_text()
+    (tmp_path / "roleplay.toml").write_text(text.replace(old, new))
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path)
+    with pytest.raises(BadInput, match=said):
+        load_task("roleplay")
+
+
 def test_a_match_without_patterns_or_a_field_says_what_is_missing(monkeypatch, tmp_path):
     text = (ROOT / "prompts/roleplay.toml").read_text()
     (tmp_path / "roleplay.toml").write_text(text.replace("field = ", "# field = "))

@@ -316,6 +316,16 @@ def test_the_audit_and_training_leave_out_the_same_pairs_as_cut_off(tokenizer):
     )
 
 
+def test_a_pair_that_was_cut_off_and_failed_or_has_a_score_is_counted_once():
+    cut = {"teacher": {"finish": {"draft": "length"}}}
+    rows = [pair_row(0, "a", "b") | cut, pair_row(1, "a", "b") | cut | {"score_chosen": None}]
+    rows += [{"id": "x", "error": "revision: no answer"} | cut]
+    assert audit(rows, TASK).startswith(
+        "scored 1 of 3 pairs; 0 without a score, 1 failed, 1 cut off and so left out\n"
+    )
+    assert not was_cut_off({"teacher": {"finish": "length"}})  # a column of other people
+
+
 def test_a_pair_that_was_cut_off_is_neither_scored_nor_missed(run, tiny, workdir, monkeypatch):
     cut = {"teacher": {"finish": {"draft": "stop", "revision": "length"}}}
     write_jsonl(workdir / "in.jsonl", [pair_row(0, "a", "b"), pair_row(1, "c", "d") | cut])
