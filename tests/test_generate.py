@@ -370,7 +370,9 @@ def test_framings_of_one_argument_share_their_neutral_request_and_their_random_n
 
     refine(rows, task["fresh"], ask, task["seed_by"])
     groups = {row["group"] for row in rows}
-    assert len(groups) == 2 and asked.keys() == {(c, g) for c in task["fresh"] for g in groups}
+    assert len(groups) == 2 and asked.keys() == {
+        (c, g) for c in ("draft", "revision") for g in groups
+    }
     assert all(len(asked["draft", group]) == 5 for group in groups)  # one for each framing
     assert all(len(asked["revision", group]) == 1 for group in groups)
 

@@ -198,6 +198,9 @@ def test_an_answer_that_was_cut_off_in_other_words_has_no_rating(
     respond(monkeypatch, lambda body, turn: (200, {}, answer("Rating: 3", finish)))
     status, said, _ = ask()
     assert status == 0 and "4 pairs, 0 of them complete" in said
+    # Pairs that were cut off would not be judged.
+    rows = [row | {"teacher": {}} for row in read_rows(PAIRS)]
+    write_jsonl(ROOT.__class__(PAIRS), rows)
     judge = ["--task", "sentiment", "--reward", "judge", "--model", "big", "--api-base", server]
     assert run("score", *judge)[0] == 1
     assert {row["score_chosen"] for row in read_rows("runs/sentiment/scored.jsonl")} == {None}

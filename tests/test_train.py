@@ -719,6 +719,9 @@ def test_a_restart_computes_the_reference_only_if_its_file_is_torn_or_of_another
         save_file({"another run's": logps}, path)
         assert run(*argv)[0] == 2 and calls == [12, 4, 4, 12, 4, 12, 4]
         assert path.read_bytes() == whole
+        # Another seed has other pairs first.
+        assert run(*argv, "--seed", "1", "--overwrite")[0] == 2 and calls[-2:] == [12, 4]
+        assert run(*argv, "--overwrite")[0] == 2 and calls[-2:] == [12, 4]
     # A finished run is a model's folder, of which servers read all safetensors as weights.
     trained(run, tiny, workdir / "out", "--eval-every", "99")
     assert [file.name for file in (workdir / "out").glob("*.safetensors")] == ["model.safetensors"]
