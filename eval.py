@@ -19,13 +19,8 @@ from kernels.packed import all_logps, use_packed_attention
 from prompts import load_task, measure
 from prompts.chat import LocalModel
 from prompts.report import (
-    SELF_REFINE,
-    SHARES,
-    make_samples,
-    make_table,
-    make_verdicts,
-    write_report,
-)
+    SELF_REFINE, SHARES, make_samples, make_table, make_verdicts, write_report,
+)  # fmt: skip
 from prompts.rows import BadInput, Rows, make_parser, newest_task, number, read_rows, run, text_of
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
@@ -258,9 +253,11 @@ def main():
     output.finish(jobs)
 
     table, pairs = summarise(names, answers, task["metric"]["kind"])
-    write_report(args, task, table, pairs, answers)
-    print(f"\n{make_samples(answers, 3)}\n\n{make_table(table, pairs, task['metric'])}\n")
-    print(make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens))
+    results = make_table(table, pairs, task["metric"])
+    unequal = args.teacher_tokens != args.max_tokens
+    verdicts = make_verdicts(table, pairs, task["metric"], unequal)
+    write_report(args, task, table, verdicts, results, answers)
+    print(f"\n{make_samples(answers, 3)}\n\n{results}\n\n{verdicts}")
     print(f"{args.out / 'report.md'}, {out}")
     raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 

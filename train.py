@@ -184,13 +184,11 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
         return random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))
 
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
-    reference_logps = torch.zeros(len(pairs) + len(held_out), 2, device=policy.device)
-    if args.loss == "sft":
-        reference_logps = reference_logps[:, :1]
-    else:  # fewer steps than an epoch has need fewer pairs
+    both = pairs + held_out
+    reference_logps = torch.zeros(len(both), len(policy.sides), device=policy.device)
+    if args.loss != "sft":  # fewer steps than an epoch has need fewer pairs
         needed = shuffled(0)[: steps * args.batch_size]
-        needed += range(len(pairs), len(pairs) + len(held_out))
-        both = pairs + held_out
+        needed += range(len(pairs), len(both))
         reference_logps[needed] = reference_logps_of(policy, [both[i] for i in needed], out)
     start = load_checkpoint(out, policy.model, optimizer)
     if start:

@@ -175,7 +175,7 @@ def prefill(model, prompts):
     size = 16 if plain else len(prompts)
     groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     parts = [prefill_group(model, group, share_prefix=plain) for group in groups]
-    if not plain:
+    if len(parts) == 1:
         return parts[0]
 
     # The groups are put together with padding on the left of the shorter ones.

@@ -105,16 +105,17 @@ def trained_how(models):
     return "\n" * bool(lines) + "".join(lines)
 
 
-def make_report(args, task, compared, table, pairs, answers):
-    """Text of report.md. compared: a line on models and settings."""
+def make_report(args, task, compared, table, verdicts, results, answers):
+    """Text of report.md. compared: a line on models and settings. verdicts, results: by
+    make_verdicts and make_table."""
     made = provenance(pick_device(args.device)[0])
     control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
     return f"""# Task {args.task}: {task["about"]}
 
-{make_verdicts(table, pairs, task["metric"], args.teacher_tokens != args.max_tokens)}
+{verdicts}
 {compared}
 {trained_how(args.models)}
-{make_table(table, pairs, task["metric"])}
+{results}
 
 - **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
@@ -164,8 +165,9 @@ def draw(path, title, table, metric, logs):
     figure.savefig(path, dpi=150)
 
 
-def write_report(args, task, table, pairs, answers):
-    """Writes report.md and report.png to args.out; those of other models or settings become .bak."""
+def write_report(args, task, table, verdicts, results, answers):
+    """Writes report.md and report.png to args.out; those of other models or settings become .bak.
+    Arguments are those of make_report."""
     count = len({row["prompt_id"] for row in answers})
     compared = (
         f"Models: {', '.join(args.models)}. Test prompts: {count} of {args.input}, answers to each: "
@@ -176,7 +178,7 @@ def write_report(args, task, table, pairs, answers):
     if report.exists() and (args.overwrite or compared not in report.read_text(encoding="utf-8")):
         for file in filter(Path.exists, (report, picture)):
             file.replace(f"{file}.bak")
-    text = make_report(args, task, compared, table, pairs, answers)
+    text = make_report(args, task, compared, table, verdicts, results, answers)
     report.write_text(text, encoding="utf-8")
     logs = [Path(model, "log.jsonl") for model in args.models]
     logs = [read_rows(log) if log.exists() and log.stat().st_size else [] for log in logs]

@@ -98,22 +98,29 @@ def table(tokens=4096):
 
 
 # ---- measured ------------------------------------------------------------------------------------
-def make_inputs(work, layers, hidden, words=3):
-    """A random Llama with the embedded one's tokenizer, heads of 128 numbers and an MLP four times as
-    wide as the rest; and sixteen pairs, each answer of so many words, the prompt of twice as many."""
+def make_llama(folder, layers, hidden, heads, key_heads, tied):
+    """Saves a random Llama with the embedded model's tokenizer, its MLP four times as wide as the
+    rest."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from prompts.chat import model_folder
 
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": VOCABULARY}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    sizes |= {"num_hidden_layers": layers, "tie_word_embeddings": tied}
+    config = LlamaConfig(**sizes, eos_token_id=2, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder("smollm2")).save_pretrained(folder)
+
+
+def make_inputs(work, layers, hidden, words=3):
+    """A random Llama, with heads of 128 numbers; and sixteen pairs, each answer of so many words, the
+    prompt of twice as many."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "config.json").exists():
-        torch.manual_seed(0)
-        heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128}
-        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "vocab_size": VOCABULARY}
-        sizes |= {"num_hidden_layers": layers, "tie_word_embeddings": False} | heads
-        config = LlamaConfig(**sizes, eos_token_id=2, pad_token_id=0)
-        LlamaForCausalLM(config).save_pretrained(work / "model")
-        AutoTokenizer.from_pretrained(model_folder("smollm2")).save_pretrained(work / "model")
+        heads = hidden // 128
+        make_llama(work / "model", layers, hidden, heads, heads, tied=False)
     with open(work / "scored.jsonl", "w") as file:
         for i in range(16):
             row = {

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from memory import make_llama, status
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
@@ -29,20 +31,6 @@ WORDS = (
 
 
 # ---- inputs --------------------------------------------------------------------------------------
-def make_model(folder, hidden, tied):
-    """A random Llama of two layers with the embedded model's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from prompts.chat import model_folder
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152}
-    config = LlamaConfig(**sizes, tie_word_embeddings=tied, eos_token_id=2, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder("smollm2")).save_pretrained(folder)
-
-
 def make_pairs_file(path, count, test_every):
     """`count` rows as score.py writes them, of about 250 tokens; every so many is held out."""
     some = random.Random(0)
@@ -166,7 +154,7 @@ def equal(work):
     checks = Checks()
     for name in ("untied", "tied"):
         model = work / name
-        make_model(model, 64, name == "tied")
+        make_llama(model, 2, 64, heads=4, key_heads=2, tied=name == "tied")
         flags = [
             "--in",
             work / "scored.jsonl",
@@ -194,7 +182,7 @@ def equal(work):
             checks.add(name, what + "saved weights", apart(outs[1], outs[processes]), 2e-5)
 
         cut = work / f"{name}-cut"
-        subprocess.run(["rm", "-rf", cut], check=True)
+        shutil.rmtree(cut, ignore_errors=True)
         steps = kill_after(5, command_of(4, *flags[:-1], "--out", cut), cut)
         assert "finished" not in json.loads((cut / "run.json").read_text()) and 5 <= steps < 8, (
             steps
@@ -243,13 +231,12 @@ def noted(name, notes, call):
         result = call(*args, **kwargs)
         # Of the digests only that of the pairs counts, which are two lists.
         if name not in notes and (name != "digest" or isinstance(args[0][0], list)):
-            lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
             times = os.times()
             notes[name] = {
                 "ended": time.time(),
                 "cpu": times.user + times.system,
                 "cpu of children": times.children_user + times.children_system,
-                "peak": int(lines["VmHWM"].split()[0]) * 1024,
+                "peak": status("VmHWM"),
                 "peak of a child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
             }
         return result
@@ -286,7 +273,7 @@ def pairs(work, count, processes):
     path = work / f"{count}.jsonl"
     if not path.exists():
         make_pairs_file(path, count, 1000)
-    make_model(work / "model", 64, True)
+    make_llama(work / "model", 2, 64, heads=4, key_heads=2, tied=True)
     flags = ["worker", work / "notes", "--in", path, "--model", work / "model", "--lr", "1e-4"]
     flags += ["--max-steps", "8", "--overwrite", "--out", work / "out"]
     load, began = os.getloadavg()[0], time.time()
