@@ -10,14 +10,14 @@ prompts/TASK.toml (all prompt text) and prompts/TASK.jsonl (instructions) -> run
 The method is that of rDPO (arXiv 2402.08005) and of distilled self-critique (arXiv 2312.01957). One
 departure: besides the papers' single conversation, a task has a second form, `fresh`, whose reviser
 does not see the draft, because a small model copies a draft that it sees. In three of the four tasks
-it sees no critique either, so that none is asked for.
+this form has no critique either. That is context distillation (arXiv 2112.00861).
 """
 
 import re
 
 from tqdm import tqdm
 
-from prompts import CALLS, FOLDER, FORMS, as_messages, fill, load_task, read_prompts
+from prompts import CALLS, FOLDER, FORMS, fill, load_task, read_prompts
 from prompts.chat import open_chat
 from prompts.rows import BadInput, Rows, digest_of, make_parser, number, run
 from prompts.tokens import was_cut_off
@@ -28,7 +28,8 @@ def refine(rows, form, ask, seed_by="id"):
     """Preference pairs made from instructions, by the calls of the form; `error` where one failed.
 
     rows: instructions, as read_prompts gives them.
-    form: {"draft": messages, "critique": messages, "revision": messages}, from the task file.
+    form: {"draft": messages, "critique": messages, "revision": messages}, from the task file;
+        some forms have no critique.
     ask: (conversations, keys) -> list of Reply. A key is what a conversation's random numbers depend
         on.
     seed_by: the field whose rows share random numbers, see load_task.
@@ -39,7 +40,7 @@ def refine(rows, form, ask, seed_by="id"):
         pairs.append({**row, "teacher": facts})
     texts = [{} for _ in rows]  # draft, critique and revision of each pair, as far as they are made
 
-    for call in calls_of(form):
+    for call in [call for call in CALLS if call in form]:
         pending = [i for i, pair in enumerate(pairs) if "error" not in pair]
         conversations = [fill(form[call], pairs[i], **texts[i]) for i in pending]
         keys = [(pairs[i][seed_by], call) for i in pending]
@@ -60,13 +61,6 @@ def refine(rows, form, ask, seed_by="id"):
                 pair["critique"] = text["critique"]
             pair["chosen"] = [{"role": "assistant", "content": text["revision"]}]
     return pairs
-
-
-def calls_of(form):
-    """The calls to make: all, or no critique where the revision does not read it. A form without one
-    is context distillation (arXiv 2112.00861), not self-critique."""
-    read = any("{critique}" in message["content"] for message in as_messages(form["revision"]))
-    return [call for call in CALLS if read or call != "critique"]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -94,7 +88,8 @@ def show_plan(rows, form, max_tokens):
     calls = [
         fill(form[call], row, draft=longest, critique=longest)
         for row in rows
-        for call in calls_of(form)
+        for call in CALLS
+        if call in form
     ]
     for message in calls[0]:
         print(f"[{message['role']}] {message['content']}")

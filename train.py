@@ -76,7 +76,7 @@ def preference_loss(
         and robust assume.
     mean_weight: mean of max(0, 2p - 1) over the training pairs, which gives rdpo-weight the mean 1.
 
-    The gradient on log pi(chosen) of a win, a tie and a loss at z = 0; negative means: learn it.
+    The gradient on log pi(chosen) of a pair won, tied and lost, at z = 0; negative means: learn it.
 
     >>> same, delta, tokens = torch.zeros(3, 2), torch.tensor([1.0, 0.0, -1.0]), torch.ones(3, 2)
     >>> for kind in ("dpo", "rdpo", "rdpo-margin", "rdpo-weight"):
@@ -155,7 +155,7 @@ def training_step(policy, optimizer, pairs, reference_logps, settings, max_grad_
     """One optimizer step on B pairs: (log-probs before it (B, 2), norm of the gradient). The loss is
     the mean over pairs, however they are cut into micro-batches and divided among processes."""
     policy_logps = torch.zeros_like(reference_logps)
-    for indices, weight in micro_batches_of(pairs, policy):  # weight: 1, or 0 to stay in step
+    for indices, weight in micro_batches_of(pairs, policy):  # weight 0: a pass for FSDP alone
         some = [pairs[i] for i in indices]
         logps = policy(some)  # (b, 2), in eval mode, so without dropout
         delta, tokens = tensors_of(some, logps.device)
@@ -186,7 +186,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
     # The reference is the policy before training, so it comes before a checkpoint is loaded.
     both = pairs + held_out
     reference_logps = torch.zeros(len(both), len(policy.sides), device=policy.device)
-    if args.loss != "sft":  # fewer steps than an epoch has need fewer pairs
+    if args.loss != "sft":  # a short run sees only part of the pairs
         needed = shuffled(0)[: steps * args.batch_size]
         needed += range(len(pairs), len(both))
         reference_logps[needed] = reference_logps_of(policy, [both[i] for i in needed], out)
@@ -208,7 +208,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
         seconds = time.perf_counter() - began
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in policy.sides)
         difference = ((logps - known).abs().sum() / tokens).item()
-        if step == 0 and args.loss != "sft" and not difference < 0.05:  # not yet trained; or NaN
+        if step == 0 and args.loss != "sft" and not difference < 0.05:  # equal but for NaN
             raise BadInput(f"step 1: policy and reference differ by {difference:.2f} nats a token")
         metrics = metrics_of(logps, known, batch, settings) | {"grad_norm": norm, "lr": lr}
         metrics |= {"ms": 1000 * seconds, "tokens_per_second": tokens / seconds}
@@ -252,7 +252,7 @@ def reference_logps_of(policy, pairs, out):
             logps += safetensors.torch.load_file(path)[name].to(policy.device)
     if WORLD > 1:
         dist.broadcast(logps, 0)
-    if not logps.all():
+    if not logps.all():  # a log-prob of 0 was not in the file
         logps = pair_logps(policy, pairs)
         if RANK == 0:
             write(path, safetensors.torch.save({name: logps.cpu()}))
@@ -313,8 +313,8 @@ class Policy(torch.nn.Module):
         self.device = device
         self.sides = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
         self.autocast = {"dtype": dtype, "enabled": dtype != torch.float32}
-        # The first of several processes reads the weights; to the others the model is shapes alone.
-        # They wait for it, since it alone says why a model cannot be loaded.
+        # The first of several processes reads the weights. The others build the model without any
+        # (on "meta") and wait meanwhile, so that one process says why it cannot be loaded.
         known = [None, None, None]
         if RANK > 0:
             dist.broadcast_object_list(known)
@@ -383,7 +383,7 @@ def open_run(out, record, overwrite):
         out.rename(f"{out}.bak")
         return open_run(out, record, overwrite=False)
     before = json.loads(path.read_text()) if path.exists() and not overwrite else record
-    for key in SAME:  # a new run is compared with itself
+    for key in SAME:  # of a new run, before is record, so nothing differs
         if before.get(key) != record[key]:
             # Name the flag, where one explains it.
             changed = [name for name in REASONS.get(key, ()) if before.get(name) != record[name]]
@@ -413,7 +413,7 @@ def save_checkpoint(out, step, model, optimizer):
     if WORLD > 1:
         dist.barrier()
     state = state_of(model, optimizer)
-    files = {name: 1 + i // 20 for i, name in enumerate(state)}  # each is built in memory
+    files = {name: 1 + i // 20 for i, name in enumerate(state)}  # of 20 tensors
     writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)

@@ -40,12 +40,14 @@ def load_task(name):
 def check_task(task):
     """Raises the errors of load_task. Each call is filled in once, as a test."""
     check_keys("top level", task, ("about", "metric"), ("seed_by", *FORMS, "contrast", "judge"))
-    for form in FORMS:
+    for form in [form for form in FORMS if form in task]:
+        check_keys(f"[{form}]", task[form], ("draft", "revision"), ("critique",))
         texts = {}  # that the calls before have made
-        for call in CALLS if form in task else ():
-            check_keys(f"[{form}]", task[form], CALLS)
+        for call in [call for call in CALLS if call in task[form]]:
             fill(task[form][call], {"prompt": "P"}, **texts)
             texts[call] = "text"
+        if "critique" in texts and "{critique}" not in str(task[form]["revision"]):
+            raise ValueError(f"[{form}]: revision does not read {{critique}}; then leave it out")
     if "contrast" in task:
         for table in (task["contrast"], task["contrast"].get("control", task["contrast"])):
             check_keys("[contrast] or its control", table, ("principle", "opposite"), ("control",))
@@ -71,10 +73,9 @@ def check_task(task):
 def check_keys(where, table, needed, others=()):
     """Raises ValueError where a key of the table is unknown, or a needed one is missing."""
     known = dict.fromkeys([*needed, *others])
-    for key in table:
+    for key in [*table, *needed]:
         if key not in known:
             raise ValueError(f"{where}: '{key}' is not among {', '.join(known)}")
-    for key in needed:
         if key not in table:
             raise ValueError(f"{where}: '{key}' is missing")
 
@@ -111,9 +112,8 @@ def as_messages(prompt, role="user"):
 
 # ---- instructions --------------------------------------------------------------------------------
 def read_prompts(path, task, *needed):
-    """The instructions of a JSONL file: rows of id, task, group, split, prompt and other columns.
-    needed: columns that every row must have. Rows without `group` are grouped by prompt. Rows
-    without `split` are divided by a hash of their group, four to one. Raises BadInput."""
+    """Instructions: rows of id, task, group, split, prompt and the file's other columns, of which
+    `needed` must be there. The default group is the prompt; a hash of it splits rows four to one."""
     rows, splits = {}, {}
     for number, columns in enumerate(read_rows(path, "prompt", *needed), 1):
         try:

@@ -48,11 +48,11 @@ def make_verdicts(table, pairs, metric, unequal=False):
     base, groups = first["model"], len(first["groups"])
     # Without prompts that both answered, nothing is shown.
     others = [line for line in table[1:] if pairs[f"{line['model']} - {base}"]]
-    highest = {"match": 1, "positive": 1, "spread": 2}.get(metric["kind"])
+    highest = 1 if metric["kind"] in SHARES else {"spread": 2}.get(metric["kind"])
     best = {"lower": 0, "higher": highest}[metric["better"]]
     at_best = first["metric"] is not None and first["metric"][0] == best
     lines = [f"groups of test prompts: {groups}, too few to rely on what follows"] * (groups < 20)
-    lines += [f"**{base}**: its metric is the best possible, so nothing can be gained"] * at_best
+    lines += [f"**{base}**: its metric is the best possible, so no gain can be shown"] * at_best
     for line in others:
         _, low, high = pairs[f"{line['model']} - {base}"]
         gained = int(low > 0) - int(high < 0)  # 0: the interval contains 0

@@ -102,9 +102,9 @@ def was_cut_off(row):
 
 
 def split_row(row, raw_text):
-    """(prompt, chosen text, rejected text); the prompt is all messages before the answer, or with
-    raw_text a prompt that is text stays so. Answers are text, messages after the prompt (TRL), or
-    whole conversations (UltraFeedback)."""
+    """(prompt, chosen text, rejected text). The prompt is all messages before the answer, or text if
+    raw_text is set and all three are text. A row's answers are text, messages after the prompt
+    (TRL), or whole conversations (UltraFeedback)."""
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if raw_text and all(isinstance(text, str) for text in (prompt, *sides)):
         return prompt, *sides
@@ -152,7 +152,7 @@ def encode(tokenizer, prompt, *answers):
 
 
 def encode_text(tokenizer, prompt, answers):
-    """Ids of the prompt, and of prompt and answer for each, which has one end-of-sequence token."""
+    """[prompt ids, ids of prompt and answer for each answer]; one end-of-sequence token ends each."""
     encoded = tokenizer([prompt, *(prompt + answer for answer in answers)])["input_ids"]
     for ids in encoded:
         if ids[-1:] == [tokenizer.eos_token_id]:

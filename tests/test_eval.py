@@ -170,7 +170,7 @@ def test_verdicts_say_whether_the_metric_is_better_worse_or_not_shown_to_change(
 
 
 def test_a_baseline_that_cannot_be_better_is_named():
-    best = "- **base**: its metric is the best possible, so nothing can be gained."
+    best = "- **base**: its metric is the best possible, so no gain can be shown."
     assert verdicts([1.0] * 20, [1.0] * 20) == [best, f"{SAME}."]
     assert verdicts([0.0] * 20, [0.0] * 20, metric=METRIC | {"better": "lower"})[0] == best
     assert verdicts([1.0] * 19 + [0.5], [1.0] * 20) == [f"{SAME}."]

@@ -436,19 +436,19 @@ def test_a_kill_costs_one_call_of_a_batch_on_this_machine_too(run, tiny, workdir
     assert run("generate", *argv)[0] in (0, 1) and not calls  # nothing to do, nothing loaded
 
 
-def test_a_critique_that_no_revision_reads_is_not_asked_for():
+def test_a_form_without_a_critique_has_two_calls():
     calls = []
 
     def ask(conversations, keys):
         calls.extend(keys)
         return [Reply(key[1], "stop", 5, 5) for key in keys]
 
-    form = {"draft": "{prompt}", "critique": "{draft}?", "revision": "{prompt} Be brief."}
+    form = {"draft": "{prompt}", "revision": "{prompt} Be brief."}
     row = {"id": "a", "prompt": USER}
     (pair,) = refine([row], form, ask)
     assert calls == [("a", "draft"), ("a", "revision")] and "critique" not in pair
     assert pair["chosen"] == [{"role": "assistant", "content": "revision"}]
-    (pair,) = refine([row], form | {"revision": "{prompt} {critique}"}, ask)
+    (pair,) = refine([row], form | {"critique": "{draft}?", "revision": "{critique}"}, ask)
     assert calls[2:] == [("a", call) for call in ("draft", "critique", "revision")]
     assert pair["critique"] == "critique"
 

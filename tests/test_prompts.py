@@ -170,7 +170,8 @@ SLIPS = [
     ),
     ('role = "user"', 'role = "usr"', "a message needs content and the role system, user or "),
     ('role = "user"', 'rol = "user"', "a message needs content and the role system, user or "),
-    ("revision = [", "revison = [", "'revison' is not among draft, critique, revision\n"),
+    ("revision = [", "revison = [", "'revison' is not among draft, revision, critique\n"),
+    ('content = "{critique}" }', 'content = "I see" }', "[conversation]: revision does not read"),
     ("principle = [", "principal = [", "'principal' is not among principle, opposite, control\n"),
     ("scale = [1, 10]", "scales = [1, 10]", "[judge]: 'scales' is not among prompt, scale\n"),
     ("scale = [1, 10]", "", "[judge]: 'scale' is missing\n"),
@@ -246,7 +247,7 @@ def test_the_tasks_that_come_along_are_complete(task):
     assert len({row["group"] for row in rows} - held_out) >= 8
     written = {"draft": "D", "critique": "C"}
     for form in ("conversation", "fresh"):
-        for call in ("draft", "critique", "revision"):
+        for call in text[form]:
             for row in rows:
                 assert "{" not in json.dumps(
                     [m["content"] for m in fill(text[form][call], row, **written)]
