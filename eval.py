@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kernels.packed import all_logps, use_packed_attention
-from prompts import load_task, measure
+from prompts import as_messages, load_task, measure
 from prompts.chat import LocalModel
 from prompts.report import (
     SELF_REFINE, SHARES, make_samples, make_table, make_verdicts, write_report,
@@ -29,7 +29,12 @@ SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 
 
 # ---- what is measured ----------------------------------------------------------------------------
-def add_measures(rows, prompts, metric, reward, base):
+def as_asked(prompt, tokenizer, raw_text):
+    """A prompt as train.py sees it: text is a user's turn, where the model has a chat template."""
+    return prompt if raw_text or not tokenizer.chat_template else as_messages(prompt)
+
+
+def add_measures(rows, prompts, metric, reward, base, raw_text):
     """Adds all measures to rows of eval.jsonl; without an answer score and base_logp are None.
     prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel."""
     answered, sequences = [], []
@@ -41,14 +46,15 @@ def add_measures(rows, prompts, metric, reward, base):
         row["cut"] = float(row["finish"] == "length")
         row["score"] = row["base_logp"] = None
         if answer:
-            prompt, completion = encode(base.tokenizer, row["prompt"], answer)
+            asked = as_asked(row["prompt"], base.tokenizer, raw_text)
+            prompt, completion = encode(base.tokenizer, asked, answer)
             # An answer that was cut off has no end of its turn.
             sequences.append((prompt, completion[:-1] if row["cut"] else completion))
             answered.append(row)
 
     logps = all_logps(base.model, sequences).tolist()
-    asked = [prompts[row["prompt_id"]] for row in answered]
-    scores = reward(asked, [row["answer"] for row in answered])
+    sources = [prompts[row["prompt_id"]] for row in answered]
+    scores = reward(sources, [row["answer"] for row in answered])
     for row, score, logp, (_, completion) in zip(answered, scores, logps, sequences, strict=True):
         row["score"] = finite(score.value)
         row["base_logp"] = logp / len(completion)
@@ -104,7 +110,12 @@ def summarise(names, rows, kind):
     for first, second in itertools.combinations(table, 2):
         ours, others = second["groups"], first["groups"]
         differences = [ours[group] - others[group] for group in ours if group in others]
-        pairs[f"{second['model']} - {first['model']}"] = bootstrap(differences)
+        found = bootstrap(differences)
+        if "metric" in shares and found and found[1] == found[2]:
+            # All n groups differ alike. By Wilson a share of zz / (n + zz) may yet do otherwise.
+            room = 1.96**2 / (len(differences) + 1.96**2)
+            found = found[0], max(-1.0, found[1] - room), min(1.0, found[2] + room)
+        pairs[f"{second['model']} - {first['model']}"] = found
     return table, pairs
 
 
@@ -161,6 +172,7 @@ def parse_args():
     add("--models", nargs="+", metavar="NAME", help=f"models to compare, the first is the baseline; '{SELF_REFINE}' stands for the teacher's revisions (default: the runs' common base, {SELF_REFINE}, and every finished run in runs/TASK)")
     add("--in", dest="input", metavar="FILE", help="scored pairs; rows with split 'test' are used (default: runs/TASK/scored.jsonl)")
     add("--out", metavar="DIR", help="folder of eval.jsonl, report.md and report.png (default: that of --in, so runs/TASK)")
+    add("--raw-text", action="store_true", help="prompts that are text are asked as they are, without the chat template (default: as a user's turn, where the model has a template)")
     add("--samples", type=number(), default=1, help="answers per prompt (default: %(default)s)")
     add("--batch-size", type=number(), default=64, help="answers that are sampled, and written, together (default: %(default)s)")
     add("--max-tokens", type=number(), help="longest answer, in tokens (default: as in the pairs, else 200)")
@@ -191,6 +203,7 @@ def read_test_rows(args, task):
         made = {}
     args.reward_model = args.reward_model or made.get("model") or "smollm2"
     args.label = args.label or made.get("label")
+    args.scored_by = made.get("prompt_text")
     teacher = next((row["teacher"] for row in rows if isinstance(row.get("teacher"), dict)), {})
     args.max_tokens = args.max_tokens or teacher.get("max_tokens", 200)
     args.teacher_tokens = teacher.get("max_tokens") or args.max_tokens
@@ -213,7 +226,7 @@ def main():
     out = args.out / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    settings = {**sampling, "seed": args.seed}
+    settings = {**sampling, "seed": args.seed} | ({"raw_text": True} if args.raw_text else {})
     prompts = {row["id"]: row for row in rows}
     seeds = {row["id"]: row[task["seed_by"]] for row in rows}
     output = Rows(out, args.overwrite)
@@ -231,10 +244,11 @@ def main():
         batches = output.batches([job for job in jobs if job["model"] == name], args.batch_size)
         if batches and name != SELF_REFINE:
             chat = LocalModel(model, args, **sampling)
-        for batch in tqdm(batches, name, unit="batch"):
+        for batch in tqdm(batches, name, unit="batch", disable=not batches):
             if chat:  # all models draw the same random numbers
                 keys = [(seeds[job["prompt_id"]], "eval", job["sample"]) for job in batch]
-                replies = chat.ask([job["prompt"] for job in batch], keys)
+                asked = [as_asked(job["prompt"], chat.tokenizer, args.raw_text) for job in batch]
+                replies = chat.ask(asked, keys)
                 for job, reply in zip(batch, replies, strict=True):
                     job |= {"answer": reply.text, "finish": reply.finish}
             output.add(*(job | {"settings": settings} for job in batch))
@@ -247,7 +261,8 @@ def main():
     use_packed_attention(base.model)
     size = len(answers) if args.api_base else args.batch_size
     for start in tqdm(range(0, len(answers), size), "measures", unit="batch"):
-        add_measures(answers[start : start + size], prompts, task["metric"], reward, base)
+        some = answers[start : start + size]
+        add_measures(some, prompts, task["metric"], reward, base, args.raw_text)
     for row in answers:
         row["reward"] = reward_settings
     output.finish(jobs)
@@ -255,7 +270,8 @@ def main():
     table, pairs = summarise(names, answers, task["metric"]["kind"])
     results = make_table(table, pairs, task["metric"])
     unequal = args.teacher_tokens != args.max_tokens
-    verdicts = make_verdicts(table, pairs, task["metric"], unequal)
+    changed = args.scored_by not in (None, reward_settings["prompt_text"])
+    verdicts = make_verdicts(table, pairs, task["metric"], unequal, changed)
     write_report(args, task, table, verdicts, results, answers)
     print(f"\n{make_samples(answers, 3)}\n\n{results}\n\n{verdicts}")
     print(f"{args.out / 'report.md'}, {out}")

@@ -288,14 +288,16 @@ def metrics_of(policy_logps, reference_logps, pairs, settings):
         p = torch.sigmoid(delta / settings["tau"])
         metrics |= {"logps/rejected": policy_logps[:, 1], "p": p[~p.isnan()]}
         metrics |= {"rewards/margins": z, "rewards/accuracies": (z > 0).float()}
+        rewards = settings["beta"] * (policy_logps - reference_logps)
+        metrics |= {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1]}
     return {name: value.double().mean().item() for name, value in metrics.items() if len(value)}
 
 
 def log_metrics(file, step, metrics, part=None):
-    """A line of log.jsonl and on the screen. part: "held_out", or None for a training step."""
+    """A line of log.jsonl and, without logps, on the screen. part: "held_out", or None in training."""
     print(f"{part or 'step':8} {step:4d}", end="")
-    for name, value in metrics.items():
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    for name in [name for name in metrics if not name.startswith("logps/")]:
+        text = f"{metrics[name]:,.0f}" if abs(metrics[name]) >= 1000 else f"{metrics[name]:.4g}"
         print(f" | {name.rpartition('/')[2]} {text:>8}", end="")
     print(flush=True)
     file.write(lines_of([{"step": step} | ({part: metrics} if part else metrics)]))

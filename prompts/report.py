@@ -41,9 +41,10 @@ def make_table(table, pairs, metric):
     return "\n".join(lines)
 
 
-def make_verdicts(table, pairs, metric, unequal=False):
+def make_verdicts(table, pairs, metric, unequal=False, changed=False):
     """Lines for the top of the report: what is shown of each model beside the first one, and what
-    to beware of. unequal: whether --max-tokens differs between the teacher and the models."""
+    to beware of. unequal: whether --max-tokens differs between the teacher and the models.
+    changed: whether the reward's text in the task file is another one than the pairs' scores had."""
     first = table[0]
     base, groups = first["model"], len(first["groups"])
     # Without prompts that both answered, nothing is shown.
@@ -53,6 +54,8 @@ def make_verdicts(table, pairs, metric, unequal=False):
     at_best = first["metric"] is not None and first["metric"][0] == best
     lines = [f"groups of test prompts: {groups}, too few to rely on what follows"] * (groups < 20)
     lines += [f"**{base}**: its metric is the best possible, so no gain can be shown"] * at_best
+    text = "the reward's text in the task file has changed since the pairs were scored"
+    lines += [text] * changed
     for line in others:
         _, low, high = pairs[f"{line['model']} - {base}"]
         gained = int(low > 0) - int(high < 0)  # 0: the interval contains 0
@@ -88,6 +91,7 @@ def make_samples(rows, count):
         parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
         for row in answers:
             score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
+            score += f", metric {row['metric']:.2g}"
             text = row["answer"].replace("\n", "\n> ")
             parts.append(f"> **{row['model']}** ({score}): {text}")
     return "\n\n".join(parts)
@@ -119,7 +123,7 @@ def make_report(args, task, compared, table, verdicts, results, answers):
 
 - **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, high for text that repeats itself. **cut off**: share of answers that reached {args.max_tokens} tokens ({args.teacher_tokens} in {SELF_REFINE}).
+- **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, but high for text that repeats itself, so neither end is good. **cut off**: share of answers that reached --max-tokens, {args.max_tokens} ({args.teacher_tokens} in the teacher's revisions).
 - **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
 
 ![metric and words of every model, and training curves](report.png)
@@ -137,14 +141,16 @@ def draw(path, title, table, metric, logs):
     """report.png: bars of all models, curves of `logs`, for each the rows of log.jsonl or []."""
     from matplotlib.figure import Figure  # slow to import, and needed only at the end
 
-    panels = ["metric", "words", "loss", "rewards/margins", "logps/chosen", "logps/rejected"]
+    panels = {"metric": "metric", "words": "words", "loss": "loss", "rewards/margins": "margin z"}
+    for side in ("chosen", "rejected"):
+        panels[f"rewards/{side}"] = f"log-prob gained by {side}, times beta"
     forms = {"metric": ".0%" if metric["kind"] in SHARES else ".2f", "words": ".0f"}
     figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
     meaning = f"{metric['meaning']} ({metric['better']} is better)"
     figure.suptitle(textwrap.fill(f"{title}. Metric: {meaning}", 120))
     axes = figure.subplots(2, 3) if any(logs) else figure.subplots(1, 2)
-    for axis, key in zip(axes.flat, panels, strict=False):
-        axis.set_title(key.replace("rewards/margins", "z (rewards/margins)"))
+    for axis, (key, heading) in zip(axes.flat, panels.items(), strict=False):
+        axis.set_title(heading)
         axis.set_xlabel("" if key in forms else "step (dots: held out)")
         for i, (line, log) in enumerate(zip(table, logs, strict=True)):
             if key in forms:
@@ -155,7 +161,7 @@ def draw(path, title, table, metric, logs):
             held_out = [row["held_out"] | {"step": row["step"]} for row in log if "held_out" in row]
             for rows, style in ((log, "-"), (held_out, "--o")):
                 points = [(row["step"], row[key]) for row in rows if key in row]
-                label = line["model"] if style == "-" else None
+                label = line["model"] if style == "-" and points else None
                 axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=label)
         if key == "loss":
             axis.legend()

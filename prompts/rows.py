@@ -45,7 +45,7 @@ def read_rows(path, *fields):
             if re.search(rb"\\u[dD]", line):  # half of a character's two codes can't be written
                 json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
-            why = str(error)
+            why = f"{error.msg}, column {error.colno}" if hasattr(error, "msg") else str(error)
             if number == 1 and not line.startswith(b"{"):
                 looks = "CSV" if b"," in line else "text or Parquet"
                 looks = "a JSON array" if line.startswith(b"[") else looks
@@ -206,9 +206,9 @@ def provenance(device):
 # ---- command line --------------------------------------------------------------------------------
 def make_parser(doc, server=True):
     """A parser with the flags that mean the same in every stage. server: whether it may ask one."""
-    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
-    add = parser.add_argument
     # fmt: off
+    parser = ArgumentParser(usage="%(prog)s [flags]", description=doc, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="name of a file prompts/TASK.toml (default: sentiment for generate.py, for the other stages the task of the newest input file)")
     add("--limit", type=number(), help="use only the first LIMIT rows of the input (default: all)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
@@ -228,13 +228,13 @@ def make_parser(doc, server=True):
 def number(least=1, most=math.inf, kind=int):
     """An argparse type: a number of this kind from least to most; what is not finite is refused."""
 
-    def parse(text):
+    def number(text):
         value = kind(text)
-        if not (least <= value <= most and value < math.inf):
-            raise ArgumentTypeError(f"{text}: must be from {least} to {most}")
-        return value
+        if least <= value <= most and value < math.inf:
+            return value
+        raise ArgumentTypeError(f"{text}: must be from {least} to {most}")
 
-    return parse
+    return number
 
 
 def newest_task(name, path=None):

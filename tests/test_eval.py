@@ -15,7 +15,7 @@ from eval import bootstrap, by_group, summarise
 from prompts import load_task, measure
 from prompts.report import draw, make_table, make_verdicts
 from prompts.tokens import repetition
-from prompts.rows import BadInput
+from prompts.rows import BadInput, digest_of
 
 # ---- metrics and intervals -----------------------------------------------------------------------
 
@@ -133,6 +133,14 @@ def test_any_two_models_are_compared_by_name_and_group_by_group():
     lines = make_table(table, pairs, METRIC).splitlines()
     assert "- difference in metric, rdpo - dpo: +50% [+27%, +73%]" in lines
     assert "difference" not in make_table(table[:1], {}, METRIC)
+
+
+def test_models_that_do_alike_in_every_group_differ_by_an_interval_that_is_no_point():
+    for base, other, mean, low, high in ((1.0, 1.0, 0, -0.15, 0.15), (0.0, 1.0, 1, 0.85, 1)):
+        rows = rows_of("a", [base] * 22) + rows_of("b", [other] * 22)
+        found = summarise(["a", "b"], rows, "positive")[1]["b - a"]
+        assert found == (mean, pytest.approx(low, abs=2e-3), pytest.approx(high, abs=2e-3))
+        assert summarise(["a", "b"], rows, "questions")[1]["b - a"] == (mean, mean, mean)
 
 
 def test_no_two_columns_share_a_head_and_log_prob_says_under_whom():
@@ -426,11 +434,11 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     assert run("eval", "--models", tiny, "self-refine", "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
     report = (workdir / "runs/sentiment/report.md").read_text()
-    assert "tokens (3 in self-refine)" in report and "unfair" not in report
+    assert "--max-tokens, 3 (3 in the teacher's revisions)" in report and "unfair" not in report
     argv = ["--models", tiny, "self-refine", "--reward-model", tiny, "--max-tokens", "5"]
     assert run("eval", *argv, "--out", "longer")[0] == 0
     report = (workdir / "longer/report.md").read_text()
-    assert "reached 5 tokens (3 in self-refine)" in report
+    assert "--max-tokens, 5 (3 in the teacher's revisions)" in report
     assert "its --max-tokens was another one, so the comparison is unfair" in report
 
 
@@ -508,6 +516,33 @@ def test_log_probs_are_those_under_the_first_model_as_it_is_now(run, tiny, workd
     here, afresh = (read_rows(f"{d}/eval.jsonl") for d in ("runs/sentiment", "afresh"))
     for one, other in zip(here, afresh, strict=True):
         assert one["base_logp"] == pytest.approx(other["base_logp"], abs=1e-3)
+
+
+def test_a_prompt_that_is_text_is_a_users_turn_as_in_training(run, tiny, workdir):
+    rows = [pair_row(i, "good", "poor", split="test") for i in range(3)]
+    texts = [row | {"prompt": row["prompt"][0]["content"]} for row in rows]
+    write_jsonl(workdir / "messages.jsonl", rows)
+    write_jsonl(workdir / "texts.jsonl", texts)
+    found = {}
+    for name, *flags in (("messages",), ("texts",), ("texts", "--raw-text")):
+        argv = ["--in", f"{name}.jsonl", "--task", "sentiment", "--models", tiny]
+        argv += ["--reward-model", tiny, "--max-tokens", "6", "--out", name + "".join(flags)]
+        assert run("eval", *argv, *flags)[0] == 0
+        answers = read_rows(Path(name + "".join(flags), "eval.jsonl"))
+        found[name, *flags] = [(row["answer"], row["base_logp"], row["score"]) for row in answers]
+    assert found["texts",] == found["messages",] != found["texts", "--raw-text"]
+
+
+def test_a_task_file_that_changed_since_scoring_is_named(run, tiny, workdir):
+    text = digest_of(load_task("sentiment")["contrast"])
+    for digest, said in ((text, False), (None, False), ("other", True)):
+        made = {"kind": "contrast", "model": tiny} | ({"prompt_text": digest} if digest else {})
+        row = pair_row(0, "good", "poor", split="test") | {"reward": made}
+        write_jsonl(workdir / "pairs.jsonl", [row])
+        argv = ["--in", "pairs.jsonl", "--models", tiny, "--max-tokens", "3", "--overwrite"]
+        assert run("eval", *argv)[0] == 0
+        report = (workdir / "report.md").read_text()
+        assert ("has changed since the pairs were scored" in report) == said
 
 
 def test_the_reward_is_that_of_the_pairs_and_one_without_scores_gives_status_1(run, tiny, workdir):
