@@ -143,7 +143,7 @@ def draw(path, title, table, metric, logs):
 
     panels = {"metric": "metric", "words": "words", "loss": "loss", "rewards/margins": "margin z"}
     for side in ("chosen", "rejected"):
-        panels[f"rewards/{side}"] = f"log-prob gained by {side}, times beta"
+        panels[f"rewards/{side}"] = f"{side}: beta * log-prob gained"
     forms = {"metric": ".0%" if metric["kind"] in SHARES else ".2f", "words": ".0f"}
     figure = Figure((12, 7 if any(logs) else 4), layout="constrained")
     meaning = f"{metric['meaning']} ({metric['better']} is better)"
