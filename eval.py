@@ -35,7 +35,7 @@ def as_asked(prompt, tokenizer, raw_text):
 
 
 def add_measures(rows, prompts, metric, reward, base, raw_text):
-    """Adds all measures to rows of eval.jsonl; without an answer score and base_logp are None.
+    """Adds all measures to rows of eval.jsonl. An empty answer has None as score and base_logp.
     prompts: {id: row}. reward: of make_reward. base: the first model, a LocalModel."""
     answered, sequences = [], []
     for row in rows:
@@ -61,8 +61,8 @@ def add_measures(rows, prompts, metric, reward, base, raw_text):
 
 
 def by_group(rows, field, kind="mean"):
-    """{group: value}: the mean of `field` over the group's prompts, or for the kind spread the largest
-    minus the smallest, as a mean over the samples. None is left out."""
+    """{group: value}: in each sample the mean of `field` over the group's prompts (for the kind spread
+    the largest minus the smallest), then the mean over samples. Rows with None are left out."""
     samples = {}  # (group, sample): values
     for row in rows:
         if row[field] is not None:
@@ -75,9 +75,9 @@ def by_group(rows, field, kind="mean"):
 
 
 def bootstrap(values, share=False, seed=0, draws=10_000):
-    """(mean, low, high) over groups: a 95 % interval, percentiles of the means of `draws` samples of as
-    many groups, drawn with replacement. None without values. share: where that reaches 0 or 1,
-    Wilson's interval (1927) instead, since of 22 of 22 it would be [1, 1]."""
+    """(mean, low, high) over n groups: a 95 % interval, percentiles of `draws` means, each of n groups
+    drawn with replacement. None without values. share: where that reaches 0 or 1, Wilson's interval
+    (1927) instead, since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
     n, zz = len(values), 1.96**2
     if not n:
@@ -112,8 +112,9 @@ def summarise(names, rows, kind):
         differences = [ours[group] - others[group] for group in ours if group in others]
         found = bootstrap(differences)
         if "metric" in shares and found and found[1] == found[2]:
-            # All n groups differ alike. By Wilson a share of zz / (n + zz) may yet do otherwise.
-            room = 1.96**2 / (len(differences) + 1.96**2)
+            # All n groups differ alike. By Wilson's bound a share of zz / (n + zz) may do otherwise,
+            # each of them by 1 or, from one end to the other, by 2.
+            room = 1.96**2 / (len(differences) + 1.96**2) * (1 + abs(found[0]))
             found = found[0], max(-1.0, found[1] - room), min(1.0, found[2] + room)
         pairs[f"{second['model']} - {first['model']}"] = found
     return table, pairs
@@ -139,7 +140,7 @@ def models_in(folder, refined):
 
 def jobs_of(models, names, rows, refined, samples):
     """A row of eval.jsonl for each answer that is wanted; of self-refine one per prompt. The field
-    `made` is the times of the weights, or the revision: if it changes, the answer is outdated."""
+    `made`, the times of the weights or the revision, changes if the answer is outdated."""
     jobs = []
     for model, name in zip(models, names, strict=True):
         folder = Path(model)
@@ -233,7 +234,7 @@ def main():
     for job in jobs:  # a policy that was trained anew is asked again
         if job["id"] in output.rows and output.rows[job["id"]].get("made") != job["made"]:
             del output.rows[job["id"]]
-    # Rows of models that are not named now stay; resume() wants a source for each, so themselves.
+    # Rows of models that --models lacks are kept. resume() wants a source for each: the row itself.
     others = [output.rows[key] for key in output.rows.keys() - {job["id"] for job in jobs}]
     output.resume("settings", settings, jobs + others)
     judge = f"task {args.task}, {args.reward} of {args.reward_model}"
@@ -270,7 +271,7 @@ def main():
     table, pairs = summarise(names, answers, task["metric"]["kind"])
     results = make_table(table, pairs, task["metric"])
     unequal = args.teacher_tokens != args.max_tokens
-    changed = args.scored_by not in (None, reward_settings["prompt_text"])
+    changed = args.scored_by not in (None, reward_settings.get("prompt_text"))
     verdicts = make_verdicts(table, pairs, task["metric"], unequal, changed)
     write_report(args, task, table, verdicts, results, answers)
     print(f"\n{make_samples(answers, 3)}\n\n{results}\n\n{verdicts}")

@@ -44,7 +44,7 @@ def make_table(table, pairs, metric):
 def make_verdicts(table, pairs, metric, unequal=False, changed=False):
     """Lines for the top of the report: what is shown of each model beside the first one, and what
     to beware of. unequal: whether --max-tokens differs between the teacher and the models.
-    changed: whether the reward's text in the task file is another one than the pairs' scores had."""
+    changed: whether the reward's text in the task file was edited after the pairs were scored."""
     first = table[0]
     base, groups = first["model"], len(first["groups"])
     # Without prompts that both answered, nothing is shown.
@@ -114,6 +114,8 @@ def make_report(args, task, compared, table, verdicts, results, answers):
     make_verdicts and make_table."""
     made = provenance(pick_device(args.device)[0])
     control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
+    teacher = f"- **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.\n"
+    teacher *= SELF_REFINE in args.models
     return f"""# Task {args.task}: {task["about"]}
 
 {verdicts}
@@ -124,8 +126,7 @@ def make_report(args, task, compared, table, verdicts, results, answers):
 - **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
 - **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, but high for text that repeats itself, so neither end is good. **cut off**: share of answers that reached --max-tokens, {args.max_tokens} ({args.teacher_tokens} in the teacher's revisions).
-- **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.
-
+{teacher}
 ![metric and words of every model, and training curves](report.png)
 
 ## Answers side by side
