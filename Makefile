@@ -17,13 +17,13 @@ demo: .venv/ready
 	$(RUN) python generate.py --task sentiment --limit 76 --batch-size 76 --max-tokens 140 --out runs/demo/pairs.jsonl || test $$? -eq 1
 	$(RUN) python score.py --task sentiment --in runs/demo/pairs.jsonl > runs/demo/audit.txt || test $$? -eq 1
 	@cat runs/demo/audit.txt
-	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --max-repeats 0.05
+	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --lr 5e-5 --max-repeats 0.05
 	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo
 	@echo; echo "The pairs that the policy learned from, by score.py:"; tail -n +2 runs/demo/audit.txt
 	@echo; echo "Shown: the policy (runs/demo/rdpo) answers new requests otherwise than smollm2, see runs/demo/report.md."
 	@echo "Not shown: that rDPO beats DPO. Where nearly all revisions win, DPO should do equally well. At the same rate:"
 	@echo "  . .venv/bin/activate"
-	@echo "  python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --max-repeats 0.05 --loss dpo --lr 4e-5 --sft-weight 1"
+	@echo "  python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --lr 5e-5 --max-repeats 0.05 --loss dpo --sft-weight 1"
 	@echo "  python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo runs/demo/dpo"
 
 test: .venv/ready

@@ -47,7 +47,10 @@ def add_measures(rows, prompts, metric, reward, base, raw_text):
         row["score"] = row["base_logp"] = None
         if answer:
             asked = as_asked(row["prompt"], base.tokenizer, raw_text)
-            prompt, completion = encode(base.tokenizer, asked, answer)
+            try:
+                prompt, completion = encode(base.tokenizer, asked, answer)
+            except ValueError as error:
+                raise BadInput(f"row {row['prompt_id']}: {error}") from None
             # An answer that was cut off has no end of its turn.
             sequences.append((prompt, completion[:-1] if row["cut"] else completion))
             answered.append(row)
@@ -112,10 +115,10 @@ def summarise(names, rows, kind):
         differences = [ours[group] - others[group] for group in ours if group in others]
         found = bootstrap(differences)
         if "metric" in shares and found and found[1] == found[2]:
-            # All n groups differ alike. By Wilson's bound a share of zz / (n + zz) may do otherwise,
-            # each of them by 1 or, from one end to the other, by 2.
-            room = 1.96**2 / (len(differences) + 1.96**2) * (1 + abs(found[0]))
-            found = found[0], max(-1.0, found[1] - room), min(1.0, found[2] + room)
+            # All n groups differ by d alike. By Wilson's bound a share of zz / (n + zz) of all groups
+            # may do otherwise, as far as -1 or 1.
+            d, share = found[0], 1.96**2 / (len(differences) + 1.96**2)
+            found = d, d - share * (1 + d), d + share * (1 - d)
         pairs[f"{second['model']} - {first['model']}"] = found
     return table, pairs
 
@@ -211,6 +214,17 @@ def read_test_rows(args, task):
     return rows
 
 
+def check_raw_text(args):
+    """Raises BadInput where a run was trained with another --raw-text than prompts are asked with."""
+    for file in [Path(model, "run.json") for model in args.models]:
+        trained = file.exists() and json.loads(file.read_text()).get("raw_text", False)
+        if file.exists() and trained != args.raw_text:
+            how = "with" if trained else "without"
+            raise BadInput(
+                f"{file.parent}: trained {how} --raw-text, so evaluate it {how} the flag"
+            )
+
+
 def main():
     args = parse_args()
     task = load_task(args.task)
@@ -227,7 +241,10 @@ def main():
     out = args.out / "eval.jsonl"
     reward, reward_settings = make_reward(args, task, f"{out}.calls")
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    settings = {**sampling, "seed": args.seed} | ({"raw_text": True} if args.raw_text else {})
+    settings = {**sampling, "seed": args.seed}
+    if any(isinstance(row["prompt"], str) for row in rows):  # else the flag changes nothing
+        settings["raw_text"] = args.raw_text
+        check_raw_text(args)
     prompts = {row["id"]: row for row in rows}
     seeds = {row["id"]: row[task["seed_by"]] for row in rows}
     output = Rows(out, args.overwrite)
@@ -274,7 +291,8 @@ def main():
     changed = args.scored_by not in (None, reward_settings.get("prompt_text"))
     verdicts = make_verdicts(table, pairs, task["metric"], unequal, changed)
     write_report(args, task, table, verdicts, results, answers)
-    print(f"\n{make_samples(answers, 3)}\n\n{results}\n\n{verdicts}")
+    samples = make_samples(answers, 3, task["metric"]["kind"])
+    print(f"\n{samples}\n\n{results}\n\n{verdicts}")
     print(f"{args.out / 'report.md'}, {out}")
     raise SystemExit(any(row["answer"] and row["score"] is None for row in answers))
 

@@ -208,7 +208,7 @@ def train(policy, optimizer, pairs, held_out, settings, args, steps, out, log):
         seconds = time.perf_counter() - began
         tokens = sum(len(getattr(pair, side)) for pair in batch for side in policy.sides)
         difference = ((logps - known).abs().sum() / tokens).item()
-        if step == 0 and args.loss != "sft" and not difference < 0.05:  # equal but for NaN
+        if step == 0 and args.loss != "sft" and not difference < 0.05:  # rounding, or NaN
             raise BadInput(f"step 1: policy and reference differ by {difference:.2f} nats a token")
         metrics = metrics_of(logps, known, batch, settings) | {"grad_norm": norm, "lr": lr}
         metrics |= {"ms": 1000 * seconds, "tokens_per_second": tokens / seconds}
@@ -252,7 +252,7 @@ def reference_logps_of(policy, pairs, out):
             logps += safetensors.torch.load_file(path)[name].to(policy.device)
     if WORLD > 1:
         dist.broadcast(logps, 0)
-    if not logps.all():  # a log-prob of 0 was not in the file
+    if not logps.all():  # zeros: the file had none
         logps = pair_logps(policy, pairs)
         if RANK == 0:
             write(path, safetensors.torch.save({name: logps.cpu()}))
@@ -415,7 +415,7 @@ def save_checkpoint(out, step, model, optimizer):
     if WORLD > 1:
         dist.barrier()
     state = state_of(model, optimizer)
-    files = {name: 1 + i // 20 for i, name in enumerate(state)}  # of 20 tensors
+    files = {name: 1 + i // 20 for i, name in enumerate(state)}  # 20 tensors each
     writer = dcp.HuggingFaceStorageWriter(str(part), files, save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer, no_dist=WORLD == 1)

@@ -149,7 +149,10 @@ class LocalModel:
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None
             prompts.append(prompt)
-        replies = sample(self.model, self.tokenizer, prompts, end_of_turn, seeds, **self.sampling)
+        # Text goes on where its prompt ends, perhaps with a space.
+        strip = str.rstrip if isinstance(conversations[0], str) else str.strip
+        how = self.sampling | {"strip": strip}
+        replies = sample(self.model, self.tokenizer, prompts, end_of_turn, seeds, **how)
         answers = [as_answer(reply) for reply in replies]
         if self.call_log:
             rows = zip(digests, answers, strict=True)
@@ -220,7 +223,9 @@ def common_prefix(prompts):
 
 
 @torch.inference_mode()
-def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p):
+def sample(
+    model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p, strip=str.strip
+):
     """A sampled Reply to each conversation, all in one batch on the model's device.
 
     prompts: lists of token ids, at least one. end_of_turn: the token that ends an answer.
@@ -246,7 +251,7 @@ def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperatur
         for i, token in zip(batch, tokens.tolist(), strict=True):
             completions[i].append(token)
             if i not in replies and (token in stop_ids or step == max_tokens - 1):
-                text = tokenizer.decode(completions[i], skip_special_tokens=True).strip()
+                text = strip(tokenizer.decode(completions[i], skip_special_tokens=True))
                 finish = "stop" if token in stop_ids else "length"
                 replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
         if len(replies) == len(prompts):

@@ -83,15 +83,16 @@ def make_verdicts(table, pairs, metric, unequal=False, changed=False):
     return "".join(f"- {line}.\n" for line in lines)
 
 
-def make_samples(rows, count):
-    """First answers of all models to the first `count` prompts, side by side, in Markdown."""
-    parts = []
+def make_samples(rows, count, kind):
+    """First answers of all models to the first `count` prompts, side by side, in Markdown. kind: of
+    the metric; a spread is one of a group, so that an answer has its lexicon's score instead."""
+    parts, name = [], "lexicon" if kind == "spread" else "metric"
     for prompt_id in [*dict.fromkeys(row["prompt_id"] for row in rows)][:count]:
         answers = [row for row in rows if row["prompt_id"] == prompt_id and row["sample"] == 0]
         parts += [f"**{m['role']}**: {m['content']}" for m in as_messages(answers[0]["prompt"])]
         for row in answers:
             score = "no score" if row["score"] is None else f"reward {row['score']:+.2f}"
-            score += f", metric {row['metric']:.2g}"
+            score += f", {name} {row['metric']:.2g}"
             text = row["answer"].replace("\n", "\n> ")
             parts.append(f"> **{row['model']}** ({score}): {text}")
     return "\n\n".join(parts)
@@ -103,7 +104,7 @@ def trained_how(models):
     for model in models:
         if (file := Path(model, "run.json")).exists():
             record = json.loads(file.read_text())
-            names = ("loss", "lr", "sft_weight", "beta", "tau", "steps", "batch_size", "pairs")
+            names = "loss lr sft_weight beta tau steps batch_size pairs raw_text".split()
             said = ", ".join(f"{name} {record[name]}" for name in names if name in record)
             lines.append(f"- {Path(model).name}: {said}\n")
     return "\n" * bool(lines) + "".join(lines)
@@ -114,8 +115,8 @@ def make_report(args, task, compared, table, verdicts, results, answers):
     make_verdicts and make_table."""
     made = provenance(pick_device(args.device)[0])
     control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
-    teacher = f"- **{SELF_REFINE}**: not a model: the teacher's revisions of the same prompts.\n"
-    teacher *= SELF_REFINE in args.models
+    teacher = f"not a model: the teacher's revisions, of at most {args.teacher_tokens} tokens"
+    teacher = f"- **{SELF_REFINE}**: {teacher}.\n" * (SELF_REFINE in args.models)
     return f"""# Task {args.task}: {task["about"]}
 
 {verdicts}
@@ -123,15 +124,15 @@ def make_report(args, task, compared, table, verdicts, results, answers):
 {trained_how(args.models)}
 {results}
 
-- **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 %. Differences of shares are in points.
+- **[ ]**: 95 % intervals over groups of prompts ({len(table[0]["groups"])} here), not over training seeds, by bootstrap, or by Wilson's formula where that would reach 0 or 100 % or all groups differ alike. Differences of shares are in points.
 - **metric**: {task["metric"]["meaning"]}. Training never saw it.{control}
-- **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, but high for text that repeats itself, so neither end is good. **cut off**: share of answers that reached --max-tokens, {args.max_tokens} ({args.teacher_tokens} in the teacher's revisions).
+- **mean reward**: score of the reward named above. **words**: mean length. **repeats**: share of an answer's 4-grams that are repeats. **log-prob**: nats per token, low for broken English, but high for text that repeats itself, so neither end is good. **cut off**: share of answers that reached {args.max_tokens} tokens.
 {teacher}
 ![metric and words of every model, and training curves](report.png)
 
 ## Answers side by side
 
-{make_samples(answers, 6)}
+{make_samples(answers, 6, task["metric"]["kind"])}
 
 Made by `python {made["command"]}` at commit {made["commit"]}, {made["date"]}, \
 on {made["hardware"]}, torch {made["torch"]}, transformers {made["transformers"]}.
@@ -164,6 +165,8 @@ def draw(path, title, table, metric, logs):
                 points = [(row["step"], row[key]) for row in rows if key in row]
                 label = line["model"] if style == "-" and points else None
                 axis.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=label)
+        if key not in forms and not any(line.get_xdata().size for line in axis.lines):
+            axis.set_title(f"{heading} (not in these logs)")
         if key == "loss":
             axis.legend()
     if metric["kind"] in SHARES:

@@ -207,7 +207,7 @@ def provenance(device):
 def make_parser(doc, server=True):
     """A parser with the flags that mean the same in every stage. server: whether it may ask one."""
     # fmt: off
-    parser = ArgumentParser(usage="%(prog)s [flags]", description=doc, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(usage="%(prog)s [flags] (--help lists them)", description=doc, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", type=lambda text: Path(text).name.removesuffix(".toml"), help="name of a file prompts/TASK.toml (default: sentiment for generate.py, for the other stages the task of the newest input file)")
     add("--limit", type=number(), help="use only the first LIMIT rows of the input (default: all)")
@@ -228,7 +228,7 @@ def make_parser(doc, server=True):
 def number(least=1, most=math.inf, kind=int):
     """An argparse type: a number of this kind from least to most; what is not finite is refused."""
 
-    def number(text):
+    def number(text):  # the name is in argparse's errors
         value = kind(text)
         if least <= value <= most and value < math.inf:
             return value

@@ -296,6 +296,18 @@ def test_the_picture_has_the_metrics_meaning_whole_axes_and_the_curves_of_logs(m
     assert lines == [[1.0, 0.0], [1.0, 0.1]] and "z" in z.get_title() and loss.lines
 
 
+def test_curves_that_no_log_has_are_said_to_be_missing(monkeypatch):
+    axes = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: axes.extend(self.axes)
+    )
+    rows = rows_of("base", [1.0] * 3) + rows_of("old", [1.0] * 3)
+    log = [{"step": 1, "loss": 0.7, "rewards/margins": 0.0, "logps/chosen": -9.0}]
+    draw("x.png", "title", summarise(["base", "old"], rows, "positive")[0], METRIC, [[], log])
+    missing = [axis.get_title() for axis in axes if "not in these logs" in axis.get_title()]
+    assert [title.split(":")[0] for title in missing] == ["chosen", "rejected"]
+
+
 def test_repetition_is_the_share_of_4_grams_that_stood_there_before():
     assert repetition("a b c d e f") == repetition("a b c") == repetition("") == 0.0
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
@@ -434,11 +446,12 @@ def test_answers_are_as_long_as_those_of_the_pairs(run, tiny, workdir):
     assert run("eval", "--models", tiny, "self-refine", "--reward-model", tiny)[0] == 0
     assert {row["settings"]["max_tokens"] for row in read_rows("runs/sentiment/eval.jsonl")} == {3}
     report = (workdir / "runs/sentiment/report.md").read_text()
-    assert "--max-tokens, 3 (3 in the teacher's revisions)" in report and "unfair" not in report
+    assert "reached 3 tokens" in report and "revisions, of at most 3 tokens" in report
+    assert "unfair" not in report
     argv = ["--models", tiny, "self-refine", "--reward-model", tiny, "--max-tokens", "5"]
     assert run("eval", *argv, "--out", "longer")[0] == 0
     report = (workdir / "longer/report.md").read_text()
-    assert "--max-tokens, 5 (3 in the teacher's revisions)" in report
+    assert "reached 5 tokens" in report and "revisions, of at most 3 tokens" in report
     assert "its --max-tokens was another one, so the comparison is unfair" in report
 
 
@@ -531,6 +544,22 @@ def test_a_prompt_that_is_text_is_a_users_turn_as_in_training(run, tiny, workdir
         answers = read_rows(Path(name + "".join(flags), "eval.jsonl"))
         found[name, *flags] = [(row["answer"], row["base_logp"], row["score"]) for row in answers]
     assert found["texts",] == found["messages",] != found["texts", "--raw-text"]
+
+
+def test_raw_text_is_not_mixed_with_answers_of_the_template(run, tiny, workdir):
+    row = pair_row(0, "good", "poor", split="test")
+    write_jsonl(workdir / "t.jsonl", [row | {"prompt": row["prompt"][0]["content"]}])
+    argv = ["--in", "t.jsonl", "--task", "sentiment", "--models", tiny]
+    argv += ["--reward-model", tiny, "--max-tokens", "3"]
+    for first, then in (([], ["--raw-text"]), (["--raw-text"], [])):
+        assert run("eval", *argv, *first, "--overwrite")[0] == 0
+        status, _, said = run("eval", *argv, *then)
+        assert status == 2 and "raw_text" in said
+    Path(tiny, "run.json").write_text(json.dumps({"raw_text": True}))  # as train.py writes it
+    status, _, said = run("eval", *argv, "--out", "other")
+    assert status == 2 and "trained with --raw-text" in said
+    assert run("eval", *argv, "--raw-text", "--out", "other")[0] == 0
+    assert "self-refine" not in Path("other/report.md").read_text()
 
 
 def test_a_task_file_that_changed_since_scoring_is_named(run, tiny, workdir):

@@ -516,8 +516,10 @@ def test_under_rdpo_a_failed_revision_loses_probability(run, tiny, workdir):
     steps = train_steps(trained(run, tiny, workdir / "out", "--loss", "rdpo", "--epochs", "6")[0])
     assert steps[-1]["rewards/margins"] < -0.02 and steps[-1]["rewards/accuracies"] == 0
     gains = [steps[-1][f"rewards/{side}"] for side in ("chosen", "rejected")]
-    assert gains[0] < gains[1] and gains[0] - gains[1] == pytest.approx(
-        steps[-1]["rewards/margins"]
+    assert (
+        "logps/chosen" in steps[-1]
+        and gains[0] < gains[1]
+        and gains[0] - gains[1] == pytest.approx(steps[-1]["rewards/margins"])
     )
 
 
