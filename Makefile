@@ -20,7 +20,7 @@ demo: .venv/ready
 	$(RUN) python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --lr 5e-5 --max-repeats 0.05
 	$(RUN) python eval.py --task sentiment --in runs/demo/scored.jsonl --models smollm2 runs/demo/rdpo
 	@echo; echo "The pairs that the policy learned from, by score.py:"; tail -n +2 runs/demo/audit.txt
-	@echo; echo "Shown: the policy (runs/demo/rdpo) answers new requests otherwise than smollm2, see runs/demo/report.md."
+	@echo; echo "Shown, above and in runs/demo/report.md: whether runs/demo/rdpo answers new requests better than smollm2."
 	@echo "Not shown: that rDPO beats DPO. Where nearly all revisions win, DPO should do equally well. At the same rate:"
 	@echo "  . .venv/bin/activate"
 	@echo "  python train.py --task sentiment --in runs/demo/scored.jsonl --epochs 2 --batch-size 4 --lr 5e-5 --max-repeats 0.05 --loss dpo --sft-weight 1"
