@@ -184,7 +184,7 @@ def parse_args():
     add("--top-p", type=number(1e-6, 1, float), default=0.95, help="sample from the likeliest tokens of this total probability (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.task = args.task or newest_task("scored.jsonl", args.input)
+    args.named, args.task = args.task, args.task or newest_task("scored.jsonl", args.input)
     args.input = Path(args.input or f"runs/{args.task}/scored.jsonl")
     args.out = Path(args.out or args.input.parent)
     return args
@@ -198,8 +198,9 @@ def read_test_rows(args, task):
     if not rows:
         how = 'run generate.py with more rows, or add "split": "test" to the rows of some groups'
         raise BadInput(f"{args.input}: nothing is held out; {how}")
-    if rows[0].get("task", args.task) != args.task:
-        raise BadInput(f"{args.input}: rows of another task; pass --task {rows[0]['task']}")
+    name = rows[0].get("task")
+    if (name or args.named or args.input.parent.name) != args.task:
+        raise BadInput(f"{args.input}: not rows of task {args.task}; pass --task {name or 'NAME'}")
 
     made = next((row["reward"] for row in rows if row.get("reward")), {})
     args.reward = args.reward or made.get("kind", "contrast")
@@ -233,6 +234,9 @@ def main():
     broken = {row["group"] for row in rows if row.get("error") or "chosen" not in row}
     refined = [row for row in rows if row["group"] not in broken]
     args.models = args.models or models_in(args.input.parent, refined)
+    for name in args.models:
+        if not Path(name).exists() and (path := args.input.parent / name / "run.json").exists():
+            raise BadInput(f"--models {name}: a run is named by its path, {path.parent}")
     names = [Path(name).name for name in args.models]
     if len(set(names)) < len(names) or names[0] == SELF_REFINE:
         raise BadInput(f"--models: last names must differ, and {SELF_REFINE} can't be the first")

@@ -253,7 +253,7 @@ def parse_args():
     add("--batch-size", type=number(), default=32, help="rows that are scored and written together, without --api-base (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
-    args.task = args.task or newest_task("pairs.jsonl", args.input)
+    args.named, args.task = args.task, args.task or newest_task("pairs.jsonl", args.input)
     args.input = args.input or f"runs/{args.task}/pairs.jsonl"
     args.out = args.out or str(Path(args.input).parent / "scored.jsonl")
     return args
@@ -265,11 +265,11 @@ def main():
     if Path(args.out).resolve() == Path(args.input).resolve():
         raise BadInput(f"--out {args.out}: is --in too; choose another file")
     source = read_rows(args.input, "id", "prompt", *SIDES)
-    if source[0].get("task", args.task) != args.task:
-        raise BadInput(f"{args.input}: rows of another task; pass --task {source[0]['task']}")
-    for row in source:
-        for name in ("score_chosen", "score_rejected", "reward"):  # of an earlier reward
-            row.pop(name, None)
+    name = source[0].get("task")
+    if (name or args.named or Path(args.input).parent.name) != args.task:
+        raise BadInput(f"{args.input}: not rows of task {args.task}; pass --task {name or 'NAME'}")
+    earlier = ("score_chosen", "score_rejected", "reward")  # of another reward
+    source = [{k: v for k, v in row.items() if k not in earlier} for row in source]
     rows = source[: args.limit]
     reward, settings = make_reward(args, task, f"{args.out}.calls")
     output = Rows(args.out, args.overwrite)

@@ -27,7 +27,7 @@ def load_task(name):
         task = {"seed_by": "id"} | tomllib.loads(path.read_text(encoding="utf-8"))
         check_task(task)
     except KeyError as error:
-        known = "{prompt}, {request}, {draft}, {critique}, {answer}, after the call that makes it"
+        known = "{prompt}, {request}, {draft}, {critique}, {answer}, once a call has made it"
         raise BadInput(f"{path}: no placeholder {{{error.args[0]}}}; known: {known}") from None
     except re.error as error:
         raise BadInput(f"{path}: [metric]: the pattern {error.pattern!r}: {error}") from None

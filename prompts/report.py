@@ -115,7 +115,9 @@ def make_report(args, task, compared, table, verdicts, results, answers):
     make_verdicts and make_table."""
     made = provenance(pick_device(args.device)[0])
     control = " **control**: the same of harmless prompts." if table[0]["control"] else ""
-    teacher = f"not a model: the teacher's revisions, of at most {args.teacher_tokens} tokens"
+    teacher = (
+        f"no model, but `chosen`: a teacher's revisions, of at most {args.teacher_tokens} tokens"
+    )
     teacher = f"- **{SELF_REFINE}**: {teacher}.\n" * (SELF_REFINE in args.models)
     return f"""# Task {args.task}: {task["about"]}
 

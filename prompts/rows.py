@@ -31,7 +31,7 @@ def read_rows(path, *fields):
     BadInput for a missing file, a line that is no JSON object, or a row that has neither `error`
     nor all of the fields."""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file; run the stage before this one, or name another file")
+        raise BadInput(f"{path}: no such file; write it, or run the stage that does")
 
     rows = []
     # Bytes are split, not text: an answer's own U+2028 does not end a line.

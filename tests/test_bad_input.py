@@ -45,6 +45,8 @@ CASES = [
     case("a dot in a task", "generate", ["--task", "safety.v2"], "--task safety.v2"),
     case("another task", "score", [*IN, "--task", "safety"], "pass --task sentiment", GOOD),
     case("another task for eval", "eval", [*IN, "--task", "safety"], "pass --task sentiment", TEST),
+    case("rows of no task", "score", IN, "pass --task NAME", {**GOOD, "task": None}),
+    case("rows of no task for eval", "eval", IN, "pass --task NAME", {**TEST, "task": None}),
     case("no test rows", "eval", IN, "nothing is held out", GOOD),
     case("no such device", "generate", ["--device", "gpu"], "--device gpu"),
     case("a row that is a text", "generate", OURS, "in.jsonl:1", "prompt"),

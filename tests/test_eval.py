@@ -365,6 +365,14 @@ def test_a_model_that_is_none_is_named_before_another_is_sampled(
     assert not (workdir / "eval.jsonl").exists()
 
 
+def test_a_run_that_is_named_without_its_path_is_found(run, workdir):
+    write_jsonl(workdir / "runs/sentiment/scored.jsonl", [pair_row(0, "A", "B", split="test")])
+    (workdir / "runs/sentiment/rdpo").mkdir()
+    (workdir / "runs/sentiment/rdpo/run.json").write_text("{}")
+    status, _, said = run("eval", "--models", "smollm2", "rdpo")
+    assert status == 2 and "a run is named by its path, runs/sentiment/rdpo" in said
+
+
 def test_the_revisions_are_no_baseline(run, workdir):
     write_jsonl(workdir / "in.jsonl", [pair_row(0, "good", "poor", split="test")])
     status, _, err = run("eval", "--in", "in.jsonl", "--models", "self-refine", "smollm2")
