@@ -523,7 +523,7 @@ def main():
     del rows  # 200,000 take more than a gigabyte
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     if not pairs:
-        how = "; score.py gives them, dpo alone needs none" * ("without scores" in left_out)
+        how = "; score.py adds scores, plain --loss dpo needs none" * ("without scores" in left_out)
         raise BadInput(f"{args.input}: no pair to train on; left out: {why}{how}")
     print(f"{args.input}: {len(pairs)} training pairs, {len(held_out)} held out; left out: {why}")
     settings = loss_settings(args, pairs)
