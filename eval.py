@@ -25,6 +25,7 @@ from prompts.rows import BadInput, Rows, make_parser, newest_task, number, read_
 from prompts.tokens import encode, repetition
 from score import add_reward_flags, finite, make_reward
 
+ZZ = 1.96**2  # square of the normal quantile of a 95 % interval
 SIDE_MEASURES = ("score", "words", "repeats", "base_logp", "cut")
 
 
@@ -82,15 +83,15 @@ def bootstrap(values, share=False, seed=0, draws=10_000):
     drawn with replacement. None without values. share: where that reaches 0 or 1, Wilson's interval
     (1927) instead, since of 22 of 22 it would be [1, 1]."""
     values = np.asarray(list(values), dtype=float)
-    n, zz = len(values), 1.96**2
+    n = len(values)
     if not n:
         return None
     mean = float(values.mean())
     picks = np.random.default_rng(seed).integers(n, size=(draws, n))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
     if share and (low <= 0 or high >= 1):
-        center = (n * mean + zz / 2) / (n + zz)
-        half = (zz * (n * mean * (1 - mean) + zz / 4)) ** 0.5 / (n + zz)
+        center = (n * mean + ZZ / 2) / (n + ZZ)
+        half = (ZZ * (n * mean * (1 - mean) + ZZ / 4)) ** 0.5 / (n + ZZ)
         return mean, max(0.0, center - half), min(1.0, center + half)
     return mean, float(low), float(high)
 
@@ -115,9 +116,9 @@ def summarise(names, rows, kind):
         differences = [ours[group] - others[group] for group in ours if group in others]
         found = bootstrap(differences)
         if "metric" in shares and found and found[1] == found[2]:
-            # All n groups differ by d alike. By Wilson's bound a share of zz / (n + zz) of all groups
+            # All n groups differ by d alike. By Wilson's bound a share of ZZ / (n + ZZ) of all groups
             # may do otherwise, as far as -1 or 1.
-            d, share = found[0], 1.96**2 / (len(differences) + 1.96**2)
+            d, share = found[0], ZZ / (len(differences) + ZZ)
             found = d, d - share * (1 + d), d + share * (1 - d)
         pairs[f"{second['model']} - {first['model']}"] = found
     return table, pairs
@@ -217,13 +218,10 @@ def read_test_rows(args, task):
 
 def check_raw_text(args):
     """Raises BadInput where a run was trained with another --raw-text than prompts are asked with."""
-    for file in [Path(model, "run.json") for model in args.models]:
-        trained = file.exists() and json.loads(file.read_text()).get("raw_text", False)
-        if file.exists() and trained != args.raw_text:
-            how = "with" if trained else "without"
-            raise BadInput(
-                f"{file.parent}: trained {how} --raw-text, so evaluate it {how} the flag"
-            )
+    for file in filter(Path.exists, [Path(model, "run.json") for model in args.models]):
+        if json.loads(file.read_text()).get("raw_text", False) != args.raw_text:
+            how = "without" if args.raw_text else "with"
+            raise BadInput(f"{file.parent}: trained {how} --raw-text; evaluate it {how} the flag")
 
 
 def main():
