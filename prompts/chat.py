@@ -137,9 +137,11 @@ class LocalModel:
         seeds = [seed_of(self.settings["seed"], *key) for key in keys]
         asked = zip(conversations, seeds, strict=True)
         digests = [digest_of([self.settings, messages, seed]) for messages, seed in asked]
+        # Text goes on where its prompt ends, perhaps with a space.
+        strip = str.rstrip if isinstance(conversations[0], str) else str.strip
         kept = self.call_log.rows if self.call_log else {}
         if all(digest in kept for digest in digests):
-            return [read_reply(kept[digest]["answer"]) for digest in digests]
+            return [read_reply(kept[digest]["answer"], strip) for digest in digests]
 
         prompts = []
         for messages, key in zip(conversations, keys, strict=True):
@@ -149,15 +151,12 @@ class LocalModel:
             except ValueError as error:
                 raise BadInput(f"row {key[0]}: {error}") from None
             prompts.append(prompt)
-        # Text goes on where its prompt ends, perhaps with a space.
-        strip = str.rstrip if isinstance(conversations[0], str) else str.strip
-        how = self.sampling | {"strip": strip}
-        replies = sample(self.model, self.tokenizer, prompts, end_of_turn, seeds, **how)
+        replies = sample(self.model, self.tokenizer, prompts, end_of_turn, seeds, **self.sampling)
         answers = [as_answer(reply) for reply in replies]
         if self.call_log:
             rows = zip(digests, answers, strict=True)
             self.call_log.add(*({"id": digest, "answer": answer} for digest, answer in rows))
-        return [read_reply(answer) for answer in answers]
+        return [read_reply(answer, strip) for answer in answers]
 
 
 def next_logits(model, cache, ids, mask):
@@ -223,9 +222,7 @@ def common_prefix(prompts):
 
 
 @torch.inference_mode()
-def sample(
-    model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p, strip=str.strip
-):
+def sample(model, tokenizer, prompts, end_of_turn, seeds, max_tokens, temperature, top_p):
     """A sampled Reply to each conversation, all in one batch on the model's device.
 
     prompts: lists of token ids, at least one. end_of_turn: the token that ends an answer.
@@ -251,7 +248,7 @@ def sample(
         for i, token in zip(batch, tokens.tolist(), strict=True):
             completions[i].append(token)
             if i not in replies and (token in stop_ids or step == max_tokens - 1):
-                text = strip(tokenizer.decode(completions[i], skip_special_tokens=True))
+                text = tokenizer.decode(completions[i], skip_special_tokens=True)
                 finish = "stop" if token in stop_ids else "length"
                 replies[i] = Reply(text, finish, len(prompts[i]), len(completions[i]))
         if len(replies) == len(prompts):

@@ -224,8 +224,8 @@ def as_answer(reply):
     return {"choices": [choice], "usage": usage}
 
 
-def read_reply(answer):
-    """The Reply in the JSON of a chat completion, whatever it is."""
+def read_reply(answer, strip=str.strip):
+    """The Reply in the JSON of a chat completion, whatever it is. strip: what its text goes through."""
     choice, usage = choice_of(answer), table(table(answer).get("usage"))
     message = table(choice.get("message"))
     content = message.get("content") or message.get("refusal")
@@ -238,7 +238,7 @@ def read_reply(answer):
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     thoughts = re.match(THOUGHTS, text)
     text = text[thoughts.end() :] if thoughts else text
-    text = re.sub(END_OF_TURN, "", text).strip()
+    text = strip(re.sub(END_OF_TURN, "", text))
 
     reason = str(choice.get("finish_reason") or "").lower()
     finish = "stop" if re.fullmatch(ENDED, reason) else reason

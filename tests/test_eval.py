@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import ROOT, HostileServer, make_model, pair_row, read_rows, write
 import eval as stage_eval
 from eval import bootstrap, by_group, summarise
 from prompts import load_task, measure
+from prompts.chat import Reply
 from prompts.report import draw, make_table, make_verdicts
 from prompts.tokens import repetition
 from prompts.rows import BadInput, digest_of
@@ -563,11 +565,27 @@ def test_raw_text_is_not_mixed_with_answers_of_the_template(run, tiny, workdir):
         assert run("eval", *argv, *first, "--overwrite")[0] == 0
         status, _, said = run("eval", *argv, *then)
         assert status == 2 and "raw_text" in said
-    Path(tiny, "run.json").write_text(json.dumps({"raw_text": True}))  # as train.py writes it
+    shutil.copytree(tiny, workdir / "trained")
+    (workdir / "trained/run.json").write_text(json.dumps({"raw_text": True}))  # as by train.py
+    argv[argv.index(tiny)] = workdir / "trained"
     status, _, said = run("eval", *argv, "--out", "other")
-    assert status == 2 and "trained with --raw-text" in said
+    assert status == 2 and "trained with --raw-text; evaluate it with the flag" in said
     assert run("eval", *argv, "--raw-text", "--out", "other")[0] == 0
     assert "self-refine" not in Path("other/report.md").read_text()
+
+
+def test_an_answer_to_raw_text_keeps_the_space_that_it_begins_with(run, tiny, workdir, monkeypatch):
+    def reply(model, tokenizer, prompts, *_, **__):
+        return [Reply(" there was ", "stop", 1, 1) for _ in prompts]
+
+    monkeypatch.setattr("prompts.chat.sample", reply)
+    row = pair_row(0, "good", "poor", split="test") | {"prompt": "Once upon a time"}
+    write_jsonl(workdir / "t.jsonl", [row])
+    for flags, answer in ((["--raw-text"], " there was"), ([], "there was")):
+        argv = ["--in", "t.jsonl", "--models", tiny, "--reward-model", tiny, "--overwrite", *flags]
+        status, _, said = run("eval", *argv)
+        assert status == 0, said
+        assert read_rows("eval.jsonl")[0]["answer"] == answer
 
 
 def test_a_task_file_that_changed_since_scoring_is_named(run, tiny, workdir):

@@ -217,7 +217,8 @@ def chats(count):
 def replies_of(model, tokenizer, chats, seeds, *args, **how):
     encoded = [encode(tokenizer, chat, "Yes.") for chat in chats]
     prompts = [prompt for prompt, _ in encoded]
-    return chat_module.sample(model, tokenizer, prompts, encoded[0][1][-1], seeds, *args, **how)
+    replies = chat_module.sample(model, tokenizer, prompts, encoded[0][1][-1], seeds, *args, **how)
+    return [reply._replace(text=reply.text.strip()) for reply in replies]  # as read_reply does
 
 
 def test_a_sampled_answer_does_not_depend_on_its_batch(model, tokenizer):
